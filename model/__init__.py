@@ -1,0 +1,1 @@
+"""The decoder-only model: kernels below it, training and evaluation above."""

@@ -1,0 +1,147 @@
+"""The attention block: projections, positions, temperature, and the choice of entmax kernel or softmax path."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from kernels import entmax_attention
+from model.config import ModelConfig
+from model.layers import AdaptiveTemperature, HeadAlpha, ScalableTemperature, rotary_tables, rotate
+from model.softmax import document_block_mask, softmax_attention, uses_flex
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What all layers of one forward pass share about positions and documents.
+
+    cu_seqlens: int32 (documents + 1,) or None. max_seqlen: upper bound of document lengths. log_position: float32
+        (T,), log(2 + position),
+    positions counted within the document. rotary: cos and sin, float32 (T, D / 2). alibi_slopes: float32 (H,), 0 for
+    position-free heads.
+    block_mask: FlexAttention's, where the softmax path needs it.
+    """
+
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    log_position: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    alibi_slopes: Tensor | None
+    block_mask: BlockMask | None
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of live 64 x
+    64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one; None for kinds
+    without one)."""
+
+    support_mean: Tensor
+    live_share: Tensor
+    alpha: Tensor | None
+    temperature: Tensor | None
+
+
+def make_geometry(
+    config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int | None, device: torch.device
+) -> Geometry:
+    """cu_seqlens and max_seqlen as in `Transformer.forward`."""
+    position = torch.arange(n_tokens, device=device)
+    if cu_seqlens is not None:
+        position = position - cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+    rotary = rotary_tables(position, config.head_size, config.rope_base) if config.positions == "rope" else None
+    slopes = _nape_slopes(config, device) if config.positions == "nape" else None
+    block_mask = None
+    if config.attention.kind in ("softmax", "ssmax") and uses_flex(device, cu_seqlens, slopes, config.window):
+        block_mask = document_block_mask(n_tokens, cu_seqlens, config.window, device)
+    max_seqlen = n_tokens if max_seqlen is None else max_seqlen
+    return Geometry(cu_seqlens, max_seqlen, torch.log(2 + position.float()), rotary, slopes, block_mask)
+
+
+def _nape_slopes(config: ModelConfig, device: torch.device) -> Tensor:
+    """float32 (H,): slopes of the ALiBi heads, then zeros."""
+    rank = torch.arange(config.n_heads, device=device, dtype=torch.float32)
+    slopes = 1 / (rank + 1) if config.nape_slopes == "linear" else 2**-rank
+    return slopes * (rank < config.n_alibi_heads)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        heads, kv_heads, head_dim, width = config.n_heads, config.n_kv_heads, config.head_size, config.d_model
+        self.wq = nn.Linear(width, heads * head_dim, bias=False)
+        self.wk = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(heads * head_dim, width, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.alpha = HeadAlpha(config.attention, heads) if config.attention.is_entmax else None
+        self.temperature = self._temperature()
+
+    def _temperature(self) -> ScalableTemperature | AdaptiveTemperature | None:
+        """Under nape only the position-free heads are scaled: ALiBi heads are local already."""
+        n_scaled = self.config.n_heads - self.config.n_alibi_heads
+        if self.config.attention.kind == "ssmax":
+            return ScalableTemperature(n_scaled)
+        return AdaptiveTemperature(self.config, n_scaled) if self.config.attention.kind == "asentmax" else None
+
+    def forward(self, x: Tensor, geometry: Geometry, stats: list[LayerStats] | None = None) -> Tensor:
+        """x: normalised input (B, T, C) -> (B, T, C). With a list in `stats`, appends what this layer's attention
+        did."""
+        q, k, v = self._project(x, geometry)
+        temperature = self._head_temperatures(x, geometry)
+        if temperature is not None:
+            q = q.float() * temperature[..., None]
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        out = self._attend(q, k, v, geometry, None if stats is None else (stats, temperature))
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, D), k and v (B, G, T, D), rotated where positions are rotary."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if geometry.rotary is not None:
+            q, k = rotate(q, *geometry.rotary), rotate(k, *geometry.rotary)
+        return q, k, v
+
+    def _head_temperatures(self, x: Tensor, geometry: Geometry) -> Tensor | None:
+        """float32 (B, H, T), 1 for unscaled heads."""
+        if self.temperature is None:
+            return None
+        scaled = self.temperature(x, geometry.log_position)
+        return nn.functional.pad(scaled, (0, 0, self.config.n_alibi_heads, 0), value=1.0)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, record: tuple[list[LayerStats], Tensor | None] | None
+    ) -> Tensor:
+        shared: dict[str, Any] = dict(
+            cu_seqlens=geometry.cu_seqlens, alibi_slopes=geometry.alibi_slopes, window=self.config.window
+        )
+        if self.alpha is None:
+            if record is not None:
+                raise ValueError(
+                    f"attention kind {self.config.attention.kind!r} is dense: it has no support statistics"
+                )
+            return softmax_attention(q, k, v, max_seqlen=geometry.max_seqlen, block_mask=geometry.block_mask, **shared)
+        alpha = self.alpha(q.device)
+        backend = self.config.attention.backend
+        with_stats = record is not None
+        result = entmax_attention(q, k, v, alpha=alpha, backend=backend, return_stats=with_stats, **shared)
+        if record is None:
+            assert isinstance(result, Tensor)
+            return result
+        out, measured = result
+        stats, temperature = record
+        stats.append(
+            LayerStats(
+                support_mean=measured.support.float().mean((0, 2)),
+                live_share=measured.live_share.mean(0),
+                alpha=alpha,
+                temperature=None if temperature is None else temperature.mean((0, 2)),
+            )
+        )
+        return out

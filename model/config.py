@@ -1,0 +1,138 @@
+"""What a model is: every architectural choice, with its one default, checked when it is made."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax"]
+Positions = Literal["rope", "nape", "nope"]
+NapeSlopes = Literal["linear", "exp"]
+
+
+def _expect(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass
+class AttentionConfig:
+    """How scores become weights.
+
+    Attributes:
+        kind: softmax; ssmax (scalable softmax, arXiv:2501.19399: queries scaled by a learnable scalar per head times
+            log(2 + position)); entmax (alpha-entmax); asentmax (alpha-entmax with the adaptive temperature of
+            arXiv:2506.16640).
+        alpha: start value of every head; entmax kinds only.
+        learn_alpha: one alpha per head is a parameter, kept inside (alpha_min, alpha_max).
+        alpha_min, alpha_max: bounds of a learnable alpha.
+        temperature_offset, temperature_range: delta and the range of the exponent in asentmax's temperature.
+        backend: of kernels.entmax_attention.
+    """
+
+    kind: AttentionKind = "asentmax"
+    alpha: float = 1.5
+    learn_alpha: bool = True
+    alpha_min: float = 1.01
+    alpha_max: float = 2.0
+    temperature_offset: float = 1.0
+    temperature_range: float = 2.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _expect(self.kind in get_args(AttentionKind), "attention.kind", self.kind, f"one of {get_args(AttentionKind)}")
+        _expect(
+            1 < self.alpha <= 2, "attention.alpha", self.alpha, "a number in (1, 2] (for softmax set kind: softmax)"
+        )
+        bounds = (self.alpha_min, self.alpha_max)
+        _expect(
+            1 < bounds[0] < bounds[1] <= 2, "attention.alpha_min, alpha_max", bounds, "1 < alpha_min < alpha_max <= 2"
+        )
+        _expect(
+            not self.learn_alpha or bounds[0] < self.alpha < bounds[1],
+            "attention.alpha",
+            self.alpha,
+            f"a start strictly inside {bounds} when learn_alpha is true (or set learn_alpha: false)",
+        )
+
+    @property
+    def is_entmax(self) -> bool:
+        return self.kind in ("entmax", "asentmax")
+
+
+@dataclass
+class ModelConfig:
+    """A Llama-style decoder (RMSNorm, SwiGLU, grouped-query heads) with a choice of attention and positions.
+
+    Attributes:
+        vocab_size: rows of the embedding; at least the tokenizer's.
+        n_layers, d_model, n_heads, n_kv_heads, d_ff: layers L, width C, query heads H, key/value heads G, width of
+            the feed-forward layer.
+        head_dim: D; None is d_model / n_heads.
+        positions: rope (rotary, rope_base), nape (ALiBi on the first half of the heads, none on the rest;
+            arXiv:2506.16640) or nope (none).
+        nape_slopes: ALiBi slopes of nape, linear: 1, 1/2, 1/3, ...; exp: 1, 1/2, 1/4, ...
+        qk_norm: RMSNorm over each query and key head.
+        tie_embeddings: the output head is the embedding.
+        norm_eps: of every RMSNorm.
+        init_std: of the weights; layers that write to the residual stream use init_std / sqrt(2 * n_layers).
+        window: sliding window in tokens, None for full causal attention.
+    """
+
+    vocab_size: int = 4096
+    n_layers: int = 4
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_ff: int = 688
+    head_dim: int | None = None
+    positions: Positions = "nape"
+    rope_base: float = 10000.0
+    nape_slopes: NapeSlopes = "linear"
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    window: int | None = None
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
+            _expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
+        _expect(
+            self.head_dim is not None or self.d_model % self.n_heads == 0,
+            "n_heads",
+            self.n_heads,
+            f"a divisor of d_model = {self.d_model} (or set head_dim)",
+        )
+        _expect(
+            self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads, f"a divisor of n_heads = {self.n_heads}"
+        )
+        _expect(self.positions in get_args(Positions), "positions", self.positions, f"one of {get_args(Positions)}")
+        _expect(
+            self.nape_slopes in get_args(NapeSlopes), "nape_slopes", self.nape_slopes, f"one of {get_args(NapeSlopes)}"
+        )
+        if self.positions == "rope":
+            _expect(self.head_size % 2 == 0, "head_dim", self.head_size, "an even number, which rope pairs up")
+        if self.positions == "nape":
+            _expect(
+                self.n_heads % 2 == 0, "n_heads", self.n_heads, "an even number: nape gives ALiBi to half of the heads"
+            )
+        _expect(self.window is None or self.window >= 1, "window", self.window, "a positive number of tokens, or null")
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def n_alibi_heads(self) -> int:
+        """ALiBi heads come first."""
+        return self.n_heads // 2 if self.positions == "nape" else 0
+
+
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of dataclasses.asdict(ModelConfig). Raises ValueError on a key that this version does not know."""
+    unknown = sorted(set(values) - {f.name for f in fields(ModelConfig)})
+    attention = dict(values.get("attention", {}))
+    unknown += sorted(f"attention.{k}" for k in set(attention) - {f.name for f in fields(AttentionConfig)})
+    if unknown:
+        raise ValueError(f"unknown model configuration keys {unknown}: written by another version of this code?")
+    return ModelConfig(**{**values, "attention": AttentionConfig(**attention)})

@@ -1,0 +1,56 @@
+"""Model FLOPs and the peaks that utilisation is measured against."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.config import ModelConfig
+
+# dense bfloat16 tensor-core peaks in FLOP/s, from the vendor's datasheets (never the figures "with sparsity"); first
+# match wins
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Dense peak in FLOP/s of a device (torch.cuda.get_device_name) for bfloat16 or float16 products; None where
+    none is recorded."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that every token is multiplied with: all matrices and the output head, the embedding table not."""
+    head = config.head_size
+    attention = config.d_model * head * (2 * config.n_heads + 2 * config.n_kv_heads)
+    if config.attention.kind == "asentmax":
+        attention += 2 * config.d_model * (config.n_heads - config.n_alibi_heads)
+    layer = attention + 3 * config.d_model * config.d_ff
+    return config.n_layers * layer + config.vocab_size * config.d_model
+
+
+def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
+    """FLOPs of one forward and backward pass over packed documents.
+
+    6 per weight and token, plus 6 * L * H * D * n ** 2 for causal attention at half within each document of n
+    tokens: two products of 2 * H * D * n ** 2 / 2 in the forward pass and twice that in the backward pass. Sparsity,
+        a sliding window and recomputation change what is
+    executed, not this count.
+    """
+    tokens = sum(document_lengths)
+    squares = sum(n * n for n in document_lengths)
+    return (
+        6.0 * matmul_parameters(config) * tokens + 6.0 * config.n_layers * config.n_heads * config.head_size * squares
+    )

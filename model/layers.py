@@ -1,0 +1,82 @@
+"""Small layers: feed-forward, rotary positions, learnable alpha, temperatures."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.config import AttentionConfig, ModelConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): w_down(silu(w_gate x) * w_up x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w_gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w_up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_down(nn.functional.silu(self.w_gate(x)) * self.w_up(x))  # [B, T, C]
+
+
+def rotary_tables(position: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 (T, D / 2), of rotary positions (arXiv:2104.09864). position: (T,)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    angle = position.float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the halves of each head (Llama's pairing). x: (B, H, T, D) -> float32 (B, H, T, D)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class HeadAlpha(nn.Module):
+    """alpha of each head, float32 (H,), fixed or learnable.
+
+    Learnable: alpha = lo + (hi - lo) * sigmoid(alpha_raw + c), where c makes alpha_raw = 0 the start value: a
+    parameter near 0 keeps its resolution in bfloat16, where alpha itself would move in steps of 0.0078.
+    """
+
+    def __init__(self, config: AttentionConfig, n_heads: int):
+        super().__init__()
+        self.start, self.lo, self.hi, self.n_heads = config.alpha, config.alpha_min, config.alpha_max, n_heads
+        self.alpha_raw = nn.Parameter(torch.zeros(n_heads)) if config.learn_alpha else None
+
+    def forward(self, device: torch.device) -> Tensor:
+        if self.alpha_raw is None:
+            return torch.full((self.n_heads,), self.start, device=device)
+        share = (self.start - self.lo) / (self.hi - self.lo)
+        offset = math.log(share / (1 - share))
+        return self.lo + (self.hi - self.lo) * torch.sigmoid(self.alpha_raw.float() + offset)
+
+
+class ScalableTemperature(nn.Module):
+    """SSMax (arXiv:2501.19399): a learnable scalar per head times log(2 + position)."""
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.scalar = nn.Parameter(torch.empty(n_heads))
+
+    def forward(self, x: Tensor, log_position: Tensor) -> Tensor:
+        return (self.scalar.float()[:, None] * log_position).expand(x.shape[0], -1, -1)  # [B, H, T]
+
+
+class AdaptiveTemperature(nn.Module):
+    """ASEntmax (arXiv:2506.16640): offset + softplus(beta(x)) * log(2 + position) ** (range * tanh(gamma(x))), per
+    token and head."""
+
+    def __init__(self, config: ModelConfig, n_heads: int):
+        super().__init__()
+        self.offset, self.range = config.attention.temperature_offset, config.attention.temperature_range
+        self.beta = nn.Linear(config.d_model, n_heads)
+        self.gamma = nn.Linear(config.d_model, n_heads)
+
+    def forward(self, x: Tensor, log_position: Tensor) -> Tensor:
+        """x: (B, T, C), log_position: float32 (T,) = log(2 + position). Returns float32 (B, H, T)."""
+        strength = nn.functional.softplus(self.beta(x).float())
+        exponent = self.range * torch.tanh(self.gamma(x).float())
+        return (self.offset + strength * log_position[:, None] ** exponent).transpose(1, 2)

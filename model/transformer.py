@@ -1,0 +1,111 @@
+"""The decoder: embedding, blocks, final norm, head."""
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention, Geometry, LayerStats, make_geometry
+from model.config import ModelConfig
+from model.layers import FeedForward, ScalableTemperature
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, geometry: Geometry, stats: list[LayerStats] | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), geometry, stats)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: int64 (B, T).
+            cu_seqlens: int32 (documents + 1,), packed documents (B must be 1); attention and positions stay within
+                each document.
+            max_seqlen: an upper bound of the documents' lengths (None: T). A constant avoids recompilation and
+                synchronisation.
+
+        Returns: (B, T, C).
+        """
+        geometry = make_geometry(self.config, tokens.shape[1], cu_seqlens, max_seqlen, tokens.device)
+        x = self.embedding(tokens)  # [B, T, C]
+        for block in self.blocks:
+            x = block(x, geometry)
+        return self.norm(x)
+
+    def layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        return self.head(hidden)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C); the embedding itself when tied."""
+        return self.head.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal with init_std, divided by sqrt(2 * n_layers) where a layer writes to the residual stream; norms 1,
+        biases and alpha_raw 0 (alpha then starts at its configured value), SSMax scalars normal with mean 1 and
+        deviation 0.01."""
+        std, depth = self.config.init_std, (2 * self.config.n_layers) ** -0.5
+        nn.init.normal_(self.embedding.weight, std=std, generator=generator)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=std, generator=generator)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, ScalableTemperature):
+                nn.init.normal_(module.scalar, mean=1.0, std=0.01, generator=generator)
+        for block in self.layers():
+            for linear in (block.attention.wo, block.feed_forward.w_down):
+                nn.init.normal_(linear.weight, std=std * depth, generator=generator)
+            if block.attention.alpha is not None and block.attention.alpha.alpha_raw is not None:
+                nn.init.zeros_(block.attention.alpha.alpha_raw)
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+
+    @torch.no_grad()
+    def alphas(self) -> Tensor | None:
+        """float32 (L, H), or None for softmax kinds."""
+        modules = [block.attention.alpha for block in self.layers()]
+        device = self.embedding.weight.device
+        alphas = [alpha(device) for alpha in modules if alpha is not None]
+        return torch.stack(alphas) if alphas else None
+
+    @torch.no_grad()
+    def attention_stats(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
+        """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for softmax kinds."""
+        geometry = make_geometry(self.config, tokens.shape[1], cu_seqlens, None, tokens.device)
+        stats: list[LayerStats] = []
+        x = self.embedding(tokens)
+        for block in self.layers():
+            x = block.forward(
+                x, geometry, stats
+            )  # .forward: a compiled block would be traced once more for this rare call
+        return stats
