@@ -140,8 +140,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{found.path}: weights do not fit the model in {MARKER}: {error}") from error
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
     tokenizer = found.meta["tokenizer"]
     return LoadedModel(
         model=model.to(device).eval(),

@@ -30,9 +30,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         if not self.embedding.weight.is_meta:
             self.init_weights()
 
@@ -59,12 +57,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""
-        return self.head(hidden)
+        return nn.functional.linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C); the embedding itself when tied."""
-        return self.head.weight
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal with init_std, divided by sqrt(2 * n_layers) where a layer writes to the residual stream; norms 1,
@@ -72,7 +70,7 @@ class Transformer(nn.Module):
         deviation 0.01."""
         std, depth = self.config.init_std, (2 * self.config.n_layers) ** -0.5
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
-        if not self.config.tie_embeddings:
+        if self.head is not None:
             nn.init.normal_(self.head.weight, std=std, generator=generator)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):

@@ -1,0 +1,49 @@
+"""Every model and attention YAML builds, and the sizes are what their names say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from model.config import config_from_dict
+from model.transformer import Transformer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PARAMETERS = {  # with the softmax attention; asentmax adds its temperature and alphas
+    "smoke": 3_950_848,
+    "30m": 31_597_056,
+    "125m": 123_587_328,
+    "350m": 359_842_816,
+    "1b": 1_100_048_384,  # TinyLlama-1.1B
+    "8b": 8_030_261_248,  # Llama-3-8B
+}
+
+
+def network(*files: Path) -> dict:
+    merged: dict = {}
+    for file in files:
+        merged.update(yaml.safe_load(file.read_text())["model"]["network"])
+    return merged
+
+
+def test_every_size_has_its_count() -> None:
+    assert {path.stem for path in (CONFIGS / "models").glob("*.yaml")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("attention", sorted((CONFIGS / "attention").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("size", sorted(PARAMETERS))
+def test_builds_on_the_meta_device(size: str, attention: Path) -> None:
+    config = config_from_dict(network(CONFIGS / "models" / f"{size}.yaml", attention))
+    with torch.device("meta"):
+        model = Transformer(config)
+    count = sum(p.numel() for p in model.parameters())
+    scaled = config.n_layers * (config.n_heads - config.n_alibi_heads)
+    extra = {
+        "softmax": 0,
+        "ssmax": scaled,
+        "entmax": config.n_layers * config.n_heads * config.attention.learn_alpha,
+        "asentmax": config.n_layers * config.n_heads * config.attention.learn_alpha + 2 * scaled * (config.d_model + 1),
+    }
+    assert config.attention.kind == attention.stem
+    assert count == PARAMETERS[size] + extra[attention.stem]

@@ -1,0 +1,55 @@
+"""The arrows between folders, and what may not stand in the project."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {  # folder -> own packages that it may import
+    "kernels": {"kernels"},
+    "model": {"model", "kernels"},
+    "data": {"data"},
+    "training": {"training", "model", "data"},
+    "eval": {"eval", "model", "data"},
+    "train.py": {"training", "data"},
+}
+OWN = {"kernels", "model", "data", "training", "eval", "train", "tests", "benchmarks"}
+LEAF_LIBRARIES = {"torch", "triton"}
+
+
+def modules(folder: str) -> list[Path]:
+    path = ROOT / folder
+    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_arrows(folder: str) -> None:
+    found = modules(folder)
+    assert found, folder
+    for path in found:
+        wrong = imports(path) & OWN - ALLOWED[folder]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_kernels_import_torch_and_triton_only() -> None:
+    import sys
+
+    for path in modules("kernels"):
+        foreign = imports(path) - LEAF_LIBRARIES - {"kernels"} - set(sys.stdlib_module_names)
+        assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_entry_point_is_a_table_of_contents() -> None:
+    assert len((ROOT / "train.py").read_text().splitlines()) < 80
