@@ -13,7 +13,9 @@ from torch import Tensor
 from kernels.stats import count_live_tiles
 from kernels.visibility import TILE, VisibleKeys, visible_keys
 
-BLOCK_ELEMENTS = 2**18  # scores held at once: 1 MiB of float32, so that a block's temporaries stay near the cache
+# scores held at once, so that a block's temporaries stay in cache: 1 MiB of float32 on CPU, 32 MiB on CUDA
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+CAUSAL_BLOCKS = 8  # blocks of rows per widest row at least: one block would compute all scores above the diagonal
 MAX_NEWTON_STEPS = 60  # never reached on finite input (3 to 12 are usual); ends the loop
 
 
@@ -39,9 +41,10 @@ class _Blocks:
         self.alpha = self.per_group(alpha)
         self.slopes = None if alibi_slopes is None else self.per_group(alibi_slopes)
         widest = max((hi - lo for lo, hi, _ in visible.blocks(TILE)), default=1)
-        rows = BLOCK_ELEMENTS // max(1, self.repeat * widest)
-        self.rows = min(max(rows // TILE, 1) * TILE, -(-max(self.n_queries, 1) // TILE) * TILE)
-        self.groups = max(1, BLOCK_ELEMENTS // max(1, self.repeat * self.rows * widest))
+        budget = BLOCK_ELEMENTS[q.device.type]
+        rows = min(budget // max(1, self.repeat * widest), -(-widest // CAUSAL_BLOCKS), self.n_queries)
+        self.rows = -(-max(rows, 1) // TILE) * TILE
+        self.groups = max(1, budget // max(1, self.repeat * self.rows * widest))
         self.blocks = visible.blocks(self.rows)
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import entmax as oracle
 import pytest
@@ -12,6 +13,7 @@ import kernels.blockwise
 from kernels import entmax_attention
 from tests.kernels.conftest import ALPHAS, CASES, DOCUMENTS, HEADS, SLOPES, Case
 
+ROOT = Path(__file__).parents[2]
 FAST_BACKENDS = ["torch"]
 case_parameters = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -74,7 +76,7 @@ def test_reference_gradcheck_alpha_included() -> None:
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @case_parameters
 def test_float64_equals_reference(case: Case, backend: str, alpha, block_elements: int, monkeypatch) -> None:
-    monkeypatch.setattr(kernels.blockwise, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setitem(kernels.blockwise.BLOCK_ELEMENTS, "cpu", block_elements)
     expected = outputs_and_gradients(case, torch.float64, alpha, "reference")
     actual = outputs_and_gradients(case, torch.float64, alpha, backend)
     for name, ours, theirs in zip(("out", "dq", "dk", "dv", "dalpha"), actual, expected, strict=True):
@@ -151,25 +153,11 @@ def test_registered_operator_is_sound_and_compiles() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-MEMORY_PROBE = """
-import resource, sys, torch
-from kernels import entmax_attention
-def run(n):
-    q, k, v = (torch.randn(1, 4, n, 64, requires_grad=True) for _ in range(3))
-    entmax_attention(q, k, v, alpha=torch.full((4,), 1.4, requires_grad=True)).sum().backward()
-run(256)
-n = int(sys.argv[1])
-inputs_gradients_output = 8 * 4 * n * 64 * 4
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(n)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024 - inputs_gradients_output)
-"""
-
-
 def test_memory_stays_linear_in_length() -> None:
     """Dense float32 scores of 4 heads alone would take 256 MiB at 4096 tokens."""
-    result = subprocess.run([sys.executable, "-c", MEMORY_PROBE, "4096"], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 64 * 2**20
+    command = [sys.executable, "-m", "benchmarks.memory", "4096", "--device", "cpu"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert float(printed.split("tokens: ")[1].split(" MiB")[0]) < 64, printed
 
 
 def _valid() -> dict:

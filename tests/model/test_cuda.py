@@ -1,0 +1,66 @@
+"""Every attention kind on CUDA against the CPU in float32; needs a CUDA device."""
+
+import copy
+from typing import get_args
+
+import pytest
+import torch
+
+from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions
+from model.transformer import Transformer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DOCUMENTS = torch.tensor([0, 300, 300, 301, 1000, 1536], dtype=torch.int32)
+
+
+def build(kind: AttentionKind, positions: Positions, window: int | None = None) -> Transformer:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=512, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, d_ff=256)
+    return Transformer(ModelConfig(**sizes, positions=positions, window=window, attention=AttentionConfig(kind=kind)))
+
+
+def run(model: Transformer, cu_seqlens: torch.Tensor | None, dtype: torch.dtype | None):
+    """Hidden states and the gradient of the query projection."""
+    device = model.embedding.weight.device
+    tokens = torch.randint(0, 512, (1, 1536), generator=torch.Generator().manual_seed(1)).to(device)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        hidden = model(tokens, cu_seqlens, 1536)
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    gradient = torch.autograd.grad((hidden.float() * weight).sum(), model.blocks[0].attention.wq.weight)[0]
+    return hidden.float().cpu(), gradient.cpu()
+
+
+def relative(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((ours - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("positions", get_args(Positions))
+@pytest.mark.parametrize("kind", get_args(AttentionKind))
+def test_cuda_agrees_with_cpu(kind, positions, window, documents, dtype) -> None:
+    """float32 within 1e-3 (TF32 is off by default); bfloat16 within 3x what autocast loses on the CPU."""
+    model = build(kind, positions, window)
+    truth = run(model, documents, None)
+    on_gpu = run(copy.deepcopy(model).cuda(), documents, dtype)
+    allowed = (
+        [1e-3, 1e-3]
+        if dtype is None
+        else [3 * relative(a, b) for a, b in zip(run(model, documents, dtype), truth, strict=True)]
+    )
+    for ours, expected, limit in zip(on_gpu, truth, allowed, strict=True):
+        assert relative(ours, expected) <= limit
+
+
+@pytest.mark.parametrize("kind", ["softmax", "asentmax"])
+@pytest.mark.parametrize("positions", ["rope", "nape"])
+def test_compiled_blocks_agree(kind, positions) -> None:
+    model = build(kind, positions).cuda()
+    eager = run(model, DOCUMENTS, torch.bfloat16)
+    for block in model.blocks:
+        block.compile()
+    for ours, expected in zip(run(model, DOCUMENTS, torch.bfloat16), eager, strict=True):
+        assert relative(ours, expected) < 2e-2
