@@ -1,0 +1,351 @@
+"""Batches of packed sequences for Lightning, in an order that does not depend on workers, ranks or restarts.
+
+Optimizer step s of the run consumes the global samples [s * G, (s + 1) * G), G the global batch size; micro-batch a of
+rank r out of W takes micro_batch_size samples from s * G + (a * W + r) * micro_batch_size on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from data.packing import Packing
+from data.store import TokenStore, Verify, read_json
+
+Batch = dict[str, Tensor | int]
+
+
+@dataclass
+class SourceConfig:
+    """A prepared corpus in the mixture; see data.packing.Packing for what the numbers mean exactly.
+
+    Args:
+        path: folder that data.prepare wrote (with train/, heldout/, manifest.json)
+        weight: share of the sequences, relative to the other sources
+        length_buckets: lower bound of a document's tokens -> factor; {0: 1.0, 8192: 2.0} shows each token of documents
+            of at least 8192 tokens twice as often as the others; factor 0 leaves documents out
+    """
+
+    path: str
+    weight: float = 1.0
+    length_buckets: dict[int, float] = field(default_factory=lambda: {0: 1.0})
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight of source {self.path} is {self.weight}, expected a number above 0")
+        bounds, factors = sorted(self.length_buckets), self.length_buckets.values()
+        if not bounds or bounds[0] != 0:
+            raise ValueError(
+                f"length_buckets of source {self.path} are {self.length_buckets}, expected a bucket from 0 on"
+            )
+        if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or not any(factors):
+            raise ValueError(
+                f"length_buckets of source {self.path} are {self.length_buckets}, expected factors >= 0, one above 0"
+            )
+
+
+class PackedDataset(Dataset[Batch]):
+    """Maps a range of global sample indices to one micro-batch."""
+
+    def __init__(self, packing: Packing, num_samples: int) -> None:
+        self.packing = packing
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, samples: range) -> Batch:
+        """One micro-batch, its N = samples x sequence_length tokens flattened into one row.
+
+        tokens, labels: (1, N) int64, labels -100 where nothing is to be predicted. cu_seqlens: (documents + 1,) int32.
+        max_seqlen: int, the sequence length. sample_ids: (samples,) int64.
+        """
+        sequences = [self.packing.sequence(i) for i in samples]
+        lengths = torch.cat([torch.from_numpy(sequence.lengths) for sequence in sequences])
+        return {
+            "tokens": torch.cat([torch.from_numpy(sequence.tokens) for sequence in sequences])[None],
+            "labels": torch.cat([torch.from_numpy(sequence.labels) for sequence in sequences])[None],
+            "cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            "max_seqlen": self.packing.sequence_length,  # an upper bound that is the same for every batch
+            "sample_ids": torch.tensor(samples, dtype=torch.int64),
+        }
+
+
+class MicroBatchSampler(DistributedSampler[Batch]):
+    """Ranges of global samples for the micro-batches of one rank.
+
+    A DistributedSampler, so that Lightning leaves it alone instead of putting its own in its place. Its length counts
+    the micro-batches of the whole run, those already consumed included: Lightning's progress counters, which it
+    restores from a checkpoint, count them too, and with a length it never fetches a batch ahead.
+    """
+
+    def __init__(self, data: PackedDataModule, dataset: PackedDataset, rank: int, world_size: int) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+        self._data = data
+        self._stride = data.micro_batch_size * world_size
+        self._offset = data.micro_batch_size * rank
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self._stride  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[range]:  # type: ignore[override]
+        run = len(self.dataset)  # type: ignore[arg-type]
+        consumed = self._data.consumed_samples
+        end = (consumed // run + 1) * run  # of this epoch; an epoch is the whole run where max_steps is given
+        for start in range(consumed + self._offset, end, self._stride):
+            yield range(start, start + self._data.micro_batch_size)
+
+
+class ValidationSampler(DistributedSampler[Batch]):
+    """Ranges of the first samples of the held-out split, each on one rank."""
+
+    def __init__(self, dataset: PackedDataset, micro_batch_size: int, rank: int, world_size: int) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+        first, end = rank * micro_batch_size, len(dataset)
+        starts = range(first, end, world_size * micro_batch_size)
+        self._micro_batches = [range(start, start + micro_batch_size) for start in starts]
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    def __iter__(self) -> Iterator[range]:  # type: ignore[override]
+        return iter(self._micro_batches)
+
+
+class PackedDataModule(lightning.LightningDataModule):
+    """Mixture of prepared corpora, packed; see the module's docstring for the order.
+
+    The training side sets `consumed_samples` after each optimizer step (global samples, not fetched ones); it is the
+    whole state. Batches: see PackedDataset.
+
+    Args:
+        sources: corpora of the mixture; all prepared with one tokenizer
+        sequence_length: tokens of a sequence
+        global_batch_size: sequences of an optimizer step, over all ranks and accumulated micro-batches
+        micro_batch_size: sequences that one rank computes at once
+        seed: of the order
+        intra_document: attention and loss stay within documents; False lets them cross
+        num_workers: loader processes per rank
+        val_sequences: held-out sequences of a validation, over all ranks, the same for every seed; 0 for no validation
+        verify: "checksum" reads every shard once at the start, "size" compares sizes only
+    """
+
+    def __init__(
+        self,
+        sources: list[SourceConfig],
+        sequence_length: int = 1024,
+        global_batch_size: int = 64,
+        micro_batch_size: int = 8,
+        seed: int = 0,
+        intra_document: bool = True,
+        num_workers: int = 1,
+        val_sequences: int = 64,
+        verify: Verify = "checksum",
+    ) -> None:
+        super().__init__()
+        if not sources:
+            raise ValueError("data.sources is empty; give at least one prepared corpus")
+        limits = {"sequence_length": (sequence_length, 2), "global_batch_size": (global_batch_size, 1)}
+        limits |= {"micro_batch_size": (micro_batch_size, 1), "num_workers": (num_workers, 0)}
+        limits |= {"val_sequences": (val_sequences, 0), "seed": (seed, 0)}
+        for name, (value, least) in limits.items():
+            if value < least:
+                raise ValueError(f"data.{name} is {value}, expected at least {least}")
+        self.sources = sources
+        self.sequence_length = sequence_length
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.intra_document = intra_document
+        self.num_workers = num_workers
+        self.val_sequences = val_sequences
+        self.verify = verify
+        self.consumed_samples = 0
+        self._stores: dict[str, list[TokenStore]] = {}
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step. Raises ValueError when they do not divide the global batch."""
+        together = self.micro_batch_size * world_size
+        if self.global_batch_size % together:
+            raise ValueError(
+                f"data.global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {world_size} ranks; change one of them"
+            )
+        return self.global_batch_size // together
+
+    def prepare_data(self) -> None:
+        """Verify every shard once per node."""
+        for source in self.sources:
+            for split in self._splits_of(source):
+                TokenStore(Path(source.path) / split, verify=self.verify)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the corpora. Raises FileNotFoundError or ValueError for missing, damaged or mismatching ones."""
+        if self._stores:
+            return
+        stores: dict[str, list[TokenStore]] = {"train": [], "heldout": []}
+        for source in self.sources:
+            for split in self._splits_of(source):
+                stores[split].append(TokenStore(Path(source.path) / split, verify="size"))
+        first = stores["train"][0]
+        for store in stores["train"]:
+            if store.fingerprint_of_tokenizer != first.fingerprint_of_tokenizer:
+                raise ValueError(
+                    f"sources have different tokenizers: {first.folder.parent} {first.fingerprint_of_tokenizer[:12]}, "
+                    f"{store.folder.parent} {store.fingerprint_of_tokenizer[:12]}; prepare one with --tokenizer.path "
+                    f"{first.tokenizer_path}"
+                )
+        self._stores = stores
+
+    def _splits_of(self, source: SourceConfig) -> list[str]:
+        """The splits to open: train always, heldout where the source has held out anything."""
+        way_out = f"prepare the corpus first: python -m data.prepare --config ... --output {source.path}"
+        splits = read_json(Path(source.path) / "manifest.json", way_out)["splits"]
+        return ["train"] + ["heldout"] * bool(self.val_sequences and splits["heldout"]["documents"])
+
+    def _store(self) -> TokenStore:
+        if not self._stores:
+            raise RuntimeError("PackedDataModule is not set up; call setup() first")
+        return self._stores["train"][0]
+
+    @property
+    def tokenizer_path(self) -> str:
+        return os.fspath(self._store().tokenizer_path)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self._store().fingerprint_of_tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._store().vocab_size
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_packing(self) -> Packing:
+        """The sequences of the run."""
+        self._store()
+        return Packing(
+            self._stores["train"],
+            weights=[source.weight for source in self.sources],
+            length_buckets=[source.length_buckets for source in self.sources],
+            names=[source.path for source in self.sources],
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            intra_document=self.intra_document,
+        )
+
+    def _samples_of_run(self, packing: Packing) -> int:
+        """Global samples of max_steps steps; without max_steps, the whole steps of one pass over every stream."""
+        max_steps = self.trainer.max_steps if self.trainer else -1
+        steps = max_steps if max_steps > 0 else packing.sequences_per_pass // self.global_batch_size
+        if steps == 0:
+            raise ValueError(
+                f"one pass over the sources has {packing.sequences_per_pass} sequences, fewer than global_batch_size "
+                f"{self.global_batch_size}; set trainer.max_steps or a smaller global_batch_size"
+            )
+        return steps * self.global_batch_size
+
+    def _loader(self, dataset: PackedDataset, sampler: DistributedSampler[Batch]) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=None,  # the sampler gives whole micro-batches
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches of this rank from `consumed_samples` on."""
+        rank, world_size = self._rank_and_world_size()
+        self.accumulation(world_size)
+        if self.consumed_samples % self.global_batch_size:
+            raise ValueError(
+                f"consumed_samples {self.consumed_samples} is no whole number of global batches of "
+                f"{self.global_batch_size}; resume with the global_batch_size of the checkpoint's run"
+            )
+        # The position is kept here and not in the loader, which Lightning takes for a loader that starts over.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+        packing = self.train_packing()
+        dataset = PackedDataset(packing, self._samples_of_run(packing))
+        return self._loader(dataset, MicroBatchSampler(self, dataset, rank, world_size))
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The first val_sequences sequences of the held-out splits, in an order that does not depend on the seed."""
+        if not self.val_sequences:
+            return []
+        self._store()
+        heldout = {store.folder.parent: store for store in self._stores["heldout"]}
+        sources = [source for source in self.sources if Path(source.path) in heldout]
+        if not sources:
+            raise ValueError("no source has held-out documents; prepare one with them or set data.val_sequences to 0")
+        packing = Packing(
+            [heldout[Path(source.path)] for source in sources],
+            weights=[source.weight for source in sources],
+            length_buckets=[{0: 1.0} for _ in sources],
+            names=[f"{source.path} (heldout)" for source in sources],
+            sequence_length=self.sequence_length,
+            seed=0,
+            intra_document=self.intra_document,
+        )
+        rank, world_size = self._rank_and_world_size()
+        self._check_validation(packing, world_size)
+        dataset = PackedDataset(packing, self.val_sequences)
+        return self._loader(dataset, ValidationSampler(dataset, self.micro_batch_size, rank, world_size))
+
+    def _check_validation(self, packing: Packing, world_size: int) -> None:
+        if self.val_sequences % (self.micro_batch_size * world_size):
+            raise ValueError(
+                f"data.val_sequences {self.val_sequences} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {world_size} ranks; change one of them"
+            )
+        if self.val_sequences > packing.sequences_per_pass:
+            raise ValueError(
+                f"data.val_sequences is {self.val_sequences}, but the held-out splits give only "
+                f"{packing.sequences_per_pass} sequences of {self.sequence_length} tokens; use fewer or hold out more"
+            )
+
+    def _order(self) -> dict[str, Any]:
+        """Everything besides the number of a sample that decides what it holds."""
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "intra_document": self.intra_document,
+            "sources": [
+                {
+                    "weight": source.weight,
+                    "length_buckets": {
+                        str(bound): source.length_buckets[bound] for bound in sorted(source.length_buckets)
+                    },
+                    "tokens": store.num_tokens,
+                    "tokenizer_fingerprint": store.fingerprint_of_tokenizer,
+                }
+                for source, store in zip(self.sources, self._stores["train"], strict=True)
+            ],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_samples": self.consumed_samples, "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue behind the consumed samples. Raises ValueError when the data order of the run was another."""
+        self.setup()
+        for key, value in self._order().items():
+            if state_dict["order"][key] != value:
+                raise ValueError(
+                    f"the checkpoint was trained with data.{key} {state_dict['order'][key]}, the config has {value}; "
+                    "restore it, or start a new run from the checkpoint's weights"
+                )
+        self.consumed_samples = state_dict["consumed_samples"]

@@ -1,0 +1,310 @@
+"""Preparing: the same bytes whatever happens on the way, refusals, and every corpus YAML."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import encoding
+from data.corpora import Document
+from data.encoding import read_groups
+from data.prepare import main
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "data"
+PrepareTexts = Callable[..., Path]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data.prepare", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_workers_and_output_folder_do_not_change_a_byte(
+    prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path
+) -> None:
+    again = prepare_texts(tmp_path / "again", "--heldout_fraction=0.2", "--workers=2")
+    assert contents(again) == contents(prepared)
+    assert len(list((again / "train").glob("*.bin"))) > 2
+    assert not (again / "progress").exists()
+
+
+def test_a_run_that_is_interrupted_after_any_group_continues_to_the_same_bytes(
+    prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file = encoding.write_file
+    written: list[str] = []
+
+    def fail_after_one(path: Path, content: bytes) -> None:
+        if written:
+            raise KeyboardInterrupt
+        write_file(path, content)
+        written.append(path.name)
+
+    output = tmp_path / "interrupted"
+    monkeypatch.setattr(encoding, "write_file", fail_after_one)
+    order: list[str] = []
+    for _ in range(20):
+        try:
+            prepare_texts(output, "--heldout_fraction=0.2")
+            break
+        except KeyboardInterrupt:
+            with pytest.raises(FileNotFoundError, match="manifest.json does not exist"):
+                TokenStore(output / "train")
+        order += written
+        written.clear()
+    assert len(order) > 2 and order == sorted(set(order))  # each run did one group, none was done twice
+    assert contents(output) == contents(prepared)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.25])
+def test_a_killed_run_continues_to_the_same_bytes(prepared: Path, texts: Path, tmp_path: Path, delay: float) -> None:
+    output = tmp_path / "killed"
+    arguments = ["--corpus=data.corpora.TextFiles", f"--corpus.paths=[{texts}]", f"--output={output}", "--workers=2"]
+    arguments += ["--tokenizer.vocab_size=400", "--shard_bytes=40000", "--heldout_fraction=0.2"]
+    process = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list(output.glob("tokenizer.model*")) and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (output / "manifest.json").exists()
+    assert run(*arguments).returncode == 0
+    assert contents(output) == contents(prepared)
+
+
+def test_a_shard_is_finished_only_with_its_record(
+    prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "half"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoding, "write_file", fail)
+        prepare_texts(output, "--heldout_fraction=0.2")
+    shard = output / "train" / "000000.bin"
+    assert shard.exists()
+    shard.write_bytes(b"half")
+    (output / "train" / "000000.bin.1.tmp").write_bytes(b"left behind")
+    prepare_texts(output, "--heldout_fraction=0.2")
+    assert contents(output) == contents(prepared)
+
+
+def test_a_second_run_says_that_it_is_done_within_two_seconds_of_work(prepared: Path, texts: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")}
+    arguments = ["--corpus=data.corpora.TextFiles", f"--corpus.paths=[{texts}]", f"--output={prepared}"]
+    arguments += ["--tokenizer.vocab_size=400", "--shard_bytes=40000", "--heldout_fraction=0.2"]
+    start = os.times()
+    result = run(*arguments)
+    end = os.times()
+    assert "is already prepared: heldout" in result.stdout and result.returncode == 0
+    assert end.children_user + end.children_system - start.children_user - start.children_system < 2
+    assert before == {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")}
+
+
+def test_a_changed_config_is_refused_and_named(prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        prepare_texts(prepared, "--heldout_fraction=0.3", "--tokenizer.sample_bytes=1000")
+    assert "heldout_fraction: 0.2 there, 0.3 now" in str(error.value)
+    assert "tokenizer.sample_bytes: 33554432 there, 1000 now" in str(error.value)
+    assert "choose another --output, or start over with --overwrite true" in str(error.value)
+
+
+def test_a_changed_corpus_is_refused_and_overwrite_starts_over(tmp_path: Path) -> None:
+    corpus, output = tmp_path / "corpus", tmp_path / "out"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("some words of text\n" * 100)
+    arguments = ["--corpus=data.corpora.TextFiles", f"--corpus.paths=[{corpus}]", f"--output={output}", "--workers=1"]
+    arguments += ["--tokenizer.vocab_size=370"]
+    main(arguments)
+    (corpus / "b.txt").write_text("more words\n")
+    with pytest.raises(ValueError, match="corpus_identity: .* there, .* now"):
+        main(arguments)
+    main([*arguments, "--overwrite=true"])
+    assert TokenStore(output / "train").num_documents == 2
+
+
+def test_a_run_killed_behind_its_manifest_is_done(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
+    output = prepare_texts(tmp_path / "out")
+    before = contents(output)
+    (output / "progress").mkdir()
+    (output / "progress" / "000000.json").write_text("{}")
+    prepare_texts(output)
+    assert contents(output) == before
+
+
+def test_an_overwrite_that_was_killed_must_be_repeated(
+    prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = prepare_texts(tmp_path / "out")
+    before = contents(output)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", fail)
+        prepare_texts(output, "--overwrite=true")
+    with pytest.raises(ValueError, match="start over with --overwrite true"):
+        prepare_texts(output)
+    prepare_texts(output, "--overwrite=true")
+    assert contents(output) == before
+
+
+def test_foreign_files_are_never_touched(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.txt").write_text("precious")
+    for options in ([], ["--overwrite=true"]):
+        with pytest.raises(ValueError, match="holds files of something else"):
+            prepare_texts(tmp_path, *options)
+    assert (tmp_path / "train" / "mine.txt").exists()
+
+
+def test_two_runs_do_not_share_a_folder(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
+    code = f"import data.prepare, pathlib\nwith data.prepare.locked(pathlib.Path({str(tmp_path)!r})): print(1); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout and holder.stdout.readline()
+    with pytest.raises(ValueError, match="another run is preparing"):
+        prepare_texts(tmp_path)
+    holder.communicate(b"\n")
+    prepare_texts(tmp_path)
+
+
+def test_groups_hold_bounded_text_and_are_read_as_they_are_needed() -> None:
+    read = []
+
+    def documents() -> object:
+        for number in range(1000):
+            read.append(number)
+            yield Document(None if number % 10 == 0 else "x" * 100)
+
+    groups = read_groups(documents(), lambda _: False, shard_bytes=1000, first=0, skip=0)  # type: ignore[arg-type]
+    group = next(groups)
+    assert group.num_bytes == 1000 and len(read) == group.end == 12 and group.undecodable == 2
+    assert sum(len(g.texts["train"]) for g in groups) + 10 == 900
+
+
+def test_heldout_documents_are_chosen_by_their_text(
+    prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path
+) -> None:
+    counts = json.loads((prepared / "manifest.json").read_text())["splits"]
+    assert 0.05 < counts["heldout"]["documents"] / 60 < 0.4
+    other = prepare_texts(tmp_path / "b", "--heldout_fraction=0.2", "--shard_bytes=7000", "--max_documents=30")
+    tokenizers = [Tokenizer(folder / "tokenizer.model") for folder in (prepared, other)]
+
+    def heldout_texts(folder: Path, tokenizer: Tokenizer) -> set[str]:
+        store = TokenStore(folder / "heldout")
+        return {tokenizer.decode(store.document(i).tolist()) for i in range(store.num_documents)}
+
+    many, few = heldout_texts(prepared, tokenizers[0]), heldout_texts(other, tokenizers[1])
+    assert few < many and {text for text in many if int(text.split()[1]) < 30} == few
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heldout_fraction=1.5"], r"heldout_fraction is 1.5, expected a number in \[0, 1\)"),
+        (["--heldout_fraction=0.1", "--heldout_groups=[a]"], "both set"),
+        (["--heldout_groups=[asyncioo]"], "names 'asyncioo', which the corpus does not have"),
+        (["--workers=0"], "workers is 0, expected at least 1"),
+        (["--tokenizer.vocab_size=99999"], "vocab_size 99999 cannot be trained"),
+        (["--tokenizer.path=/nowhere/t.model"], "/nowhere/t.model does not exist"),
+        (["--corpus.paths=[/nowhere/*.txt]"], "no file matches corpus path '/nowhere/"),
+        (["--max_documents=1", "--heldout_fraction=0.999999"], "training split"),
+    ],
+)
+def test_bad_settings_are_named(prepare_texts: PrepareTexts, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare_texts(tmp_path / "out", *options)
+
+
+def test_the_command_line_ends_with_one_error_line(tmp_path: Path) -> None:
+    result = run("--corpus=data.corpora.TextFiles", "--corpus.paths=[/nowhere]", f"--output={tmp_path}")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "error: no file matches corpus path '/nowhere'; expected a file, a folder or a glob pattern"
+    ]
+    result = run("--config", str(CONFIGS / "prepare_stdlib.yaml"), "--shard_bites=3")
+    assert result.returncode == 2 and "shard_bites" in result.stderr
+
+
+def test_stdlib_yaml_holds_out_packages_with_long_documents(tmp_path: Path) -> None:
+    output = tmp_path / "stdlib"
+    main([f"--config={CONFIGS / 'prepare_stdlib.yaml'}", f"--output={output}", "--workers=1"])
+    train, heldout = TokenStore(output / "train"), TokenStore(output / "heldout")
+    assert heldout.vocab_size == 4096
+    assert 0.07 < heldout.num_bytes.sum() / (train.num_bytes.sum() + heldout.num_bytes.sum()) < 0.11
+    assert (heldout.lengths >= 4096).sum() >= 10 and (heldout.lengths > 8192).sum() >= 5
+    assert train.num_bytes.sum() / train.num_tokens > 3.3
+
+
+def test_source_tree_yaml_with_one_package(tmp_path: Path) -> None:
+    settings = ["--corpus.packages=[networkx]", "--corpus.exclude=[tests, algorithms]"]
+    settings += ["--heldout_groups=[networkx/drawing]", "--tokenizer.vocab_size=1000", "--workers=1"]
+    main([f"--config={CONFIGS / 'prepare_source_tree.yaml'}", f"--output={tmp_path / 'tree'}", *settings])
+    assert TokenStore(tmp_path / "tree" / "heldout").num_documents > 2
+
+
+def write_hub_folder(folder: Path, file_name: str, rows: list[dict[str, object]], config: str) -> None:
+    """A folder that datasets.load_dataset reads like a hub repository."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / file_name
+    path.parent.mkdir(parents=True)
+    if file_name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {file_name}\n---\n"
+    )
+
+
+FINEWEB_ROW: dict[str, object] = {"text": "", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2024-10"}
+FINEWEB_ROW |= {"url": "https://a.example", "file_path": "s3://x"}
+FINEWEB_ROW |= {"language": "en", "language_score": 0.9, "token_count": 100, "score": 3.1, "int_score": 3}
+DCLM_ROW: dict[str, object] = {"text": "", "language_id_whole_page_fasttext": {"en": 0.9}}
+DCLM_ROW |= {"bff_contained_ngram_count_before_dedupe": 0}
+DCLM_ROW |= {"metadata": {"Content-Length": "5"}, "previous_word_count": 5, "url": "https://a.example", "warcinfo": "w"}
+DCLM_ROW |= {"fasttext_openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train_prob": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "file_name", "config", "row"),
+    [
+        ("fineweb_edu", "sample/10BT/000.parquet", "sample-10BT", FINEWEB_ROW),
+        ("dclm", "global-shard_01/shard_0.jsonl", "default", DCLM_ROW),
+    ],
+)
+def test_hub_yamls_on_a_stand_in_of_the_same_schema(
+    prepared: Path, tmp_path: Path, name: str, file_name: str, config: str, row: dict[str, object]
+) -> None:
+    texts = [f"web page {i}: \u2581 naïve\r\n" + "word " * i for i in range(1, 40)]
+    write_hub_folder(tmp_path / "hub", file_name, [row | {"text": text} for text in texts], config)
+    settings = [f"--config={CONFIGS / f'prepare_{name}.yaml'}", f"--corpus.path={tmp_path / 'hub'}", "--workers=1"]
+    settings += [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--shard_bytes=500", "--max_documents=30"]
+    main([*settings, f"--output={tmp_path / 'out'}", "--heldout_fraction=0.1"])
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    stores = [TokenStore(tmp_path / "out" / split) for split in ("train", "heldout")]
+    found = {tokenizer.decode(store.document(i).tolist()) for store in stores for i in range(store.num_documents)}
+    assert found == set(texts[:30])
+    assert stores[0].fingerprint_of_tokenizer == TokenStore(prepared / "train").fingerprint_of_tokenizer
+    text = (CONFIGS / f"prepare_{name}.yaml").read_text()
+    assert re.search(r"path: (HuggingFaceFW/fineweb-edu|mlfoundations/dclm-baseline-1.0)\n", text)
