@@ -3,24 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUNS := runs/smoke
-CORPUS := prepared/stdlib
-export TOKENIZERS_PARALLELISM := false
+SMOKE := --config configs/models/smoke.yaml --config configs/data/stdlib.yaml --config configs/smoke.yaml
 
 .PHONY: train test lint clean
 
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python %d.%d found, 3.11 or newer needed: make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("error: Python %d.%d found, 3.11 or newer needed: make PYTHON=python3.11" % v[:2] if v < (3, 11) else 0)'
+	@echo "installing requirements.txt into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --requirement requirements.txt
 	@touch $@
+
+# CUDA where there is a device
+cluster = $(shell $(PY) -c 'import torch; print("one_gpu" if torch.cuda.is_available() else "cpu")')
 
 train: $(VENV)/.installed
 	$(PY) -m data.prepare --config configs/data/prepare_stdlib.yaml
-	for kind in asentmax softmax; do \
-	  $(PY) train.py --config configs/models/smoke.yaml --config configs/attention/$$kind.yaml --config configs/data/stdlib.yaml \
-	    --config configs/smoke.yaml --run_dir $(RUNS)/$$kind --resume auto || exit 1; \
-	done
-	$(PY) -m eval.run $(RUNS)/asentmax $(RUNS)/softmax --data $(CORPUS) --output $(RUNS)/report
+	$(PY) train.py $(SMOKE) --config configs/attention/asentmax.yaml --config configs/cluster/$(cluster).yaml --run_dir $(RUNS)/asentmax --resume auto
+	$(PY) train.py $(SMOKE) --config configs/attention/softmax.yaml --config configs/cluster/$(cluster).yaml --run_dir $(RUNS)/softmax --resume auto
+	$(PY) -m eval.run $(RUNS)/asentmax $(RUNS)/softmax --data prepared/stdlib --output $(RUNS)/report
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
@@ -28,7 +29,7 @@ lint: $(VENV)/.installed
 	$(PY) -m mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs prepared

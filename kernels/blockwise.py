@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels.stats import count_live_tiles
 from kernels.visibility import TILE, VisibleKeys, visible_keys
 
-# scores held at once, so that a block's temporaries stay in cache: 1 MiB of float32 on CPU, 32 MiB on CUDA
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+# scores held at once: on CPU 1 MiB of float32, whose temporaries stay in cache; on CUDA 128 MiB, for few launches
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 CAUSAL_BLOCKS = 8  # blocks of rows per widest row at least: one block would compute all scores above the diagonal
 MAX_NEWTON_STEPS = 60  # never reached on finite input (3 to 12 are usual); ends the loop
 

@@ -38,10 +38,8 @@ def softmax_attention(
     """
     if q.is_cuda and uses_flex(q.device, cu_seqlens, alibi_slopes, window):
         score_mod = None if alibi_slopes is None else _alibi_score_mod(alibi_slopes)
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        return flex(
-            q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        return flex(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     if q.is_cuda and cu_seqlens is not None and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, window)
     if cu_seqlens is None:

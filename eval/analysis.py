@@ -1,0 +1,181 @@
+"""From raw sums to numbers with 95 % intervals: per run, and paired between runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.config import EvalConfig
+from eval.needle import NeedleCell
+from eval.perplexity import Sums
+from eval.results import Measurement
+from eval.statistics import Interval, bootstrap_paired, bootstrap_ratio, wilson
+
+INTERVAL_METHODS = (
+    "Bits per byte and perplexity: bootstrap over documents. Needles: Wilson, with samples, not tokens, as the "
+    "independent trials. All intervals are 95 %."
+)
+
+
+@dataclass(frozen=True)
+class LengthScore:
+    """Perplexity (per token) and bits per byte with contexts of multiple * training length tokens."""
+
+    multiple: int
+    tokens: int
+    perplexity: Interval
+    bits_per_byte: Interval
+
+
+@dataclass(frozen=True)
+class PositionScore:
+    """Perplexity of the tokens predicted at positions start ... stop - 1 of the longest context."""
+
+    start: int
+    stop: int
+    perplexity: Interval
+
+
+@dataclass(frozen=True)
+class NeedleScore:
+    """One cell: depth None is the controls; pooled cells over all depths have depth "all"."""
+
+    multiple: int
+    depth: float | str | None
+    samples: int
+    token_accuracy: Interval
+    exact_match: Interval
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The numbers of one run. perplexity and bits_per_byte are the headline: held-out text at the training length."""
+
+    label: str
+    perplexity: Interval
+    bits_per_byte: Interval
+    tokens: int
+    bytes: int
+    documents: int
+    lengths: list[LengthScore]
+    positions: list[PositionScore]
+    needles: list[NeedleScore]
+    needles_by_length: list[NeedleScore]
+    chance: NeedleScore | None
+
+
+@dataclass(frozen=True)
+class LengthPair:
+    """Paired comparison at one length: difference in bits per byte, ratio of perplexities."""
+
+    multiple: int
+    bits_per_byte_difference: Interval
+    perplexity_ratio: Interval
+
+
+@dataclass(frozen=True)
+class PairSummary:
+    """A run against the baseline over the same documents; below zero or one, the run is better."""
+
+    label: str
+    baseline: str
+    bits_per_byte_difference: Interval
+    bits_per_byte_ratio: Interval
+    lengths: list[LengthPair]
+
+
+def summarise(measurement: Measurement, config: EvalConfig) -> RunSummary:
+    """Intervals of one run."""
+    plan, perplexity = measurement.plan, measurement.perplexity
+    headline = perplexity.headline
+    controls = [cell for cell in measurement.needles if cell.depth is None]
+    return RunSummary(
+        label=measurement.label,
+        perplexity=_perplexity(headline, config),
+        bits_per_byte=_bits_per_byte(headline, config),
+        tokens=sum(headline.tokens),
+        bytes=sum(headline.bytes),
+        documents=len(headline.documents),
+        lengths=[
+            LengthScore(m, m * plan.base_length, _perplexity(sums, config), _bits_per_byte(sums, config))
+            for m, sums in perplexity.by_length.items()
+        ],
+        positions=_positions(measurement, config),
+        needles=[_needle_score([cell], cell.depth) for cell in measurement.needles],
+        needles_by_length=_needles_by_length(measurement.needles),
+        chance=_needle_score(controls, None) if controls else None,
+    )
+
+
+def pair(run: Measurement, baseline: Measurement, config: EvalConfig) -> PairSummary:
+    """Paired comparison of two runs.
+
+    Raises:
+        ValueError: the two were not scored on the same documents.
+    """
+    ours, theirs = run.perplexity, baseline.perplexity
+    if run.plan != baseline.plan:
+        raise ValueError(f"{run.label} and {baseline.label} were scored on different documents and cannot be paired")
+    difference, ratio = _paired(ours.headline, theirs.headline, ours.headline.bytes, config)
+    lengths = []
+    for multiple, sums in ours.by_length.items():
+        other = theirs.by_length[multiple]
+        bits, _ = _paired(sums, other, sums.bytes, config)
+        nats, _ = _paired(sums, other, sums.tokens, config)
+        lengths.append(LengthPair(multiple, bits.map(_bits), nats.map(math.exp)))
+    return PairSummary(run.label, baseline.label, difference.map(_bits), ratio, lengths)
+
+
+def choose_baseline(measurements: Sequence[Measurement]) -> Measurement:
+    """The only softmax run where there is exactly one, else the first run."""
+    softmax = [one for one in measurements if attention_kind(one) == "softmax"]
+    return softmax[0] if len(softmax) == 1 else measurements[0]
+
+
+def attention_kind(measurement: Measurement) -> str:
+    return str(measurement.model["attention"]["kind"])
+
+
+def _bits(nats: float) -> float:
+    return nats / math.log(2)
+
+
+def _perplexity(sums: Sums, config: EvalConfig) -> Interval:
+    return bootstrap_ratio(sums.loss, sums.tokens, config.bootstrap_samples, config.seed).map(math.exp)
+
+
+def _bits_per_byte(sums: Sums, config: EvalConfig) -> Interval:
+    return bootstrap_ratio(sums.loss, sums.bytes, config.bootstrap_samples, config.seed).map(_bits)
+
+
+def _paired(first: Sums, second: Sums, denominators: list[int], config: EvalConfig) -> tuple[Interval, Interval]:
+    return bootstrap_paired(first.loss, second.loss, denominators, config.bootstrap_samples, config.seed)
+
+
+def _positions(measurement: Measurement, config: EvalConfig) -> list[PositionScore]:
+    losses = np.array(measurement.perplexity.position_loss)  # (documents, bins)
+    edges = measurement.plan.edges
+    scores = []
+    for i, tokens in enumerate(measurement.perplexity.position_tokens):
+        interval = bootstrap_ratio(losses[:, i], np.full(len(losses), tokens), config.bootstrap_samples, config.seed)
+        scores.append(PositionScore(edges[i], edges[i + 1], interval.map(math.exp)))
+    return scores
+
+
+def _needles_by_length(cells: Sequence[NeedleCell]) -> list[NeedleScore]:
+    multiples = list(dict.fromkeys(cell.multiple for cell in cells))
+    return [_needle_score([c for c in cells if c.multiple == m and c.depth is not None], "all") for m in multiples]
+
+
+def _needle_score(cells: Sequence[NeedleCell], depth: float | str | None) -> NeedleScore:
+    hits = [hit for cell in cells for hit in cell.hits]
+    tokens = [count for cell in cells for count in cell.tokens]
+    exact = sum(hit == count for hit, count in zip(hits, tokens, strict=True))
+    return NeedleScore(
+        cells[0].multiple,
+        depth,
+        len(hits),
+        wilson(sum(hits) / sum(tokens), len(hits)),
+        wilson(exact / len(hits), len(hits)),
+    )

@@ -1,0 +1,273 @@
+"""The report's figures. Colours are Okabe and Ito's (safe for colour-blind readers); markers repeat the distinction."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from eval.analysis import NeedleScore, RunSummary
+from eval.attention_profile import LayerProfile
+from eval.metrics import Series
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: dict[Any, Any] = {
+    "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea",
+    "axes.axisbelow": True, "figure.dpi": 130, "savefig.dpi": 130, "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True, "font.family": "DejaVu Sans",
+}  # fmt: skip
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _log_ticks(axes: Axes, values: Sequence[float], labels: Sequence[str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(values), list(labels))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _plain_log_y(axes: Axes) -> None:
+    axes.set_yscale("log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    # Within one decade the major ticks alone leave an axis almost bare.
+    axes.yaxis.set_minor_formatter(plain if high / low < 12 else NullFormatter())
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+    """Writes each line's label right of its end (x, y), in its colour, pushed apart where lines end close together."""
+    gap = 15.0  # points
+    points = 72 / axes.figure.dpi
+    heights = [float(axes.transData.transform((x, y))[1]) * points for x, y, _ in ends]
+    placed: list[float] = []
+    for index in sorted(range(len(ends)), key=heights.__getitem__):
+        height = max(heights[index], placed[-1] + gap) if placed else heights[index]
+        placed.append(height)
+        x, y, label = ends[index]
+        axes.annotate(
+            label, (x, y), xytext=(14, height - heights[index]), textcoords="offset points", va="center",
+            color=_colour(index), fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def loss_curves(metrics: Mapping[str, Mapping[str, Series]], path: Path) -> Path:
+    """Training loss (thin: as logged; thick: running mean) and validation loss (markers) over optimizer steps."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6))
+        axes = figure.subplots()
+        for index, (label, series) in enumerate(metrics.items()):
+            train, validation = series.get("train/loss"), series.get("val/loss")
+            if train is not None:
+                axes.plot(train.steps, train.values, color=_colour(index), alpha=0.25, linewidth=0.8)
+                axes.plot(train.steps, _running_mean(train.values), color=_colour(index), label=f"{label}, training")
+            if validation is not None:
+                axes.plot(
+                    validation.steps, validation.values, color=_colour(index), marker=_marker(index), linestyle="--",
+                    markeredgecolor="white", label=f"{label}, held-out",
+                )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(title="Loss while training", xlabel="optimizer step", ylabel="loss (nats per token)")
+        _plain_log_y(axes)
+        axes.legend(frameon=False)
+        return _save(figure, path)
+
+
+def _running_mean(values: Sequence[float]) -> np.ndarray:
+    width = max(1, len(values) // 30)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def perplexity_over_length(runs: Sequence[RunSummary], path: Path) -> Path:
+    """Perplexity of the same tokens against context length, with 95 % intervals."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6))
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            # A few percent apart, so that intervals of close models do not cover each other.
+            shift = 1.03 ** (index - (len(runs) - 1) / 2)
+            x = [score.tokens * shift for score in run.lengths]
+            y = np.array([score.perplexity.value for score in run.lengths])
+            low = y - [score.perplexity.low for score in run.lengths]
+            high = [score.perplexity.high for score in run.lengths] - y
+            axes.errorbar(
+                x, y, yerr=[low, high], color=_colour(index), marker=_marker(index), capsize=4, label=run.label
+            )
+        lengths = runs[0].lengths
+        _log_ticks(axes, [s.tokens for s in lengths], [f"{s.tokens:,}\n({s.multiple}x)" for s in lengths])
+        axes.set(
+            title="Perplexity over context length, same tokens",
+            xlabel="context length in tokens (multiple of the training length)",
+            ylabel="perplexity per token",
+        )
+        axes.margins(x=0.06)
+        _plain_log_y(axes)
+        _label_ends(axes, [(s.tokens, s.perplexity.value, run.label) for run in runs for s in run.lengths[-1:]])
+        return _save(figure, path)
+
+
+def perplexity_by_position(runs: Sequence[RunSummary], base_length: int, path: Path) -> Path:
+    """Perplexity by position within the longest context, with 95 % bands."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6))
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            x = [(max(score.start, 1) * score.stop) ** 0.5 for score in run.positions]
+            axes.plot(
+                x, [s.perplexity.value for s in run.positions], color=_colour(index), marker=_marker(index),
+                label=run.label,
+            )  # fmt: skip
+            axes.fill_between(
+                x, [s.perplexity.low for s in run.positions], [s.perplexity.high for s in run.positions],
+                color=_colour(index), alpha=0.15, linewidth=0,
+            )  # fmt: skip
+        axes.axvline(base_length, color="#444444", linestyle=":", linewidth=1.4)
+        axes.annotate(
+            f"training length {base_length:,}", (base_length, 1), xycoords=("data", "axes fraction"), xytext=(-5, -4),
+            textcoords="offset points", ha="right", va="top", color="#444444",
+        )  # fmt: skip
+        ticks = [score.stop for score in runs[0].positions]
+        _log_ticks(axes, ticks, [f"{tick:,}" for tick in ticks])
+        axes.set(
+            title="Perplexity by position in the longest context",
+            xlabel="position in the context (tokens; ticks are the bins' ends)",
+            ylabel="perplexity per token",
+        )
+        _plain_log_y(axes)
+        ends = [(s.stop, s.perplexity.value, run.label) for run in runs for s in run.positions[-1:]]
+        _label_ends(axes, ends)
+        return _save(figure, path)
+
+
+def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) -> Path:
+    """Alpha of every head, one dot each, by layer; one panel a run."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 1.2 + 3.2 * len(profiles)))
+        panels = figure.subplots(len(profiles), 1, squeeze=False, sharey=True)[:, 0]
+        for axes, (label, layers) in zip(panels, profiles.items(), strict=True):
+            shortest = min(layer.multiple for layer in layers)
+            for layer in (one for one in layers if one.multiple == shortest and one.alpha is not None):
+                heads = np.array(layer.alpha)
+                spread = np.linspace(-0.25, 0.25, len(heads)) if len(heads) > 1 else np.zeros(1)
+                colours = colormaps["viridis"](np.linspace(0, 0.9, len(heads)))
+                axes.scatter(layer.layer + spread, heads, c=colours, s=34, edgecolor="white", linewidth=0.5, zorder=3)
+                for x, y, head in zip(layer.layer + spread, heads, range(len(heads)), strict=True):
+                    if len(heads) <= 8:
+                        axes.annotate(
+                            str(head), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+                        )
+            axes.set(title=f"Alpha per head: {label}", xlabel="layer (dots: heads, left to right)", ylabel="alpha")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.ticklabel_format(axis="y", useOffset=False)
+        return _save(figure, path)
+
+
+def alpha_over_steps(metrics: Mapping[str, Mapping[str, Series]], path: Path) -> Path:
+    """Alpha of every head while training, one line a head, coloured by layer; one panel a run."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 1.2 + 3.2 * len(metrics)))
+        panels = figure.subplots(len(metrics), 1, squeeze=False, sharey=True)[:, 0]
+        for axes, (label, series) in zip(panels, metrics.items(), strict=True):
+            layers = sorted({name.split("/")[1] for name in series})
+            shades = dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.9, len(layers))), strict=True))
+            for name, one in series.items():
+                layer = name.split("/")[1]
+                first = name == min(other for other in series if other.split("/")[1] == layer)
+                axes.plot(
+                    one.steps, one.values, color=shades[layer], linewidth=1.2,
+                    label=f"layer {int(layer.removeprefix('layer_'))}" if first else None,
+                )  # fmt: skip
+            axes.set(title=f"Alpha while training: {label}", xlabel="optimizer step", ylabel="alpha")
+            axes.ticklabel_format(axis="y", useOffset=False)
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        return _save(figure, path)
+
+
+def sparsity(profiles: Mapping[str, Sequence[LayerProfile]], base_length: int, path: Path) -> Path:
+    """Mean support size and live-tile share by layer and context length: one column a run, one line a layer."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(8, 4.6 * len(profiles)), 8))
+        panels: Any = figure.subplots(2, len(profiles), squeeze=False, sharex=True, sharey="row")
+        for column, (label, layers) in enumerate(profiles.items()):
+            multiples = sorted({layer.multiple for layer in layers})
+            sizes = [multiple * base_length for multiple in multiples]
+            count = 1 + max(layer.layer for layer in layers)
+            for index in range(count):
+                shade = colormaps["viridis"](0.9 * index / max(1, count - 1))
+                mine = sorted((one for one in layers if one.layer == index), key=lambda one: one.multiple)
+                for axes, values in zip(
+                    panels[:, column],
+                    ([np.mean(one.support) for one in mine], [100 * np.mean(one.live_share) for one in mine]),
+                    strict=True,
+                ):
+                    axes.plot(sizes, values, color=shade, marker=_marker(index), markersize=5, label=f"layer {index}")
+            dense = [(size + 1) / 2 for size in sizes]
+            panels[0, column].plot(sizes, dense, color="#777777", linestyle="--", label="every visible key (softmax)")
+            panels[1, column].plot(sizes, [100.0] * len(sizes), color="#777777", linestyle="--")
+            panels[0, column].set_title(f"{label}: support size")
+            panels[1, column].set_title(f"{label}: live tiles")
+            panels[1, column].set_xlabel("context length (tokens)")
+            for axes in panels[:, column]:
+                _log_ticks(axes, sizes, [f"{size:,}" for size in sizes])
+            _plain_log_y(panels[0, column])
+            panels[1, column].set_ylim(0, 105)
+        panels[0, 0].set_ylabel("keys with weight, mean per query")
+        panels[1, 0].set_ylabel("live 64x64 tiles (% of causal)")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+        return _save(figure, path)
+
+
+def needle_heat_map(run: RunSummary, base_length: int, path: Path) -> Path:
+    """Token accuracy by length and depth; chance stands in the title, exact matches in the cells."""
+    cells = {(cell.multiple, cell.depth): cell for cell in run.needles if cell.depth is not None}
+    multiples = sorted({multiple for multiple, _ in cells})
+    depths = list(dict.fromkeys(depth for _, depth in cells))
+    grid = np.array([[100 * cells[m, depth].token_accuracy.value for m in multiples] for depth in depths])
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(8, 1.8 + 0.62 * len(depths)))
+        axes = figure.subplots()
+        image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for y, depth in enumerate(depths):
+            for x, multiple in enumerate(multiples):
+                _write_cell(axes, x, y, cells[multiple, depth], dark=grid[y, x] < 50)
+        axes.set_xticks(range(len(multiples)), [f"{m * base_length:,}\n({m}x)" for m in multiples])
+        axes.set_yticks(range(len(depths)), [f"{100 * float(depth or 0):g} %" for depth in depths])
+        axes.tick_params(length=0)
+        chance = f" (without needle {100 * run.chance.token_accuracy.value:.0f} %)" if run.chance else ""
+        axes.set(
+            title=f"Needle: {run.label}{chance}",
+            xlabel="context length in tokens (multiple of the training length)",
+            ylabel="depth (0 %: start)",
+        )
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, label="value tokens right (%)")
+        bar.outline.set_visible(False)
+        return _save(figure, path)
+
+
+def _write_cell(axes: Axes, x: int, y: int, cell: NeedleScore, dark: bool) -> None:
+    exact = round(cell.exact_match.value * cell.samples)
+    text = f"{100 * cell.token_accuracy.value:.0f} %\n{exact}/{cell.samples} exact"
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")

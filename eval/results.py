@@ -1,0 +1,94 @@
+"""The raw result of one checkpoint, kept as JSON so that a second evaluation reuses it."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.attention_profile import LayerProfile
+from eval.config import EvalConfig
+from eval.needle import NeedleCell
+from eval.perplexity import PerplexityPlan, PerplexityResult, Sums, Window
+
+ROOT = Path(__file__).resolve().parent.parent
+# Code that decides the numbers: a change there makes kept results stale; a change of the report does not.
+MEASURING = ("eval/attention_profile.py", "eval/needle.py", "eval/perplexity.py", "eval/scoring.py")
+MEASURING_FOLDERS = ("model", "kernels", "data")
+# Settings that do not touch the raw sums.
+NOT_IN_KEY = {"bootstrap_samples"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything measured of one checkpoint, before statistics.
+
+    Args:
+        label: Short name in tables and plots.
+        checkpoint: Its folder.
+        training: Facts of the checkpoint's complete.json: samples, tokens, code_version, created.
+        model: The model's configuration.
+        seconds: Wall time of each part of the evaluation.
+    """
+
+    label: str
+    checkpoint: str
+    step: int
+    training: dict[str, Any]
+    model: dict[str, Any]
+    parameters: int
+    training_length: int
+    precision: str
+    hardware: str
+    date: str
+    seconds: dict[str, float]
+    plan: PerplexityPlan
+    perplexity: PerplexityResult
+    needles: list[NeedleCell]
+    needle_notes: list[str]
+    attention: list[LayerProfile]
+
+
+def result_key(checkpoint: Path, data_fingerprint: str, settings: EvalConfig, base_length: int, device: str) -> str:
+    """16 hexadecimal digits that change with the checkpoint's files, the data, the settings or the measuring code."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(checkpoint.iterdir())}
+    wanted = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_KEY}
+    parts = [str(checkpoint.resolve()), files, data_fingerprint, wanted, base_length, device, _code_hash()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _code_hash() -> str:
+    files = [ROOT / name for name in MEASURING]
+    for folder in MEASURING_FOLDERS:
+        files.extend(sorted((ROOT / folder).rglob("*.py")))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes beside and renames, so that an interrupted run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
+def save_measurement(path: Path, measurement: Measurement) -> None:
+    write_json(path, asdict(measurement))
+
+
+def load_measurement(path: Path) -> Measurement:
+    """Reads what save_measurement wrote."""
+    raw = json.loads(path.read_text())
+    perplexity = raw["perplexity"]
+    by_length = {int(multiple): Sums(**sums) for multiple, sums in perplexity["by_length"].items()}
+    raw["perplexity"] = PerplexityResult(
+        Sums(**perplexity["headline"]), by_length, perplexity["position_loss"], perplexity["position_tokens"]
+    )
+    raw["plan"] = PerplexityPlan(**raw["plan"] | {"windows": [Window(**window) for window in raw["plan"]["windows"]]})
+    raw["needles"] = [NeedleCell(**cell) for cell in raw["needles"]]
+    raw["attention"] = [LayerProfile(**layer) for layer in raw["attention"]]
+    return Measurement(**raw)

@@ -1,0 +1,144 @@
+"""A tiny prepared corpus and tiny checkpoints of the real formats, and stand-ins with known answers."""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.corpora import TextFiles
+from data.prepare import PrepareConfig, TokenizerConfig, prepare
+from data.store import TokenStore
+from model.checkpoint import checkpoint_folder, write_complete
+from model.config import AttentionConfig, ModelConfig
+from model.transformer import Transformer
+
+BASE_LENGTH = 128
+WORDS = ["def", "return", "value", "import", "class", "index", "for", "range", "if", "else", "self", "items", "path"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class ListStore:
+    """A held-out split in memory. texts become <bos> bytes <eos> of ByteCodec."""
+
+    def __init__(self, texts: list[str]) -> None:
+        codec = ByteCodec()
+        self._documents = [np.array([codec.bos_id, *codec.encode(text), codec.eos_id], np.uint16) for text in texts]
+        self.lengths = np.array([len(document) for document in self._documents], np.int64)
+        self.num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
+
+    def document(self, index: int) -> np.ndarray:
+        return self._documents[index]
+
+
+class ByteCodec:
+    """One token a byte."""
+
+    bos_id, eos_id, vocab_size = 256, 257, 258
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class UniformModel:
+    """Gives every token of a vocabulary the same probability; counts the tokens it read."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.read = vocab_size, 0
+
+    def __call__(self, tokens: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        assert cu_seqlens is not None and cu_seqlens[-1] == tokens.shape[1]
+        assert max_seqlen == int(cu_seqlens.diff().max())
+        self.read += tokens.shape[1]
+        return tokens[..., None].float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.zeros(*hidden.shape[:-1], self.vocab_size)
+
+
+class PositionModel(UniformModel):
+    """At position t of its context gives the token TARGET probability 1 / (2 + t); the others share the rest."""
+
+    TARGET = ord("a")
+
+    def __call__(self, tokens: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        super().__call__(tokens, cu_seqlens, max_seqlen)
+        assert cu_seqlens is not None
+        return torch.cat([torch.arange(int(n)) for n in cu_seqlens.diff()])[None, :, None].double()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        p = 1 / (2 + hidden)  # (..., 1)
+        rest = torch.log((1 - p) / (self.vocab_size - 1)).expand(*hidden.shape[:-1], self.vocab_size - 1)
+        return torch.cat([rest[..., : self.TARGET], torch.log(p), rest[..., self.TARGET :]], -1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus whose held-out split has several documents beyond 8 * BASE_LENGTH tokens."""
+    folder = tmp_path_factory.mktemp("eval_corpus")
+    generator = random.Random(0)
+    for number in range(24):
+        lines = [
+            f"    {' '.join(generator.choices(WORDS, k=6))} = {generator.randrange(1000)}  # é"
+            for _ in range(130 if number % 4 else 12)
+        ]
+        (folder / f"{number:02d}.py").write_text("\n".join(lines))
+    config = PrepareConfig(
+        corpus=TextFiles([str(folder / "*.py")]),
+        output=str(folder / "prepared"),
+        tokenizer=TokenizerConfig(vocab_size=420),
+        heldout_fraction=0.5,
+        workers=1,
+    )
+    prepare(config, {"paths": "test"})
+    return folder / "prepared"
+
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_run(corpus: Path) -> MakeRun:
+    """make_run(folder, kind, step=7, fingerprint=None): a run folder with one complete checkpoint and metrics."""
+
+    def make(folder: Path, kind: str, step: int = 7, fingerprint: str | None = None) -> Path:
+        store = TokenStore(corpus / "heldout")
+        torch.manual_seed(step)
+        config = ModelConfig(
+            vocab_size=420, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48,
+            attention=AttentionConfig(kind=kind),  # type: ignore[arg-type]
+        )  # fmt: skip
+        weights = {f"model.{name}": value for name, value in Transformer(config).state_dict().items()}
+        checkpoint = checkpoint_folder(folder, step)
+        checkpoint.mkdir(parents=True)
+        torch.save({"state_dict": weights}, checkpoint / "trainer.ckpt")
+        tokenizer = {
+            "path": str(store.tokenizer_path), "fingerprint": fingerprint or store.fingerprint_of_tokenizer,
+        }  # fmt: skip
+        meta = {"step": step, "samples": 4 * step, "tokens": 4 * step * BASE_LENGTH, "model": asdict(config)}
+        meta |= {"tokenizer": tokenizer, "sequence_length": BASE_LENGTH, "code_version": "abc", "created": "2026-01-01"}
+        write_complete(checkpoint, meta)
+        write_metrics(folder, 0, [{"step": s, "train/loss": 6 - 0.1 * s, "val/loss": ""} for s in range(step)])
+        (folder / "config.yaml").write_text(f"model:\n  network:\n    attention:\n      kind: {kind}\nseed: 1\n")
+        return folder
+
+    return make
+
+
+def write_metrics(run: Path, start: int, rows: list[dict[str, object]]) -> None:
+    """One session's metrics.csv with the columns of the first row."""
+    session = run / "metrics" / f"step-{start:08d}"
+    session.mkdir(parents=True)
+    lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
+    (session / "metrics.csv").write_text("\n".join(lines) + "\n")

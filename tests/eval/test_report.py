@@ -1,0 +1,164 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval.analysis import choose_baseline, pair, summarise
+from eval.attention_profile import LayerProfile, dense_profile
+from eval.config import EvalConfig
+from eval.document import Block, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
+from eval.metrics import Series
+from eval.needle import NeedleCell
+from eval.perplexity import PerplexityPlan, PerplexityResult, Sums, Window
+from eval.report import Study, config_differences, summary_lines, write_report
+from eval.results import Measurement, load_measurement, save_measurement
+
+CONFIG = EvalConfig(lengths=[1, 2], bootstrap_samples=100)
+PLAN = PerplexityPlan(8, [Window(0, 0, 8), Window(1, 0, 8)], 4, 32, [0, 1], [1, 2], [0, 4, 16], ["8x was dropped."])
+
+
+def measurement(label: str, kind: str, scale: float) -> Measurement:
+    def sums(tokens: int) -> Sums:
+        return Sums([0, 1], [scale * tokens, 1.5 * scale * tokens], [tokens, tokens], [2 * tokens, 3 * tokens])
+
+    sparse = [
+        LayerProfile(m, i, [3.0 * m, 4.0], [0.5, 0.25], [1.5, 1.4 + 0.1 * i], None) for m in (1, 2) for i in (0, 1)
+    ]
+    cells = [NeedleCell(m, d, [m, 4], [4, 4]) for m in (1, 2) for d in (0.0, 1.0)]
+    return Measurement(
+        label=label, checkpoint=f"runs/{label}/checkpoints/step-00000005", step=5, training={"tokens": 1000},
+        model={"attention": {"kind": kind}}, parameters=4_000_000, training_length=8, precision="float32",
+        hardware="test", date="2026-01-01", seconds={"perplexity": 1.0}, plan=PLAN,
+        perplexity=PerplexityResult(sums(8), {1: sums(16), 2: sums(16)}, [[scale * 4, 12.0]] * 2, [4, 12]),
+        needles=[*cells, NeedleCell(1, None, [0, 1], [4, 4])], needle_notes=[],
+        attention=sparse if kind == "asentmax" else dense_profile(2, 2, [1, 2], 8, None),
+    )  # fmt: skip
+
+
+def study(measurements: list[Measurement]) -> Study:
+    baseline = choose_baseline(measurements)
+    metrics = {"train/loss": Series([0, 1, 2], [5.0, 4.0, 3.5]), "val/loss": Series([2], [3.6])}
+    alphas = {
+        "alpha/layer_00/head_00": Series([0, 2], [1.5, 1.4]),
+        "alpha/layer_01/head_00": Series([0, 2], [1.5, 1.6]),
+    }
+    return Study(
+        config=CONFIG, measurements=measurements, runs=[summarise(one, CONFIG) for one in measurements],
+        pairs=[pair(one, baseline, CONFIG) for one in measurements if one is not baseline],
+        settings={one.label: {"kind": one.label, "seed": "1"} for one in measurements},
+        metrics={one.label: {**metrics, **(alphas if one.label == "sparse" else {})} for one in measurements},
+        base_length=8, data="prepared/x", data_fingerprint="f" * 64, code_version="abc", command="python -m eval.run x",
+        hardware="test machine", date="2026-01-01", notes=PLAN.notes, seconds=2.0,
+    )  # fmt: skip
+
+
+TWINS = [measurement("sparse", "asentmax", 1.0), measurement("dense", "softmax", 1.25)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: int) -> None:
+    page = write_report(study(TWINS[:count]), tmp_path)
+    text, markdown = page.read_text(), (tmp_path / "report.md").read_text()
+    for needed in (
+        "prepared/x",
+        "f" * 16,
+        "abc",
+        "python -m eval.run x",
+        "test machine",
+        "2026-01-01",
+        "8x was dropped.",
+    ):
+        assert needed in text and needed in markdown
+    assert ("What differs between the runs" in text) == ("| kind | sparse | dense |" in markdown) == (count == 2)
+    plots = sorted(path.stem for path in (tmp_path / "plots").glob("*.png"))
+    wanted = ["alpha_by_head", "alpha_over_steps", "loss", "needle_sparse", "perplexity_by_position",
+              "perplexity_over_length", "sparsity"]  # fmt: skip
+    assert plots == sorted(wanted + (["needle_dense"] if count == 2 else []))
+    for path in (tmp_path / "plots").glob("*.png"):
+        with Image.open(path) as image:
+            assert image.width >= 900
+        assert f"plots/{path.name}" in markdown
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert [run["label"] for run in numbers["runs"]] == ["sparse", "dense"][:count]
+    assert numbers["measurements"][0]["perplexity"]["headline"]["loss"] == [8.0, 12.0]
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    text = write_report(study(TWINS), tmp_path).read_text()
+    assert "http" not in text and "<script" not in text and "@import" not in text
+    sources = re.findall(r'(?:src|href)="([^"]{1,30})', text) + re.findall(r"url\(", text)
+    assert len(sources) >= 8 and all(source.startswith("data:") for source in sources)
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+    assert all(alt for alt in re.findall(r'<img alt="([^"]*)"', text))
+
+
+def test_the_numbers_are_the_arithmetic_of_the_sums() -> None:
+    run = summarise(TWINS[0], CONFIG)
+    bits = (8 + 12) / (16 + 24) / 0.6931471805599453
+    assert run.bits_per_byte.value == pytest.approx(bits)
+    assert run.perplexity.value == pytest.approx(2.718281828459045 ** (20 / 16))
+    assert run.bits_per_byte.low <= run.bits_per_byte.value <= run.bits_per_byte.high
+    assert run.chance is not None and run.chance.token_accuracy.value == 1 / 8 and run.chance.exact_match.value == 0
+    pooled = {score.multiple: score for score in run.needles_by_length}
+    assert pooled[1].samples == 4 and pooled[1].token_accuracy.value == 10 / 16 and pooled[1].exact_match.value == 0.5
+    pairs = pair(TWINS[0], TWINS[1], CONFIG)
+    assert pairs.bits_per_byte_ratio.value == pytest.approx(0.8) and pairs.bits_per_byte_ratio.high == pytest.approx(
+        0.8
+    )
+    assert pairs.bits_per_byte_difference.value == pytest.approx(bits - 1.25 * bits)
+
+
+def test_the_baseline_is_the_softmax_twin_wherever_it_stands() -> None:
+    assert choose_baseline(TWINS).label == choose_baseline(TWINS[::-1]).label == "dense"
+    assert choose_baseline(TWINS[:1]).label == "sparse"
+
+
+def test_runs_of_other_documents_are_not_paired() -> None:
+    other = replace(TWINS[1], plan=replace(PLAN, documents=[0, 5]))
+    with pytest.raises(ValueError, match="different documents"):
+        pair(TWINS[0], other, CONFIG)
+
+
+def test_the_summary_has_a_line_for_each_part(tmp_path: Path) -> None:
+    lines = summary_lines(study(TWINS), tmp_path / "report.html")
+    assert len(lines) == 8  # ten with four lengths
+    assert "4.0M parameters, step 5" in lines[0] and "0.800 [0.800, 0.800] times dense's" in lines[1]
+    assert lines[3].startswith("Perplexity at 1x (8 tokens): sparse ") and "dense" in lines[4]
+    assert "without needle 12 %" in lines[5] and lines[6] == (
+        "Live 64x64 tiles: sparse 1x 38 %, 2x 38 %; dense 1x 100 %, 2x 100 %"
+    )
+    assert lines[7].endswith("report.html")
+
+
+def test_kept_results_come_back_as_they_were(tmp_path: Path) -> None:
+    save_measurement(tmp_path / "results/x.json", TWINS[0])
+    assert load_measurement(tmp_path / "results/x.json") == TWINS[0]
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["x.json"]
+
+
+def test_only_differing_settings_are_listed() -> None:
+    assert config_differences(
+        {"a": {"x": "1", "y": "2", "run_dir": "a"}, "b": {"x": "1", "y": "3", "z": "4", "run_dir": "b"}}
+    ) == [
+        ["y", "2", "3"],
+        ["z", "not set", "4"],
+    ]
+
+
+def test_text_is_escaped_in_both_forms(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
+    blocks: list[Block] = [Heading("a < b"), Paragraph("x & y"), Items(["<i>"]), Table(["k", "v"], [["a|b", "<td>"]]),
+              Picture(tmp_path / "p.png", 'say "hi"')]  # fmt: skip
+    page, markdown = to_html("t", blocks), to_markdown(blocks, tmp_path)
+    for escaped in ("a &lt; b", "x &amp; y", "&lt;i&gt;", "&lt;td&gt;", "say &quot;hi&quot;"):
+        assert escaped in page
+    assert "| a\\|b | <td> |" in markdown and '![say "hi"](p.png)' in markdown
+
+
+def test_dense_attention_sees_all_or_its_window() -> None:
+    full, windowed = dense_profile(1, 2, [2], 4, None)[0], dense_profile(1, 2, [2], 4, 3)[0]
+    assert full.support == [4.5, 4.5] and windowed.support == [(1 + 2 + 6 * 3) / 8] * 2
+    assert full.live_share == [1.0, 1.0] and full.alpha is None

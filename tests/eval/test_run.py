@@ -1,0 +1,188 @@
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import eval.run
+from data.store import TokenStore
+from eval.attention_profile import LayerProfile, measure_attention
+from eval.run import Subject, choose_autocast, find_subjects, main
+from eval.scoring import Runtime
+from model.checkpoint import load_model, resolve_checkpoint
+from tests.eval.conftest import BASE_LENGTH, MakeRun
+
+QUICK = ["--headline_tokens", "600", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
+QUICK += ["--bootstrap_samples", "100", "--lengths", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def runs(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [str(make_run(folder / kind, kind)) for kind in ("asentmax", "softmax")]
+
+
+def options(corpus: Path, output: Path) -> list[str]:
+    return ["--data", str(corpus), "--output", str(output), "--device", "cpu", *QUICK]
+
+
+def failing_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
+    return lines[0]
+
+
+def test_twins_are_compared_and_a_second_run_reuses_every_result(
+    corpus: Path, runs: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*runs, *options(corpus, tmp_path)]) == 0
+    first = json.loads((tmp_path / "report.json").read_text())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 8 and printed[-1].endswith(str(tmp_path / "report.html"))
+    assert [run["label"] for run in first["runs"]] == ["asentmax", "softmax"]
+    # Untrained models know nothing: about log2(420) bits for each token.
+    for run in first["runs"]:
+        assert run["perplexity"]["value"] == pytest.approx(420, rel=0.2)
+        assert [score["multiple"] for score in run["lengths"]] == [1, 2]
+    assert first["pairs"][0]["baseline"] == "softmax"
+    shares = [layer["live_share"] for layer in first["measurements"][0]["attention"]]
+    assert len(shares) == 4 and all(0 < share <= 1 for layer in shares for share in layer)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(eval.run, "measure", refuse)
+    assert main([*runs, *options(corpus, tmp_path)]) == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["runs"] == first["runs"] and again["measurements"] == first["measurements"]
+    with pytest.raises(AssertionError, match="measured again"):
+        main([*runs, *options(corpus, tmp_path), "--seed", "1"])
+
+
+def test_a_changed_checkpoint_is_measured_again_and_the_same_one_gives_the_same_numbers(
+    corpus: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", "softmax")
+    arguments = [str(run), *options(corpus, tmp_path / "report")]
+    assert main(arguments) == 0
+    first = json.loads((tmp_path / "report/report.json").read_text())["runs"]
+    checkpoint = run / "checkpoints/step-00000007"
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    shutil.rmtree(checkpoint)
+    shutil.copytree(tmp_path / "copy", checkpoint, copy_function=shutil.copyfile)
+    assert main(arguments) == 0
+    assert len(list((tmp_path / "report/results").iterdir())) == 2
+    assert json.loads((tmp_path / "report/report.json").read_text())["runs"] == first
+
+
+def test_a_missing_run_and_one_without_a_checkpoint(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "absent: no such folder" in failing_line(
+        capsys, [str(tmp_path / "absent"), *options(corpus, tmp_path / "out")]
+    )
+    (tmp_path / "empty/checkpoints/step-00000003").mkdir(parents=True)
+    line = failing_line(capsys, [str(tmp_path / "empty"), *options(corpus, tmp_path / "out")])
+    assert "no complete checkpoint" in line and "step-00000003" in line
+
+
+def test_a_tokenizer_that_does_not_match_the_data(corpus: Path, make_run: MakeRun, tmp_path: Path, capsys: Any) -> None:
+    run = make_run(tmp_path / "other", "softmax", fingerprint="0" * 64)
+    line = failing_line(capsys, [str(run), *options(corpus, tmp_path / "out")])
+    assert "was trained with tokenizer 000000000000" in line and "pass the --data folder" in line
+
+
+def test_data_that_is_not_there(corpus: Path, runs: list[str], tmp_path: Path, capsys: Any) -> None:
+    arguments = options(corpus, tmp_path)
+    arguments[1] = str(tmp_path / "nothing")
+    assert "nothing/manifest.json does not exist" in failing_line(capsys, [runs[0], *arguments])
+
+
+def test_documents_too_short_for_every_length(corpus: Path, runs: list[str], tmp_path: Path, capsys: Any) -> None:
+    longest = int(TokenStore(corpus / "heldout").lengths.max())
+    line = failing_line(capsys, [runs[0], *options(corpus, tmp_path), "--base_length", "100000"])
+    assert f"the longest document has {longest}" in line
+
+
+def test_documents_too_short_for_some_lengths_are_noted(corpus: Path, runs: list[str], tmp_path: Path) -> None:
+    arguments = options(corpus, tmp_path)
+    arguments[arguments.index("--lengths") :] = ["--lengths", "1", "64"]
+    assert main([runs[1], *arguments]) == 0
+    assert "64x (8192 tokens) is not measured" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        (["--lengths", "2", "3"], "lengths has 2 before 3"),
+        (["--lengths", "0"], r"lengths is \[0\]"),
+        (["--max_documents", "1"], "max_documents is 1: expected at least 2"),
+        (["--seed", "three"], "seed"),
+        (["--sed", "3"], "sed"),
+        (["--device", "tpu9"], "device is 'tpu9': expected auto, cpu, cuda"),
+        (["--device", "cuda:99"], "torch finds [0-9]+ CUDA devices"),
+    ],
+)
+def test_bad_options(extra: list[str], wanted: str, corpus: Path, runs: list[str], tmp_path: Path, capsys: Any) -> None:
+    line = failing_line(capsys, [runs[0], *options(corpus, tmp_path), *extra])
+    assert re.search(wanted, line), line
+
+
+def test_runs_of_different_training_lengths_need_a_base_length(
+    corpus: Path, make_run: MakeRun, tmp_path: Path, capsys: Any
+) -> None:
+    runs = [make_run(tmp_path / name, "softmax", step) for name, step in (("a", 3), ("b", 4))]
+    marker = runs[1] / "checkpoints/step-00000004/complete.json"
+    marker.write_text(marker.read_text().replace(f'"sequence_length": {BASE_LENGTH}', '"sequence_length": 64'))
+    line = failing_line(capsys, [*map(str, runs), *options(corpus, tmp_path / "out")])
+    assert "(a 128, b 64): say which is 1x with --base_length" in line
+    assert main([*map(str, runs), *options(corpus, tmp_path / "out"), "--base_length", "128"]) == 0
+
+
+def test_labels_tell_runs_apart(make_run: MakeRun, tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "x/run", "softmax", 3), make_run(tmp_path / "y/run", "softmax", 3)
+    other = make_run(tmp_path / "x/other", "softmax", 4)
+    assert [s.label for s in find_subjects([str(first), str(other)])] == ["run", "other"]
+    earlier, later = first / "checkpoints/step-00000003", other / "checkpoints/step-00000004"
+    shutil.copytree(later, first / "checkpoints/step-00000004")
+    assert [s.label for s in find_subjects([str(first), str(earlier)])] == ["run@4", "run@3"]
+    shutil.rmtree(first / "checkpoints/step-00000004")
+    assert [s.label for s in find_subjects([str(first), str(second)])] == ["x-run@3", "y-run@3"]
+    with pytest.raises(ValueError, match="given twice"):
+        find_subjects([str(first), str(first / "checkpoints/step-00000003")])
+
+
+def test_autocast_follows_the_run_on_cuda_alone(runs: list[str]) -> None:
+    subject = Subject("x", resolve_checkpoint(runs[0]))
+    config = Path(runs[0]) / "config.yaml"
+    before = config.read_text()
+    try:
+        config.write_text("trainer:\n  precision: bf16-mixed\n")
+        assert choose_autocast("auto", subject, torch.device("cuda")) is torch.bfloat16
+        assert choose_autocast("auto", subject, torch.device("cpu")) is None
+        assert choose_autocast("bfloat16", subject, torch.device("cpu")) is torch.bfloat16
+        config.write_text("trainer:\n  precision: 32-true\n")
+        assert choose_autocast("auto", subject, torch.device("cuda")) is None
+    finally:
+        config.write_text(before)
+
+
+def test_attention_statistics_are_means_over_documents(corpus: Path, runs: list[str]) -> None:
+    store, model = TokenStore(corpus / "heldout"), load_model(runs[0]).model
+    documents = np.flatnonzero(store.lengths > 2 * BASE_LENGTH)[:2].tolist()
+    runtime = Runtime(torch.device("cpu"), None, 512)
+
+    def profile(chosen: list[int]) -> list[LayerProfile]:
+        return measure_attention(model, store, chosen, [1, 2], BASE_LENGTH, runtime, "test")
+
+    both, first, second = profile(documents), profile(documents[:1]), profile(documents[1:])
+    assert [(one.multiple, one.layer) for one in both] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for mean, a, b in zip(both, first, second, strict=True):
+        np.testing.assert_allclose(mean.support, (np.array(a.support) + b.support) / 2, rtol=1e-6)
+        assert all(1 <= keys <= mean.multiple * BASE_LENGTH for keys in mean.support)
+        assert mean.alpha == pytest.approx([1.5, 1.5], abs=1e-4)

@@ -1,0 +1,89 @@
+"""A tiny corpus, and train.py started as a user starts it."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.prepare import main as prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+seed_everything: 0
+model:
+  network: {vocab_size: 384, n_layers: 2, d_model: 16, n_heads: 2, n_kv_heads: 1, d_ff: 32}
+  optimizer: {lr: 1.0e-2, warmup_steps: 2}
+data:
+  sources: [{path: CORPUS}]
+  sequence_length: 64
+  global_batch_size: 4
+  micro_batch_size: 2
+  num_workers: 0
+  val_sequences: 4
+  verify: size
+trainer: {accelerator: cpu, max_steps: 20, log_every_n_steps: 2, gradient_clip_val: 1.0}
+checkpoint: {every_n_steps: 5}
+stats: {every_n_steps: 10}
+"""
+TrainProcess = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def make_corpus(folder: Path, seed: int) -> Path:
+    """Prepare some ten thousand tokens of random words."""
+    generator = random.Random(seed)
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    words = ["".join(generator.choices("abcdefg", k=generator.randint(1, 6))) for _ in range(60)]
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(" ".join(generator.choices(words, k=generator.randint(20, 400))))
+    options = [
+        "--corpus=data.corpora.TextFiles",
+        f"--corpus.paths=[{texts}]",
+        f"--output={folder / 'prepared'}",
+    ]
+    prepare([*options, "--tokenizer.vocab_size=384", "--heldout_fraction=0.2", "--workers=1"])
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with another tokenizer."""
+    return make_corpus(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY.replace("CORPUS", str(corpus)))
+    return path
+
+
+def child_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *map(str, options)]
+
+
+@pytest.fixture(scope="session")
+def train(tiny_config: Path) -> TrainProcess:
+    """Run train.py with the tiny config in a process of its own: train("--run_dir", path, ...)."""
+
+    def run(*options: object, configs: tuple[object, ...] = ()) -> "subprocess.CompletedProcess[str]":
+        more = [part for config in configs for part in ("--config", config)]
+        return subprocess.run(
+            command("--config", tiny_config, *more, *options),
+            env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+
+    return run

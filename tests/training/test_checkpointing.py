@@ -1,0 +1,213 @@
+"""Choosing, comparing, keeping and surviving checkpoints."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import (
+    MARKER,
+    TRAINER_STATE,
+    CheckpointInfo,
+    checkpoint_folder,
+    find_checkpoints,
+    load_model,
+)
+from model.checkpoint import write_complete as mark
+from tests.training.conftest import TrainProcess
+from training.checkpointing import (
+    CheckpointConfig,
+    RunCheckpoint,
+    StartPoint,
+    check_architecture,
+    check_tokenizer,
+    choose_start,
+)
+from training.throughput import StepClock
+
+
+def make_checkpoint(run_dir: Path, step: int, complete: bool = True) -> Path:
+    folder = checkpoint_folder(run_dir, step)
+    folder.mkdir(parents=True)
+    (folder / TRAINER_STATE).write_bytes(b"0123456789")
+    if complete:
+        mark(folder, {"step": step, "samples": 4 * step, "tokens": 64 * step})
+    return folder
+
+
+def test_a_new_run_starts_at_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for resume in ("none", "auto"):
+        start = choose_start(tmp_path / "new", resume)
+        assert (start.step, start.samples, start.tokens, start.trainer_state) == (0, 0, 0, None)
+    assert "has no complete checkpoint, starting from step 0" in capsys.readouterr().err
+
+
+def test_auto_takes_the_newest_complete_one_and_names_those_it_passes_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (5, 10):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 15, complete=False)
+    (make_checkpoint(tmp_path, 20) / TRAINER_STATE).write_bytes(b"cut")
+    start = choose_start(tmp_path, "auto")
+    assert (start.step, start.samples, start.tokens) == (10, 40, 640)
+    assert start.trainer_state == checkpoint_folder(tmp_path, 10) / TRAINER_STATE
+    printed = capsys.readouterr().err
+    assert "resuming from" in printed and "step-00000010 (step 10)" in printed
+    passed_over = [line for line in printed.splitlines() if line.startswith("passing over")]
+    assert len(passed_over) == 2 and "step-00000015" in passed_over[0] and "step-00000020" in passed_over[1]
+
+
+def test_starting_over_existing_checkpoints_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match=rf"{tmp_path} already has .* step 5: .*--resume auto, or choose another"):
+        choose_start(tmp_path, "none")
+
+
+def test_paths(tmp_path: Path) -> None:
+    old, new = make_checkpoint(tmp_path / "a", 5), make_checkpoint(tmp_path / "a", 10)
+    broken = make_checkpoint(tmp_path / "a", 15, complete=False)
+    assert choose_start(tmp_path / "b", str(old)).step == 5
+    assert choose_start(tmp_path / "b", str(tmp_path / "a")).step == 10
+    assert choose_start(tmp_path / "a", str(new)).step == 10
+    with pytest.raises(ValueError, match="step-00000005 is not the newest .* step-00000010"):
+        choose_start(tmp_path / "a", str(old))
+    with pytest.raises(ValueError, match=f"no complete checkpoint.*{MARKER}"):
+        choose_start(tmp_path / "b", str(broken))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        choose_start(tmp_path / "b", str(tmp_path / "missing"))
+
+
+def test_another_architecture_lists_the_differing_keys() -> None:
+    saved = {"n_layers": 2, "d_model": 8, "attention": {"kind": "softmax", "backend": "torch"}}
+    checkpoint = CheckpointInfo(Path("x"), 1, {"model": saved})
+    check_architecture(checkpoint, {**saved, "attention": {"kind": "softmax", "backend": "auto"}})
+    other = {"n_layers": 3, "d_model": 8, "attention": {"kind": "entmax", "backend": "auto"}, "new": 1}
+    with pytest.raises(ValueError) as caught:
+        check_architecture(checkpoint, other)
+    message = str(caught.value)
+    assert "attention.kind 'softmax' (config: 'entmax'), n_layers 2 (config: 3), new None (config: 1);" in message
+    assert "d_model" not in message and "backend" not in message
+
+
+def test_another_tokenizer() -> None:
+    checkpoint = CheckpointInfo(Path("x"), 1, {"tokenizer": {"path": "a.model", "fingerprint": "1" * 64}})
+    check_tokenizer(checkpoint, "elsewhere.model", "1" * 64)
+    with pytest.raises(ValueError, match="a.model.*the data has b.model"):
+        check_tokenizer(checkpoint, "b.model", "2" * 64)
+
+
+@pytest.mark.parametrize(("field", "value"), [("keep_last", 1), ("every_n_steps", 0)])
+def test_bad_config(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"checkpoint.{field} is {value}: expected at least"):
+        CheckpointConfig(**{field: value})
+
+
+def test_old_ones_are_removed_marker_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (5, 10, 15, 20):
+        make_checkpoint(tmp_path, step, complete=step != 10)
+    seen: list[tuple[str, bool]] = []
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(
+        "training.checkpointing.shutil.rmtree",
+        lambda f: (seen.append((f.name, (f / MARKER).exists())), rmtree(f)),
+    )
+    callback = RunCheckpoint(tmp_path, CheckpointConfig(keep_last=2), StartPoint(), "v", StepClock())
+    callback.remove_old()
+    assert sorted(seen) == [("step-00000005", False), ("step-00000010", False)]
+    assert [info.step for info in find_checkpoints(tmp_path)[0]] == [15, 20]
+
+
+def trained_state(run_dir: Path, step: int) -> dict[str, object]:
+    path = checkpoint_folder(run_dir, step) / TRAINER_STATE
+    state = torch.load(path, weights_only=True)
+    return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "PackedDataModule")}
+
+
+def assert_same_bits(ours: object, theirs: object, where: str = "") -> None:
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert isinstance(theirs, dict) and ours.keys() == theirs.keys(), where
+        for key, value in ours.items():
+            assert_same_bits(value, theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert isinstance(theirs, list | tuple) and len(ours) == len(theirs), where
+        for index, value in enumerate(ours):
+            assert_same_bits(value, theirs[index], f"{where}/{index}")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train: TrainProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = train("--run_dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def callback_option(name: str, **arguments: object) -> str:
+    return "--trainer.callbacks=" + json.dumps(
+        [{"class_path": f"tests.training.faults.{name}", "init_args": arguments}]
+    )
+
+
+def test_ten_steps_sigkill_ten_steps_equals_twenty_steps(
+    undisturbed: Path, train: TrainProcess, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--run_dir", run_dir, "--checkpoint.every_n_steps", 10)
+    killed = train(*options, callback_option("KillAfterStep", step=12))
+    assert killed.returncode == -signal.SIGKILL
+    assert [info.step for info in find_checkpoints(run_dir)[0]] == [10]
+    resumed = train(*options, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step-00000010 (step 10)" in resumed.stderr
+    assert_same_bits(trained_state(run_dir, 20), trained_state(undisturbed, 20))
+    # Lightning's hyper_parameters would be restored over the config; the rest of the run is recorded by session.
+    assert "hyper_parameters" not in torch.load(checkpoint_folder(run_dir, 20) / TRAINER_STATE, weights_only=True)
+    assert {p.parent.name for p in run_dir.glob("metrics/*/metrics.csv")} == {
+        "step-00000000",
+        "step-00000010",
+    }
+    loaded = load_model(run_dir)
+    assert (loaded.step, loaded.training_length) == (20, 64)
+
+
+def test_sigkill_during_a_save_leaves_the_previous_checkpoint(
+    undisturbed: Path, train: TrainProcess, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--run_dir", run_dir, "--resume", "auto")
+    for step, stage in ((10, "write"), (15, "mark")):
+        killed = train(*options, callback_option("KillDuringSave", step=step, stage=stage))
+        assert killed.returncode == -signal.SIGKILL
+        complete, incomplete = find_checkpoints(run_dir)
+        assert complete[-1].step == step - 5
+        assert len(incomplete) == 1 and f"step-{step:08d}" in incomplete[0]
+        assert (checkpoint_folder(run_dir, step) / TRAINER_STATE).exists() == (stage == "mark")
+    resumed = train(*options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "passing over" in resumed.stderr and "step-00000010 (step 10)" in resumed.stderr
+    assert_same_bits(trained_state(run_dir, 20), trained_state(undisturbed, 20))
+    assert [info.step for info in find_checkpoints(run_dir)[0]] == [15, 20]
+    assert not find_checkpoints(run_dir)[1]
+
+
+def test_resume_with_another_micro_batch_size_keeps_steps_whole(
+    undisturbed: Path, train: TrainProcess, tmp_path: Path
+) -> None:
+    half = checkpoint_folder(undisturbed, 15)
+    done = train("--run_dir", tmp_path / "run", "--resume", half, "--data.micro_batch_size", 1)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (trained_state(run, 20)["state_dict"] for run in (tmp_path / "run", undisturbed))
+    assert isinstance(ours, dict) and isinstance(theirs, dict)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    meta = find_checkpoints(tmp_path / "run")[0][-1].meta
+    assert (meta["samples"], meta["tokens"]) == (80, 80 * 64)

@@ -1,0 +1,128 @@
+"""The module's step: equal gradients for any micro-batch size, checkpointed and compiled blocks, loop counters."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from model.config import AttentionConfig, ModelConfig
+from training.loss import IGNORE_INDEX
+from training.module import LanguageModule, align_batch_counters
+from training.optim import OptimizerConfig
+
+LENGTH = 24
+
+
+def make_module(**options: Any) -> LanguageModule:
+    torch.manual_seed(0)
+    network = ModelConfig(
+        vocab_size=50,
+        n_layers=2,
+        d_model=16,
+        n_heads=2,
+        n_kv_heads=1,
+        d_ff=32,
+        attention=AttentionConfig(kind="asentmax"),
+    )
+    module = LanguageModule(
+        network, OptimizerConfig(), **{"loss_backend": "chunked", "loss_chunk_tokens": 10, **options}
+    )
+    return module.double()
+
+
+def make_batch(sequences: range) -> dict[str, Any]:
+    """Each sequence holds two documents; how many labels are ignored differs between sequences."""
+    tokens, labels, bounds = [], [], [0]
+    for i in sequences:
+        generator = torch.Generator().manual_seed(i)
+        row = torch.randint(50, (LENGTH,), generator=generator)
+        label = row.roll(-1)
+        label[LENGTH - 1 - 3 * (i % 4) :] = IGNORE_INDEX
+        tokens.append(row)
+        labels.append(label)
+        bounds += [bounds[-1] + 7 + i % 3, bounds[-1] + LENGTH]
+    return {
+        "tokens": torch.cat(tokens)[None], "labels": torch.cat(labels)[None], "max_seqlen": LENGTH,
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "sample_ids": torch.tensor(sequences),
+    }  # fmt: skip
+
+
+def accumulated_gradients(module: LanguageModule, global_batch: int, micro_batch: int) -> dict[str, Tensor]:
+    """As Lightning accumulates: the loss of each micro-batch is divided by their number."""
+    module.zero_grad()
+    count = global_batch // micro_batch
+    for start in range(0, global_batch, micro_batch):
+        output = module.training_step(make_batch(range(start, start + micro_batch)), 0)
+        (output["loss"] / count).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_gradients_do_not_depend_on_the_micro_batch_size() -> None:
+    module = make_module()
+    whole = accumulated_gradients(module, 8, 8)
+    assert set(whole) == {name for name, _ in module.named_parameters()}
+    for micro_batch in (1, 2, 4):
+        parts = accumulated_gradients(module, 8, micro_batch)
+        for name, gradient in whole.items():
+            error = (parts[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, f"{name}: {error:.2e}"  # attention computes partly in float32
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"loss_chunk_tokens": 1000}])
+def test_options_do_not_change_gradients(options: dict[str, Any]) -> None:
+    plain, other = (
+        accumulated_gradients(make_module(), 2, 2),
+        accumulated_gradients(make_module(**options), 2, 2),
+    )
+    assert plain.keys() == other.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-14, msg=name)
+
+
+def test_activation_checkpointing_runs_each_block_again_in_backward() -> None:
+    calls = {}
+    for option in (False, True):
+        module = make_module(activation_checkpointing=option)
+        count = []
+        module.model.blocks[0].attention.register_forward_hook(lambda *_, count=count: count.append(1))
+        module.training_step(make_batch(range(1)), 0)["loss"].backward()
+        calls[option] = len(count)
+    assert calls == {False: 1, True: 2}
+
+
+def test_compile_keeps_the_state_dict_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    module = make_module(compile=True)
+    assert len(compiled) == 2
+    assert module.state_dict().keys() == make_module().state_dict().keys()
+
+
+def test_batches_are_measured_before_they_leave_the_cpu() -> None:
+    module = make_module()
+    one, two = (module.on_before_batch_transfer(make_batch(range(n)), 0) for n in (1, 2))
+    assert one["valid_tokens"] == int((make_batch(range(1))["labels"] >= 0).sum())
+    assert two["flops"] > one["flops"] > 0
+
+
+def test_bad_arguments_name_the_value() -> None:
+    with pytest.raises(ValueError, match="loss_chunk_tokens is 0"):
+        make_module(loss_chunk_tokens=0)
+    module = make_module(loss_backend="fast")
+    module._trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="loss_backend is 'fast'"):
+        module.setup("fit")
+
+
+def test_loop_counters_are_aligned_to_optimizer_steps() -> None:
+    counts = {"ready": 31, "started": 31, "processed": 31, "completed": 30}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": True}
+    checkpoint = {"global_step": 10, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    untouched = copy.deepcopy(checkpoint)
+    align_batch_counters(checkpoint, accumulation=4)
+    wanted = {"ready": 40, "started": 40, "processed": 40, "completed": 39}
+    assert progress == {"total": wanted, "current": wanted, "is_last_batch": False}
+    assert untouched["global_step"] == checkpoint["global_step"]

@@ -1,0 +1,63 @@
+"""Records of a run: metric files, wandb, config."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from training.tracking import (
+    WandbConfig,
+    log_config,
+    make_loggers,
+    record_session,
+    wandb_run_id,
+)
+
+
+def test_sessions_have_their_own_metric_files(tmp_path: Path) -> None:
+    for start, loss in ((0, 3.0), (10, 2.0)):
+        (logger,) = make_loggers(tmp_path, start, WandbConfig())
+        assert isinstance(logger, CSVLogger)
+        logger.log_metrics({"train/loss": loss}, step=start + 1)
+    first, second = sorted(tmp_path.glob("metrics/step-*/metrics.csv"))
+    assert first.read_text().split() == ["step,train/loss", "1,3.0"]
+    assert second.parent.name == "step-00000010" and second.read_text().split()[1] == "11,2.0"
+
+
+def test_the_wandb_run_id_is_kept(tmp_path: Path) -> None:
+    first = wandb_run_id(tmp_path)
+    assert len(first) == 8 and wandb_run_id(tmp_path) == first
+    assert (tmp_path / "wandb_run_id").read_text().strip() == first
+
+
+def test_an_offline_wandb_run_is_continued_by_the_next_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("WANDB_SILENT", "WANDB_DISABLE_GIT", "WANDB_DISABLE_CODE"):
+        monkeypatch.setenv(key, "true")
+    config = WandbConfig(mode="offline", project="test", tags=["a"])
+    ids = []
+    for start in (0, 10):
+        _, logger = loggers = make_loggers(tmp_path, start, config)
+        assert isinstance(logger, WandbLogger)
+        log_config(loggers, {"model": {"network": {"n_layers": 2}}}, "abc-dirty")
+        logger.log_metrics({"train/loss": 1.0}, step=start + 1)
+        run = logger.experiment
+        ids.append(run.id)
+        assert run.project == "test" and run.name == tmp_path.name and run.tags == ("a",)
+        assert run.config["code_version"] == "abc-dirty" and run.config["model"]["network"]["n_layers"] == 2
+        assert run.settings.mode == "offline"
+        run.finish()
+    assert ids[0] == ids[1] == wandb_run_id(tmp_path)
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))) >= 1
+
+
+def test_bad_wandb_project() -> None:
+    with pytest.raises(ValueError, match="wandb.project is empty"):
+        WandbConfig(project="")
+
+
+def test_each_session_keeps_its_config(tmp_path: Path) -> None:
+    record_session(tmp_path, 0, "a: 1\n", "one")
+    record_session(tmp_path, 10, "a: 2\n", "two-dirty")
+    assert (tmp_path / "config.yaml").read_text() == (tmp_path / "config.step-00000010.yaml").read_text() == "a: 2\n"
+    assert (tmp_path / "config.step-00000000.yaml").read_text() == "a: 1\n"
+    assert (tmp_path / "code_version.txt").read_text() == "step-00000000 one\nstep-00000010 two-dirty\n"

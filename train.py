@@ -1,0 +1,21 @@
+"""Train a language model, or continue a run.
+
+    python train.py --config configs/models/smoke.yaml --config configs/attention/asentmax.yaml \
+        --config configs/data/stdlib.yaml --config configs/smoke.yaml --run_dir runs/x --resume auto
+
+Several --config files merge key by key, later ones win, options on the command line win over files
+(--trainer.max_steps 20), and --print_config shows the result. Exit code 2: an error in what was asked for.
+"""
+
+from training.cli import TrainingCLI, user_errors
+
+
+def main() -> None:
+    with user_errors() as setup:
+        session = TrainingCLI()  # options -> checkpoint to start from -> data, module, trainer
+        session.prepare()  # open the data, check that everything fits, record config and code version
+        session.fit(on_start=setup.close)  # step: training/module.py, logs: callbacks.py, saves: checkpointing.py
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: the LightningModule, its optimizer and loss, checkpoints, tracking and the command line of train.py."""

@@ -1,0 +1,257 @@
+"""What is logged during training, and the progress shown meanwhile."""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
+from tqdm import tqdm
+
+from model.flops import peak_flops
+from training.module import LanguageModule
+from training.throughput import StepClock, Work, peak_memory_gib, speed_metrics
+from training.tracking import say
+
+
+@dataclass
+class StatsConfig:
+    """Statistics of entmax attention on a piece of the current batch.
+
+    Args:
+        every_n_steps: optimizer steps between them; 0 for never.
+        layers: how many layers, evenly spread from the first to the last.
+        tokens: length of the piece, taken from the batch's start.
+    """
+
+    every_n_steps: int = 100
+    layers: int = 4
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 0:
+            raise ValueError(f"stats.every_n_steps is {self.every_n_steps}: expected 0 (never) or more")
+        for name, value in (("layers", self.layers), ("tokens", self.tokens)):
+            if value < 1:
+                raise ValueError(f"stats.{name} is {value}: expected at least 1")
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on the held-out split.
+
+    Args:
+        every_n_steps: optimizer steps between validations; 0 for never. trainer.limit_val_batches bounds each one.
+    """
+
+    every_n_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 0:
+            raise ValueError(f"validation.every_n_steps is {self.every_n_steps}: expected 0 (never) or more")
+
+
+def log(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Write one row of metrics at the current optimizer step to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class MetricsLogger(Callback):
+    """Logs loss and speed every trainer.log_every_n_steps optimizer steps.
+
+    Loss sums stay on the device between log lines, so nothing waits for it in other steps. train/loss is the mean
+    over the valid tokens of all steps since the last line.
+
+    Args:
+        clock: shared with whoever interrupts training.
+        start_tokens: tokens trained on before this session.
+    """
+
+    def __init__(self, clock: StepClock, start_tokens: int) -> None:
+        self.clock, self.tokens = clock, start_tokens
+        self.latest: dict[str, float] = {}  # for the progress bar
+        self.work, self.loss_sum = Work(), torch.zeros(())
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.step = trainer.global_step
+        self.every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._reset(trainer)
+
+    def _reset(self, trainer: Trainer) -> None:
+        self.work, self.loss_sum = (
+            Work(),
+            torch.zeros((), dtype=torch.float64, device=trainer.strategy.root_device),
+        )
+        self.clock.reset()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.loss_sum += outputs["loss_sum"]
+        self.work.tokens += batch["labels"].numel()
+        self.work.valid_tokens += batch["valid_tokens"]
+        self.work.flops += batch["flops"]
+        if trainer.global_step == self.step:
+            return  # in the middle of an accumulation
+        self.step = trainer.global_step
+        self.work.steps += 1
+        if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
+            self._log_window(trainer, pl_module)
+            self._reset(trainer)
+
+    def _log_window(self, trainer: Trainer, module: LanguageModule) -> None:
+        work, device = self.work, trainer.strategy.root_device
+        local = torch.tensor([work.tokens, work.valid_tokens, work.flops], dtype=torch.float64, device=device)
+        totals = trainer.strategy.reduce(torch.cat([self.loss_sum[None], local]), reduce_op="sum")
+        loss_sum, tokens, valid_tokens, flops = totals.tolist()  # waits for the device, so the time below is true
+        loss = loss_sum / max(1, valid_tokens)
+        self.tokens += int(tokens)
+        self.latest = {
+            "train/loss": loss,
+            "train/perplexity": perplexity(loss),
+            "train/lr": module.step_lr,
+            "train/grad_norm": float(module.step_gradient_norm),
+            "train/tokens": self.tokens,
+            **speed_metrics(
+                tokens=tokens, flops=flops, steps=work.steps, seconds=self.clock.seconds(), devices=trainer.world_size,
+                peak=device_peak(device, trainer.precision),
+            ),
+            "memory/peak_gib": peak_memory_gib(device),
+            **alpha_metrics(module.model.alphas()),
+        }  # fmt: skip
+        log(trainer, self.latest)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.clock.pause()
+        self.val_sum = torch.zeros(2, dtype=torch.float64, device=trainer.strategy.root_device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.val_sum[0] += outputs["loss_sum"]
+        self.val_sum[1] += batch["valid_tokens"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        loss_sum, valid_tokens = trainer.strategy.reduce(self.val_sum, reduce_op="sum").tolist()
+        loss = loss_sum / max(1, valid_tokens)
+        log(trainer, {"val/loss": loss, "val/perplexity": perplexity(loss)})
+        say(f"step {trainer.global_step}: validation loss {loss:.4f} over {int(valid_tokens):,} tokens")
+        self.clock.resume()
+
+
+def alpha_metrics(alphas: Tensor | None) -> dict[str, float]:
+    """alpha (L, H) by layer and head; nothing for softmax kinds."""
+    if alphas is None:
+        return {}
+    return {
+        f"alpha/layer_{layer:02d}/head_{head:02d}": alpha
+        for layer, heads in enumerate(alphas.tolist())
+        for head, alpha in enumerate(heads)
+    }
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of one device for the matrix products of a Trainer precision; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+    return peak_flops(torch.cuda.get_device_name(device), dtype)
+
+
+class AttentionStats(Callback):
+    """Logs temperature, support size and live tiles of some layers, from a forward pass over a piece of the batch."""
+
+    def __init__(self, config: StatsConfig, clock: StepClock) -> None:
+        self.config, self.clock, self.step = config, clock, -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every, first = self.config.every_n_steps, self.step == 0
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        if every and (first or self.step % every == 0) and pl_module.network_config.attention.is_entmax:
+            with self.clock.paused(), trainer.precision_plugin.forward_context():
+                log(trainer, self.measure(pl_module, batch))
+
+    def measure(self, module: LanguageModule, batch: dict[str, Any]) -> dict[str, float]:
+        tokens, cu_seqlens = first_tokens(batch["tokens"], batch["cu_seqlens"], self.config.tokens)
+        stats = module.model.attention_stats(tokens, cu_seqlens)
+        metrics: dict[str, float] = {}
+        for layer in spread(len(stats), self.config.layers):
+            metrics[f"support/layer_{layer:02d}"] = float(stats[layer].support_mean.mean())
+            metrics[f"live_tiles/layer_{layer:02d}"] = float(stats[layer].live_share.mean())
+            temperature = stats[layer].temperature
+            if temperature is not None:
+                metrics[f"temperature/layer_{layer:02d}"] = float(temperature.mean())
+        return metrics
+
+
+def first_tokens(tokens: Tensor, cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first `length` tokens (1, n) and their document boundaries; the last document is cut."""
+    length = min(length, tokens.shape[1])
+    end = cu_seqlens.new_tensor([length])
+    return tokens[:, :length], torch.cat([cu_seqlens[cu_seqlens < length], end])
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the indices 0 .. count - 1, evenly spread, the first and last among them."""
+    if wanted >= count:
+        return list(range(count))
+    if wanted == 1:
+        return [count - 1]
+    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+class StepProgress(ProgressBar):
+    """Progress in optimizer steps with loss and tokens/s: a bar in a terminal, one line a log interval elsewhere."""
+
+    def __init__(self, metrics: MetricsLogger) -> None:
+        super().__init__()
+        self.metrics, self.bar, self.enabled = metrics, None, True
+        self.shown: dict[str, float] = {}
+
+    bar: "tqdm[Any] | None"
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.enabled = self.enabled and trainer.is_global_zero
+        if self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.update(trainer.global_step - self.bar.n)
+        if self.metrics.latest and self.metrics.latest is not self.shown:
+            self.shown = self.metrics.latest
+            loss, speed = self.shown["train/loss"], self.shown["throughput/tokens_per_second"]
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+            else:
+                say(f"step {trainer.global_step}/{trainer.max_steps}: loss {loss:.4f}, {speed:,.0f} tokens/s")
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

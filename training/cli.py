@@ -1,0 +1,234 @@
+"""The command line of train.py: options, their checks, and how a run is put together."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from data.datamodule import PackedDataModule
+from model.config import config_from_dict
+from model.version import code_version
+from training.callbacks import AttentionStats, MetricsLogger, StatsConfig, StepProgress, ValidationConfig
+from training.checkpointing import (
+    CheckpointConfig,
+    RunCheckpoint,
+    StartPoint,
+    check_architecture,
+    check_tokenizer,
+    choose_start,
+    read_data_state,
+)
+from training.loss import resolve_loss_backend
+from training.module import LanguageModule
+from training.throughput import StepClock
+from training.tracking import WandbConfig, log_config, make_loggers, record_session, say
+
+# Trainer options that this recipe decides itself, and the option to use instead.
+OWNED_BY_THE_RECIPE = {
+    "logger": "wandb.*",
+    "default_root_dir": "--run_dir",
+    "enable_checkpointing": "checkpoint.*",
+    "val_check_interval": "validation.every_n_steps",
+    "check_val_every_n_epoch": "validation.every_n_steps",
+    "max_epochs": "trainer.max_steps",
+    "gradient_clip_algorithm": "trainer.gradient_clip_val, which clips by norm",
+}
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False, "use_distributed_sampler": False,
+}  # fmt: skip
+# Each of these is known to be harmless here.
+HARMLESS_WARNINGS = {
+    r".*does not have many workers.*": "packing a sequence costs microseconds; data.num_workers is the user's choice",
+    r".*Experiment logs directory .* exists and is not empty.*": "a session that restarts at a step replaces its rows",
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*": "the sampler resumes itself",
+    r".*The number of training batches .* is smaller than the logging interval.*": "the last step is always logged",
+    r".*You have overridden `on_before_batch_transfer` in `LightningModule`.*": "it counts FLOPs",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*": "Lightning's use of torch.utils._pytree, not ours",
+}
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message says what to do instead."""
+
+
+class OneLineParser(LightningArgumentParser):
+    """Raises instead of printing its usage text and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{' '.join(message.split())} (python train.py --help lists all options)") from ex
+
+
+@dataclass
+class SetupPhase:
+    """Open until the first training step: until then a ValueError means that what the user asked for cannot be done."""
+
+    open: bool = True
+
+    def close(self) -> None:
+        self.open = False
+
+
+@contextmanager
+def user_errors() -> Iterator[SetupPhase]:
+    """End with one line on stderr and exit code 2 on errors that users make; --debug shows where they come from."""
+    phase = SetupPhase()
+    try:
+        yield phase
+    except (
+        ValueError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        MisconfigurationException,
+    ) as error:
+        if "--debug" in sys.argv or not phase.open:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+class TrainingCLI(LightningCLI):
+    """Parses the options, checks them, and builds data, module and trainer of one training session."""
+
+    def __init__(self) -> None:
+        for pattern in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", pattern)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # banners; what matters of them is said by this file
+        super().__init__(
+            LanguageModule, PackedDataModule, save_config_callback=None, seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS, parser_class=OneLineParser, run=False, auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )  # fmt: skip
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str, required=True, help="Folder of the run: checkpoints, metrics, config."
+        )
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default="none",
+            help="none, auto (newest complete checkpoint of run_dir) or a path.",
+        )
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        parser.add_class_arguments(CheckpointConfig, "checkpoint")
+        parser.add_class_arguments(StatsConfig, "stats")
+        parser.add_class_arguments(ValidationConfig, "validation")
+        parser.add_class_arguments(WandbConfig, "wandb")
+
+    def before_instantiate_classes(self) -> None:
+        """Check what needs no model and no data, and choose the checkpoint to start from."""
+        defaults = {key: self.parser.get_default(f"trainer.{key}") for key in OWNED_BY_THE_RECIPE}
+        check_trainer_options(self.config.trainer, defaults)
+        self.run_dir = Path(self.config.run_dir)
+        self.start: StartPoint = choose_start(self.run_dir, self.config.resume)
+        if self.start.checkpoint:
+            network = config_from_dict(self.config.model.network.as_dict())
+            check_architecture(self.start.checkpoint, asdict(network))
+        if self.start.step >= self.config.trainer.max_steps:
+            wanted = self.config.trainer.max_steps
+            say(f"already at step {self.start.step} of trainer.max_steps {wanted}: nothing to train")
+            sys.exit(0)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with this recipe's loggers and callbacks, accumulating as the data's batch sizes ask."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        options = {**self.config_init.trainer, "default_root_dir": self.run_dir}
+        asked = options.pop("accumulate_grad_batches")
+        every = self.config_init.validation.every_n_steps
+        if not every:
+            options["limit_val_batches"] = 0
+        elif not self.datamodule.val_sequences:
+            raise UsageError(f"validation.every_n_steps is {every}, but data.val_sequences is 0: set both or neither")
+        options["logger"] = make_loggers(self.run_dir, self.start.step, self.config_init.wandb)
+        options["callbacks"] = [*(options["callbacks"] or []), *self._callbacks()]
+        options |= {"check_val_every_n_epoch": None, "val_check_interval": 1}  # the interval follows below
+        trainer = Trainer(**options)
+        trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size)
+        trainer.val_check_interval = max(1, every) * trainer.accumulate_grad_batches
+        if asked not in (1, trainer.accumulate_grad_batches):
+            raise UsageError(
+                f"trainer.accumulate_grad_batches is {asked}, but data.global_batch_size and data.micro_batch_size "
+                f"give {trainer.accumulate_grad_batches} on {trainer.world_size} devices: leave it out"
+            )
+        return trainer
+
+    def _callbacks(self) -> list[Any]:
+        clock = StepClock()
+        self.version = code_version()
+        metrics = MetricsLogger(clock, self.start.tokens)
+        config = self.config_init
+        return [
+            metrics,
+            AttentionStats(config.stats, clock),
+            StepProgress(metrics),
+            RunCheckpoint(self.run_dir, config.checkpoint, self.start, self.version, clock),
+        ]
+
+    def prepare(self) -> None:
+        """Open the data, check that it fits, and record this session in the run folder."""
+        self.datamodule.setup("fit")
+        vocab_size = self.model.network_config.vocab_size
+        if self.datamodule.vocab_size > vocab_size:
+            raise UsageError(
+                f"model.network.vocab_size is {vocab_size}, but the tokenizer {self.datamodule.tokenizer_path} has "
+                f"{self.datamodule.vocab_size} pieces: set it to at least that"
+            )
+        if self.start.checkpoint:
+            check_tokenizer(
+                self.start.checkpoint,
+                str(self.datamodule.tokenizer_path),
+                self.datamodule.tokenizer_fingerprint,
+            )
+            self.datamodule.load_state_dict(read_data_state(self.start.checkpoint, PackedDataModule.__qualname__))
+        config = self.parser.dump(self.config, skip_none=False)
+        record_session(self.run_dir, self.start.step, config, self.version)
+        log_config(self.trainer.loggers, yaml.safe_load(config), self.version)
+
+    def describe(self) -> str:
+        """One line on what is about to run."""
+        data, trainer, module = self.datamodule, self.trainer, self.model
+        parameters, device = sum(p.numel() for p in module.parameters()), trainer.strategy.root_device
+        return (
+            f"training {parameters:,} parameters ({module.network_config.attention.kind}) from step {self.start.step} "
+            f"to {trainer.max_steps}: {data.global_batch_size} x {data.sequence_length} tokens a step, accumulated "
+            f"over {trainer.accumulate_grad_batches}, on {trainer.world_size} x {device.type} in {trainer.precision}, "
+            f"loss backend {resolve_loss_backend(module.loss_backend, device)}"
+        )
+
+    def fit(self, on_start: Callable[[], None]) -> None:
+        """Train to trainer.max_steps; on_start is called before the first step."""
+        say(self.describe())
+        started = LambdaCallback(on_train_start=lambda *_: on_start())
+        self.trainer.callbacks.append(started)  # type: ignore[attr-defined]
+        # weights_only: nothing pickled in a checkpoint is executed
+        self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
+
+
+def check_trainer_options(options: Any, defaults: dict[str, Any]) -> None:
+    """Raises UsageError for Trainer options that cannot work, or that this recipe sets itself."""
+    for key, instead in OWNED_BY_THE_RECIPE.items():
+        if options.get(key) != defaults[key]:
+            raise UsageError(f"trainer.{key} is {options.get(key)!r}: leave it out and use {instead}")
+    if options.max_steps < 1:
+        raise UsageError(
+            f"trainer.max_steps is {options.max_steps}: expected the number of optimizer steps, at least 1"
+        )
+    if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"trainer.accelerator is {options.accelerator!r}, but torch finds no CUDA device: use "
+            "--config configs/cluster/cpu.yaml or --trainer.accelerator cpu, or install a driver that fits torch "
+            f"{torch.__version__}"
+        )

@@ -1,0 +1,153 @@
+"""Cross entropy of a linear head that never holds the logits of all tokens at once."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+
+
+def resolve_loss_backend(requested: str, device: torch.device) -> str:
+    """The backend that a run on `device` uses: "liger" or "chunked".
+
+    Args:
+        requested: "auto" takes liger-kernel on CUDA where it is installed, else the chunked loss of this file.
+
+    Raises:
+        ValueError: an unknown name, or "liger" where liger-kernel is not installed or the device is not a GPU.
+    """
+    if requested not in ("auto", "liger", "chunked"):
+        raise ValueError(f"model.loss_backend is {requested!r}: expected auto, liger or chunked")
+    installed = find_spec("liger_kernel") is not None
+    if requested == "auto":
+        return "liger" if installed and device.type == "cuda" else "chunked"
+    if requested == "liger" and not installed:
+        raise ValueError(
+            "model.loss_backend is 'liger' but liger-kernel is not installed: pip install liger-kernel, "
+            "or use --model.loss_backend chunked"
+        )
+    if requested == "liger" and device.type != "cuda":
+        raise ValueError(
+            f"model.loss_backend is 'liger', which needs a CUDA device, but the run is on {device.type}: "
+            "use --model.loss_backend auto"
+        )
+    return requested
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of logits = hidden @ weight.T, summed over tokens.
+
+    Args:
+        hidden: (N, C), any floating dtype.
+        weight: (V, C), the head, often float32 while hidden is bfloat16.
+        labels: (N,) int64 in [0, V), or IGNORE_INDEX where nothing is to be predicted.
+        backend: "chunked" or "liger", from resolve_loss_backend.
+        chunk_tokens: tokens whose logits exist at one time ("chunked" only).
+
+    Returns:
+        The sum of token losses in nats (scalar, float32; float64 for float64 input; 0 if all labels are ignored), which
+        carries the gradient, and the number of valid tokens (scalar int64). The caller chooses the denominator.
+    """
+    valid_tokens = (labels != IGNORE_INDEX).sum()
+    if backend == "liger":
+        return _liger_sum(hidden, weight, labels), valid_tokens
+    return _ChunkedCrossEntropySum.apply(hidden, weight, labels, chunk_tokens), valid_tokens
+
+
+def _liger_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    bias = class_weight = softcap = None
+    square_scale = label_smoothing = 0.0
+    # The weight goes in uncast: its gradient is accumulated and returned in float32 only then.
+    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden.to(_compute_dtype(hidden)), weight, labels, bias, class_weight, IGNORE_INDEX, square_scale,
+        label_smoothing, "sum", softcap, False, torch.float32,
+    )  # fmt: skip
+    return loss
+
+
+class _ChunkedCrossEntropySum(torch.autograd.Function):
+    """Gradients are computed in the forward pass, chunk by chunk, as Liger does (arXiv 2410.10989, section 3.2).
+
+    Recomputing the logits in backward would cost a fourth matrix product of the head's size and save nothing: the loss
+    is the first node of the backward pass, so both forms hold the weight's gradient at the moment of highest memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        compute = _compute_dtype(hidden)
+        wide = torch.promote_types(compute, torch.float32)
+        if not hidden.is_cuda:
+            compute = wide  # CPU matrix products cannot widen their result, and bfloat16 ones are slow
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, grad_hidden, grad_weight = _chunked_sum(
+                hidden, weight.to(compute), labels, chunk_tokens, wide, ctx.needs_input_grad[:2]
+            )
+        ctx.gradients = (grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy frees its gradients in backward: it cannot run backward twice")
+        grad_hidden, grad_weight = (g if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_weight, None, None
+
+
+def _chunked_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    wide: torch.dtype,
+    needs_grad: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss sum and its gradients (None where not needed). Sums are in `wide`, products in weight.dtype."""
+    valid = labels != IGNORE_INDEX  # (N,)
+    targets = labels.masked_fill(~valid, 0).unsqueeze(1)  # (N, 1)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs_grad[1] else None
+    for rows in torch.arange(hidden.shape[0]).split(chunk_tokens):
+        chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+        h, target, keep = hidden[chunk].to(weight.dtype), targets[chunk], valid[chunk]  # (n, C), (n, 1), (n,)
+        log_p = torch.log_softmax(_matmul(h, weight.t(), wide), dim=1)  # (n, V)
+        loss -= (log_p.gather(1, target).squeeze(1) * keep).sum()
+        if not any(needs_grad):
+            continue
+        residual = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(h.dtype)  # p - onehot
+        keep = keep.unsqueeze(1).to(h.dtype)  # ignored rows are zeroed in (n, C) instead of (n, V) tensors
+        if grad_hidden is not None:
+            grad_hidden[chunk] = (residual @ weight) * keep
+        if grad_weight is not None:
+            _add_matmul(grad_weight, residual.t(), h * keep)
+    return loss, grad_hidden, grad_weight
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the head's matrix products: autocast's where it is on."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, which may be wider than that of a and b (CUDA only)."""
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in total's dtype, without a temporary of total's size."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

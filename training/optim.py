@@ -1,0 +1,159 @@
+"""AdamW with parameter groups by name, and the learning-rate schedules."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and its schedule.
+
+    Args:
+        lr: Peak learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices. Parameters of one dimension (norms, biases) and alpha have none.
+        decay_embeddings: Whether the embedding table (tied or not) is decayed too.
+        alpha_lr_factor: Learning rate of the attention's alpha parameters, as a multiple of lr.
+        schedule: "cosine" falls over the whole run (arXiv 1608.03983); "wsd" is warm-up, stable, decay
+            (arXiv 2404.06395).
+        warmup_steps: Steps of linear warm-up.
+        decay_fraction: Share of all steps in wsd's linear decay.
+        final_lr_fraction: Learning rate at the last step, as a multiple of lr.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    alpha_lr_factor: float = 1.0
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_lr_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        _require(self.eps > 0, "eps", self.eps, "a positive number")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(self.alpha_lr_factor >= 0, "alpha_lr_factor", self.alpha_lr_factor, "0 or more")
+        _require(self.schedule in ("cosine", "wsd"), "schedule", self.schedule, "cosine or wsd")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a number in (0, 1]")
+        _require(
+            0 <= self.final_lr_fraction <= 1,
+            "final_lr_fraction",
+            self.final_lr_fraction,
+            "a number in [0, 1]",
+        )
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"model.optimizer.{name} is {value}: expected {expected}")
+
+
+def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool) -> list[dict[str, Any]]:
+    """Optimizer groups in a fixed order, each with its name and every setting that the config decides.
+
+    Groups are "matrices" (decayed), "vectors" (one dimension), "embeddings" and "alpha" (names ending in alpha_raw);
+    empty ones are left out. A parameter that two modules share, as tied embeddings do, counts once.
+    """
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "embeddings": [], "alpha": []}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("alpha_raw"):
+            members["alpha"].append(parameter)
+        elif id(parameter) in embeddings:
+            members["embeddings"].append(parameter)
+        else:
+            # DeepSpeed's stage 3 leaves shape (0,) here and keeps the true one in ds_shape.
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            members["vectors" if dimensions < 2 else "matrices"].append(parameter)
+    decay = {
+        "matrices": config.weight_decay,
+        "embeddings": config.weight_decay if config.decay_embeddings else 0.0,
+    }
+    return [
+        {
+            "name": name, "params": parameters, "weight_decay": decay.get(name, 0.0), "betas": tuple(config.betas),
+            "eps": config.eps, "lr": config.lr * (config.alpha_lr_factor if name == "alpha" else 1.0), "fused": fused,
+        }
+        for name, parameters in members.items() if parameters
+    ]  # fmt: skip
+
+
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW over `module` and its schedule, which is stepped once after each optimizer step."""
+    optimizer = torch.optim.AdamW(parameter_groups(module, config, fused=fused))
+    return optimizer, LambdaLR(optimizer, lr_factor(config, total_steps))
+
+
+def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning rate of optimizer step s = 0, 1, ..., total_steps - 1 as a multiple of the peak.
+
+    A plain function on purpose: LambdaLR saves the fields of a callable object and restores them over the config.
+    """
+    warmup, final = config.warmup_steps, config.final_lr_fraction
+    decay_steps = max(1, round(config.decay_fraction * total_steps))
+
+    def cosine(step: int) -> float:
+        progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def stable_decay(step: int) -> float:
+        progress = (step + 1 - (total_steps - decay_steps)) / decay_steps
+        return 1 - (1 - final) * min(1.0, max(0.0, progress))
+
+    after_warmup = cosine if config.schedule == "cosine" else stable_decay
+
+    def factor(step: int) -> float:
+        return (step + 1) / warmup if step < warmup else after_warmup(step)
+
+    return factor
+
+
+def reapply_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, groups: list[dict[str, Any]]) -> None:
+    """Give a restored optimizer the settings of the current config.
+
+    torch restores learning rate, betas, eps and weight decay from the checkpoint, so that a changed config would be
+    ignored in silence. With an unchanged config every value stays bit-identical.
+
+    Args:
+        groups: what parameter_groups gives for the current config.
+
+    Raises:
+        ValueError: the optimizer has other groups than the config.
+    """
+    ours, wanted = [g["name"] for g in optimizer.param_groups], [g["name"] for g in groups]
+    if ours != wanted:
+        raise ValueError(f"the checkpoint's optimizer has parameter groups {ours}, the config gives {wanted}")
+    for index, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        group.update({key: value for key, value in settings.items() if key != "params"})
+        group["initial_lr"] = scheduler.base_lrs[index] = settings["lr"]
+        group["lr"] = settings["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """L2 norm of all gradients of `module` (scalar, no host synchronisation), before clipping; 0 where none exists.
+
+    The one place that knows where gradients live: an engine that keeps them elsewhere is asked here.
+    """
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def clip_gradients(module: nn.Module, max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients by min(1, max_norm / norm), with `norm` from gradient_norm."""
+    torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)

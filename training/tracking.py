@@ -1,0 +1,91 @@
+"""Where a run's records go: metric files, wandb, the resolved config and the code version."""
+
+import sys
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+
+@dataclass
+class WandbConfig:
+    """Tracking with Weights & Biases.
+
+    Args:
+        mode: "online", "offline" (files under the run folder, sent later with `wandb sync`) or "disabled".
+        project, entity, name, tags: as in wandb.init; name defaults to that of the run folder.
+    """
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "longsplash"
+    entity: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.project:
+            raise ValueError("wandb.project is empty: expected the name of a project")
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print one line to stderr, clear of a progress bar, from one process of the run."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def session_name(start_step: int) -> str:
+    """Name of what belongs to the session that started at a step, sortable as text."""
+    return f"step-{start_step:08d}"
+
+
+def make_loggers(run_dir: Path, start_step: int, wandb: WandbConfig) -> list[Logger]:
+    """CSV always (RUN/metrics/step-XXXXXXXX/metrics.csv, one folder a session), wandb by config.
+
+    A session that starts where an earlier one did replaces its folder: the same steps are trained again.
+    """
+    loggers: list[Logger] = [
+        CSVLogger(run_dir, name="metrics", version=session_name(start_step), flush_logs_every_n_steps=1)
+    ]
+    if wandb.mode != "disabled":
+        loggers.append(
+            WandbLogger(
+                name=wandb.name or run_dir.name,
+                save_dir=run_dir,
+                id=wandb_run_id(run_dir),
+                project=wandb.project,
+                entity=wandb.entity,
+                tags=wandb.tags,
+                mode=wandb.mode,
+            )  # fmt: skip
+        )
+    return loggers
+
+
+def wandb_run_id(run_dir: Path) -> str:
+    """The run's wandb id, kept in RUN/wandb_run_id so that every session continues the same wandb run."""
+    path = run_dir / "wandb_run_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8] + "\n")
+    return path.read_text().strip()
+
+
+@rank_zero_only
+def record_session(run_dir: Path, start_step: int, config_yaml: str, version: str) -> None:
+    """Keep the resolved config (config.yaml, and config.step-XXXXXXXX.yaml of each session) and the code version."""
+    session = session_name(start_step)
+    (run_dir / f"config.{session}.yaml").write_text(config_yaml)
+    (run_dir / "config.yaml").write_text(config_yaml)
+    with (run_dir / "code_version.txt").open("a") as file:
+        file.write(f"{session} {version}\n")
+
+
+@rank_zero_only
+def log_config(loggers: list[Logger], config: dict[str, Any], version: str) -> None:
+    """Give the resolved config and the code version to wandb."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams({**config, "code_version": version})
