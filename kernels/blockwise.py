@@ -69,8 +69,10 @@ class _Blocks:
         return x[groups, :, rows].flatten(1, 2).to(self.dtype)
 
     def scores(self, q: Tensor, k: Tensor, groups: slice, rows: slice, keys: slice, full: bool) -> Tensor:
-        """z = (alpha - 1) * (scale * q . k + bias), (P, R, M, N), -inf where invisible. q: (P, R * M, D), k: (P, N,
-        D)."""
+        """z = (alpha - 1) * (scale * q . k + bias), (P, R, M, N), -inf where invisible.
+
+        q: (P, R * M, D), k: (P, N, D).
+        """
         z = (q @ k.transpose(1, 2)).view(q.shape[0], self.repeat, -1, k.shape[1])
         z *= (self.alpha[groups] - 1) * self.scale
         if self.slopes is not None:
@@ -104,11 +106,10 @@ def _support_powers(z: Tensor, tau: Tensor, beta: Tensor, plain: bool, out: Tens
 
 
 def _solve(z: Tensor, alpha: Tensor, plain: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Threshold of each row of z (row maximum 0) by norm-form Newton from -1, which climbs to the root and never
-    passes it.
+    """Threshold of each row of z (row maximum 0) by norm-form Newton from -1, which never passes the root.
 
-    With S = sum u ** beta and S1 = sum u ** (beta - 1), the step on N = S ** (1 / beta) is (N - 1) N ** (beta - 1) /
-    S1, written here as S ** (2 - alpha) * expm1((alpha - 1) log S) / S1. Exact in one step where the row is uniform.
+    With S = sum u ** beta and S1 = sum u ** (beta - 1), the step on N = S ** (1 / beta) is
+    (N - 1) N ** (beta - 1) / S1 = S ** (2 - alpha) * expm1((alpha - 1) log S) / S1; it is exact for a uniform row.
     Returns tau, S, u, w.
     """
     beta = 1 / (alpha - 1)

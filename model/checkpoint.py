@@ -32,8 +32,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """training_length: tokens per training sequence. tokenizer_path may be gone on this machine; the fingerprint
-    decides."""
+    """training_length: tokens per training sequence. tokenizer_path may be gone: the fingerprint decides."""
 
     model: Transformer
     config: ModelConfig
@@ -100,8 +99,7 @@ def read_complete(folder: str | Path) -> CheckpointInfo:
 
 
 def find_checkpoints(run_dir: str | Path) -> tuple[list[CheckpointInfo], list[str]]:
-    """Complete checkpoints of a run folder, oldest first, and for each incomplete one a line that says what it
-    lacks."""
+    """Complete checkpoints of a run folder, oldest first, and a line on what each incomplete one lacks."""
     complete, incomplete = [], []
     for folder in sorted((Path(run_dir) / "checkpoints").glob("step-*")):
         try:
