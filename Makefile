@@ -11,7 +11,8 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("error: Python %d.%d found, 3.11 or newer needed: make PYTHON=python3.11" % v[:2] if v < (3, 11) else 0)'
 	@echo "installing requirements.txt into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --requirement requirements.txt
+	@# --no-compile: only what is imported gets compiled, which saves half a minute
+	$(PY) -m pip install --no-compile --disable-pip-version-check --requirement requirements.txt
 	@touch $@
 
 # CUDA where there is a device
