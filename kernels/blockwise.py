@@ -16,7 +16,7 @@ from kernels.visibility import TILE, VisibleKeys, visible_keys
 # scores held at once: on CPU 1 MiB of float32, whose temporaries stay in cache; on CUDA 128 MiB, for few launches
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 CAUSAL_BLOCKS = 8  # blocks of rows per widest row at least: one block would compute all scores above the diagonal
-MAX_NEWTON_STEPS = 60  # never reached on finite input (3 to 12 are usual); ends the loop
+MAX_NEWTON_STEPS = 60  # a bound only: Gaussian rows of 2048 scores took 2 to 8 for alpha 1.01 to 2
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
