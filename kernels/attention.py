@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from kernels.blockwise import entmax_attention_blockwise
+from kernels.entmax_triton import INTERPRETED, entmax_attention_triton, power_of
 from kernels.reference import entmax_attention_reference
 from kernels.stats import AttentionStats
 from kernels.visibility import visible_keys
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
+MAX_TRITON_HEAD_DIM = 256
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +41,7 @@ def entmax_attention(
         k, v: (B, G, Tk, D), dtype and device of q, H a multiple of G (grouped-query heads).
         alpha: in (1, 2], a number or a tensor (H,) (which may require grad). 1.5 is entmax-1.5, 2 is sparsemax,
             softmax as alpha -> 1.
-        scale: multiplies the scores; None is D ** -0.5.
+        scale: positive, multiplies the scores; None is D ** -0.5.
         causal: a query sees no later key; the last query stands at the last (valid) key.
         cu_seqlens: int32 (documents + 1,) on q's device, 0 first, never decreasing, Tq last; B = 1 and Tq = Tk.
             Documents may be empty.
@@ -48,8 +50,9 @@ def entmax_attention(
         alibi_slopes: (H,) non-negative; adds -slope * (query position - key position) to the scaled scores. Not
             differentiable.
         window: a query sees itself and the window - 1 keys before it; needs causal.
-        backend: "auto", "torch" (a block of rows at a time, O(Tq) memory) or "reference" (dense, differentiable by
-            autograd).
+        backend: "triton" (CUDA, or CPU tensors under TRITON_INTERPRET=1; not float64, head dims to 256), "torch" (a
+            block of rows at a time, O(Tq) memory), "reference" (dense, differentiable by autograd) or "auto": triton
+            on CUDA where it can, else torch.
         return_stats: also return an AttentionStats.
 
     Returns: (B, H, Tq, D) in q's dtype, differentiable in q, k, v and alpha; with return_stats a pair (output,
@@ -61,24 +64,63 @@ def entmax_attention(
     _check_tensors(q, k, v)
     _check_visibility(q, k, causal, cu_seqlens, kv_lens, window)
     heads, device = q.shape[1], q.device
+    power = power_of(alpha)
     alpha = _alpha_per_head(alpha, heads, q)
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
         raise ValueError(f"alibi_slopes must be ({heads},), one per query head, got {tuple(alibi_slopes.shape)}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
+    backend = _choose_backend(backend, q)
     visible: dict[str, Any] = dict(causal=causal, cu_seqlens=cu_seqlens, kv_lens=kv_lens, window=window)
     if backend == "reference":
         keys = visible_keys(q.shape[2], k.shape[2], device=device, **visible)
         out, stats = entmax_attention_reference(q, k, v, alpha, keys, scale, alibi_slopes, return_stats)
         return (out, stats) if stats is not None else out
-    out, _, support, live = entmax_attention_blockwise(
-        q, k, v, alpha, scale, alibi_slopes=alibi_slopes, with_stats=return_stats, **visible
-    )
+    passes = None
+    if backend == "triton":
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, alpha))
+        out, _, _, _, support, live, passes = entmax_attention_triton(
+            q,
+            k,
+            v,
+            alpha,
+            scale,
+            power,
+            alibi_slopes=alibi_slopes,
+            gradient=gradient,
+            stats=return_stats,
+            skip_far=True,
+            **visible,
+        )
+    else:
+        out, _, support, live = entmax_attention_blockwise(
+            q, k, v, alpha, scale, alibi_slopes=alibi_slopes, with_stats=return_stats, **visible
+        )
     if not return_stats:
         return out
     total = visible_keys(q.shape[2], k.shape[2], device=device, **visible).total_tiles().expand(q.shape[0])
-    return out, AttentionStats(support, live, total)
+    return out, AttentionStats(support, live, total, None if passes is None else passes.float().mean(-1))
+
+
+def _choose_backend(backend: str, q: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    supported = q.dtype != torch.float64 and q.shape[3] <= MAX_TRITON_HEAD_DIM
+    if backend == "auto":
+        return "triton" if q.is_cuda and supported else "torch"
+    if backend == "triton":
+        if not supported:
+            raise ValueError(
+                f"backend 'triton' takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, "
+                f"got {q.dtype} and {q.shape[3]}; use backend='torch'"
+            )
+        if not q.is_cuda and not INTERPRETED:
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors, got {q.device}; set TRITON_INTERPRET=1 before Python starts to "
+                "interpret its kernels on the CPU, or use backend='torch'"
+            )
+    return backend
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,11 +12,13 @@ from kernels.visibility import TILE
 class AttentionStats:
     """support: int32 (B, H, Tq), keys with non-zero weight of each query. live_tiles: int64 (B, H), 64 x 64 tiles
     (on the grid of query and key indices) that hold support. total_tiles: int64 (B,), tiles in which some query sees
-    some key."""
+    some key. passes: float32 (B, H), passes over listed tiles that the threshold took, the one that sums values
+    included, mean over tiles of queries; None from backends that list no tiles."""
 
     support: Tensor
     live_tiles: Tensor
     total_tiles: Tensor
+    passes: Tensor | None = None
 
     @property
     def live_share(self) -> Tensor:

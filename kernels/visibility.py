@@ -49,12 +49,14 @@ class VisibleKeys:
         return [(a, b, bool(f)) if b > 0 else (0, 0, True) for a, b, f in zip(*rows, strict=True)]
 
     def total_tiles(self) -> Tensor:
-        """int64 (B or 1,): TILE x TILE tiles in which at least one query sees at least one key."""
-        counts = []
-        for first, end, position in zip(self.first, self.end, self.position, strict=True):
-            row = VisibleKeys(first[None], end[None], position[None])
-            counts.append(sum(-(-hi // TILE) - lo // TILE for lo, hi, _ in row.blocks(TILE)))
-        return torch.tensor(counts, dtype=torch.int64, device=self.first.device)
+        """int64 (B or 1,): TILE x TILE tiles in which some query sees some key. Does not synchronise."""
+        empty = self.first >= self.end
+        far = 2**40
+        pad = -self.first.shape[1] % TILE
+        lo = torch.nn.functional.pad(self.first.masked_fill(empty, far), (0, pad), value=far)
+        hi = torch.nn.functional.pad(self.end.masked_fill(empty, 0), (0, pad))
+        lo, hi = lo.unflatten(1, (-1, TILE)).amin(2) // TILE, hi.unflatten(1, (-1, TILE)).amax(2)
+        return (-(-hi // TILE) - lo).clamp(min=0).sum(1)
 
 
 def visible_keys(

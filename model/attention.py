@@ -127,7 +127,8 @@ class Attention(nn.Module):
                     f"attention kind {self.config.attention.kind!r} is dense: it has no support statistics"
                 )
             return softmax_attention(q, k, v, max_seqlen=geometry.max_seqlen, block_mask=geometry.block_mask, **shared)
-        alpha = self.alpha(q.device)
+        # a fixed alpha goes down as a number: the kernels have faster instructions for 1.5 and 2
+        alpha = self.alpha(q.device) if self.config.attention.learn_alpha else self.config.attention.alpha
         backend = self.config.attention.backend
         with_stats = record is not None
         result = entmax_attention(q, k, v, alpha=alpha, backend=backend, return_stats=with_stats, **shared)
@@ -140,7 +141,7 @@ class Attention(nn.Module):
             LayerStats(
                 support_mean=measured.support.float().mean((0, 2)),
                 live_share=measured.live_share.mean(0),
-                alpha=alpha,
+                alpha=self.alpha(q.device),
                 temperature=None if temperature is None else temperature.mean((0, 2)),
             )
         )

@@ -1,0 +1,82 @@
+"""Writes q, k, v, alpha and slopes of one attention layer of a trained checkpoint, for benchmarks.kernels --qkv.
+
+    python -m benchmarks.dump_qkv runs/smoke/asentmax --data prepared/stdlib --length 32768 --output qkv.pt
+
+The model reads held-out documents one after another as a single sequence of `--length` tokens, in bfloat16 autocast.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+import model.attention
+from data.store import TokenStore
+from model.checkpoint import load_model
+from model.transformer import Transformer
+
+
+def read_tokens(store: TokenStore, n_tokens: int) -> Tensor:
+    """int64 (1, n_tokens): the first documents of a split, joined. Raises ValueError if it holds fewer."""
+    parts: list[np.ndarray] = []
+    for index in range(store.num_documents):
+        parts.append(store.document(index))
+        if sum(map(len, parts)) >= n_tokens:
+            return torch.from_numpy(np.concatenate(parts)[:n_tokens].astype(np.int64))[None]
+    raise ValueError(f"{store.folder} holds {store.num_tokens} tokens, fewer than --length {n_tokens}")
+
+
+@torch.no_grad()
+def capture(network: Transformer, tokens: Tensor, layer: int) -> dict[str, Any]:
+    """The inputs of one layer's entmax_attention, on the CPU: q (1, H, T, D), k and v (1, G, T, D), alpha float32
+    (H,), alibi_slopes float32 (H,) or None. layer: negative ones count from the last."""
+    config = network.config
+    if not config.attention.is_entmax:
+        raise ValueError(f"the checkpoint's attention is {config.attention.kind!r}, expected an entmax kind")
+    if config.window is not None:
+        raise ValueError(f"the checkpoint has a window of {config.window} tokens, which the benchmark does not know")
+    if not -config.n_layers <= layer < config.n_layers:
+        raise ValueError(f"--layer is {layer}, the checkpoint has {config.n_layers} layers")
+    calls: list[dict[str, Any]] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        if len(calls) == layer % config.n_layers:
+            kept = dict(q=q, k=k, v=v, alpha=options["alpha"], alibi_slopes=options["alibi_slopes"])
+            calls.append({name: None if x is None else x.detach().cpu() for name, x in kept.items()})
+        else:
+            calls.append({})
+        return kernels.entmax_attention(q, k, v, **options)
+
+    autocast = torch.autocast(tokens.device.type, dtype=torch.bfloat16)
+    with mock.patch.object(model.attention, "entmax_attention", record), autocast:
+        network(tokens)
+    return calls[layer]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a run folder or one of its checkpoints")
+    parser.add_argument("--data", type=Path, required=True, help="a prepared corpus; its held-out split is read")
+    parser.add_argument("--length", type=int, default=32768, help="tokens")
+    parser.add_argument("--layer", type=int, default=-1)
+    parser.add_argument("--output", type=Path, default=Path("qkv.pt"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    loaded = load_model(options.checkpoint, options.device)
+    store = TokenStore(options.data / "heldout")
+    if store.fingerprint_of_tokenizer != loaded.tokenizer_fingerprint:
+        parser.error(f"{options.data} was prepared with another tokenizer than the checkpoint's")
+    content = capture(loaded.model, read_tokens(store, options.length).to(options.device), options.layer)
+    content |= dict(layer=options.layer, step=loaded.step, training_length=loaded.training_length)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, options.output)
+    print(f"{options.output}: q {tuple(content['q'].shape)}, k {tuple(content['k'].shape)}, step {loaded.step}")
+
+
+if __name__ == "__main__":
+    main()

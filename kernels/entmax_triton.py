@@ -1,0 +1,345 @@
+"""The Triton kernels as one registered operator: launches, shapes for tracing, autograd."""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.entmax_backward import entmax_backward_keys, entmax_backward_queries
+from kernels.entmax_refine import entmax_refine
+from kernels.entmax_scan import entmax_scan
+from kernels.entmax_sum import entmax_sum
+from kernels.tiles import BLOCK_FIELDS, LIST_CHUNK, Intervals, make_intervals
+from kernels.tuning import launch_for, program_count
+from kernels.visibility import TILE
+
+# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made. Outputs in
+# 16 bits take the last step to first order; without gradients there is no such step, and float32 resolves more
+TOLERANCE = {"gradient": 0.08, "inference": 3e-3, "float32": 3e-4}
+MAX_STEPS = 20  # a bound only, for rows at the limit of float32
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors
+POWERS = {1.5: "linear", 2.0: "constant"}
+
+
+def power_of(alpha: float | Tensor) -> str:
+    """How the kernels take powers: numbers known before the launch can have their own instructions."""
+    return "general" if isinstance(alpha, Tensor) else POWERS.get(float(alpha), "general")
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(letter: str, x: Tensor) -> dict[str, int]:
+    return {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
+
+
+def _dot_precision(q: Tensor) -> str:
+    """Of tl.dot. float32: three TF32 products, about float32's own accuracy, where their operands fit on the chip, else
+    plain float32 units, which compile slowly."""
+    if q.dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if q.shape[3] <= 128 else "ieee"
+
+
+def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Intervals, power: str) -> dict[str, Any]:
+    head_dim = q.shape[3]
+    return dict(
+        heads=q.shape[1],
+        repeat=q.shape[1] // k.shape[1],
+        n_queries=q.shape[2],
+        n_keys=k.shape[2],
+        n_blocks=intervals.blocks.shape[1],
+        n_words=triton.cdiv(k.shape[2], 32 * TILE),
+        batch_step=int(intervals.rows.shape[1] > 1),
+        stride_rows=intervals.rows.stride(0),
+        p_slopes=None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+        p_rows=intervals.rows,
+        p_blocks=intervals.blocks,
+        D=head_dim,
+        BD=max(16, triton.next_power_of_2(head_dim)),
+        LIST_CHUNK=LIST_CHUNK,
+        FIELDS=BLOCK_FIELDS,
+        BIAS=alibi_slopes is not None,
+        POWER=power,
+        PRECISION=_dot_precision(q),
+    )
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _forward_outputs(
+    q: Tensor, k: Tensor, gradient: bool, stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, n_queries, _ = q.shape
+    n_blocks, n_words = triton.cdiv(n_queries, TILE), triton.cdiv(k.shape[2], 32 * TILE)
+    out = torch.empty_like(q)
+    slope_out = torch.empty_like(q) if gradient else q.new_empty(0)
+    tau = q.new_empty((batch, heads, n_queries), dtype=torch.float32)
+    bits = q.new_empty((batch, heads, n_blocks, n_words), dtype=torch.int32)
+    support = q.new_empty((batch, heads, n_queries) if stats else 0, dtype=torch.int32)
+    live = q.new_zeros((batch, heads) if stats else 0, dtype=torch.int64)
+    passes = q.new_empty((batch, heads, n_blocks) if stats else 0, dtype=torch.int32)
+    return out, slope_out, tau, bits, support, live, passes
+
+
+@torch.library.custom_op("longsplash::entmax_triton", mutates_args=())
+def entmax_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    scale: float,
+    power: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    kv_lens: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    gradient: bool,
+    stats: bool,
+    skip_far: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as in `kernels.entmax_attention`; alpha float32 (H,).
+
+    power: from `power_of`. gradient: keep what backward needs. skip_far: leave out tiles that position bias rules out.
+
+    Returns: out (B, H, Tq, D); sum w v / sum w, like out; tau float32 (B, H, Tq); bits int32 (B, H, query tiles,
+    words), one bit per live tile; support int32 (B, H, Tq), live tiles int64 (B, H) and passes over listed tiles
+    int32 (B, H, query tiles). What was not asked for is empty.
+    """
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    outputs = _forward_outputs(q, k, gradient, stats)
+    out, slope_out, tau, bits, support, live, passes = outputs
+    if out.numel() == 0 or k.shape[2] == 0:
+        out.zero_(), slope_out.zero_(), tau.fill_(torch.inf), support.zero_(), passes.zero_()
+        return outputs
+    intervals = make_intervals(q, k, causal, cu_seqlens, kv_lens, window)
+    shared = _shared(q, k, alibi_slopes, intervals, power)
+    capacity = triton.cdiv(triton.cdiv(k.shape[2], TILE), 32) * 32
+    skip_far = skip_far and alibi_slopes is not None
+    counters = torch.zeros(3, dtype=torch.int32, device=q.device)
+    same = dict(
+        p_q=q,
+        p_k=k,
+        p_alpha=alpha.contiguous(),
+        p_tau=tau,
+        p_bits=bits,
+        scale=scale,
+        capacity=capacity,
+        **_strides("q", q),
+        **_strides("k", k),
+        **shared,
+    )
+    with _on_device(q):
+        launch = launch_for("scan", shared["BD"], q.dtype, q.device)
+        n_tasks = triton.cdiv(shared["n_blocks"], launch.tiles) * q.shape[0] * q.shape[1]
+        n_programs = program_count(launch, q.device, n_tasks)
+        entmax_scan[(n_programs,)](
+            p_key_norms=torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1) if skip_far else None,
+            p_flags=torch.zeros(n_programs * capacity * launch.tiles, dtype=torch.uint8, device=q.device),
+            p_counter=counters,
+            n_tasks=n_tasks,
+            TILE=TILE,
+            ROWS=launch.tiles * TILE,
+            SPAN=launch.span,
+            FOLD=launch.fold,
+            CHUNK=16 // launch.span,
+            SKIP_FAR=skip_far,
+            STAGES=launch.stages,
+            **launch.options,
+            **same,
+        )
+        last = torch.empty(2, *tau.shape, dtype=torch.float32, device=q.device)
+        exact = stats or q.dtype == torch.float32
+        n_tasks = shared["n_blocks"] * q.shape[0] * q.shape[1]
+
+        def run(kernel: Any, name: str, **arguments: Any) -> None:
+            launch = launch_for(name, shared["BD"], q.dtype, q.device)
+            n_programs = program_count(launch, q.device, n_tasks)
+            kernel[(n_programs,)](
+                p_flags=torch.zeros(n_programs * capacity, dtype=torch.uint8, device=q.device),
+                p_list=torch.empty(n_programs * capacity, dtype=torch.int32, device=q.device),
+                p_marks=torch.empty(n_programs * (capacity // 32 + 2), dtype=torch.int32, device=q.device),
+                p_last=last,
+                stride_last=last.stride(0),
+                n_tasks=n_tasks,
+                BM=TILE,
+                STATS=stats,
+                STAGES=launch.stages,
+                **launch.options,
+                **same,
+                **arguments,
+            )
+
+        run(
+            entmax_refine,
+            "refine",
+            p_counter=counters[1:],
+            p_passes=passes,
+            tolerance=TOLERANCE["float32" if exact else "gradient" if gradient else "inference"],
+            MAX_STEPS=MAX_STEPS,
+        )
+        run(
+            entmax_sum,
+            "sum",
+            p_counter=counters[2:],
+            p_v=v,
+            p_out=out,
+            p_slope_out=slope_out,
+            p_support=support,
+            p_live=live,
+            GRADIENT=gradient,
+            **_strides("v", v),
+            **_strides("o", out),
+            **_strides("s", slope_out if gradient else out),
+        )
+    return outputs
+
+
+@entmax_attention_triton.register_fake
+def _(q, k, v, alpha, scale, power, causal, cu_seqlens, kv_lens, alibi_slopes, window, gradient, stats, skip_far):
+    return _forward_outputs(_unit_stride(q), k, gradient, stats)
+
+
+@torch.library.custom_op("longsplash::entmax_triton_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    slope_out: Tensor,
+    tau: Tensor,
+    bits: Tensor,
+    scale: float,
+    power: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    kv_lens: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    with_dalpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v; dalpha float32 (H,), 0 unless with_dalpha."""
+    q, k, v, grad = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(alpha)
+    batch, heads, n_queries, _ = q.shape
+    intervals = make_intervals(q, k, causal, cu_seqlens, kv_lens, window)
+    shared = _shared(q, k, alibi_slopes, intervals, power)
+    n_blocks, n_key_blocks = shared["n_blocks"], triton.cdiv(k.shape[2], TILE)
+    delta = torch.empty_like(tau)
+    dalpha = tau.new_empty((batch, heads, n_blocks) if with_dalpha else 0)
+    counters = torch.zeros(2, dtype=torch.int32, device=q.device)
+    alpha = alpha.contiguous()
+    same = dict(
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_do=grad,
+        p_tau=tau,
+        p_delta=delta,
+        p_alpha=alpha,
+        p_bits=bits,
+        scale=scale,
+        **_strides("q", q),
+        **_strides("k", k),
+        **_strides("v", v),
+        **_strides("o", grad),
+        **shared,
+    )
+
+    def run(kernel: Any, name: str, n_tasks: int, capacity: int, counter: Tensor, **arguments: Any) -> None:
+        launch = launch_for(name, shared["BD"], q.dtype, q.device)
+        n_programs = program_count(launch, q.device, n_tasks)
+        kernel[(n_programs,)](
+            p_list=torch.empty(n_programs * capacity, dtype=torch.int32, device=q.device),
+            p_counter=counter,
+            n_tasks=n_tasks,
+            capacity=capacity,
+            BM=TILE,
+            STAGES=launch.stages,
+            **launch.options,
+            **same,
+            **arguments,
+        )
+
+    keys_launch = launch_for("backward_keys", shared["BD"], q.dtype, q.device)
+    with _on_device(q):
+        run(
+            entmax_backward_queries,
+            "backward_queries",
+            batch * heads * n_blocks,
+            n_key_blocks,
+            counters,
+            p_slope_out=slope_out,
+            p_dq=dq,
+            p_dalpha=dalpha,
+            DALPHA=with_dalpha,
+            **_strides("s", slope_out),
+            **_strides("d", dq),
+        )
+        run(
+            entmax_backward_keys,
+            "backward_keys",
+            batch * k.shape[1] * n_key_blocks,
+            n_blocks,
+            counters[1:],
+            p_dk=dk,
+            p_dv=dv,
+            n_key_blocks=n_key_blocks,
+            STEP=keys_launch.step,
+            TRANSPOSED=keys_launch.transposed,
+            **_strides("d", dk),
+            **_strides("e", dv),
+        )
+    return dq, dk, dv, dalpha.sum((0, 2)) if with_dalpha else torch.zeros_like(alpha)
+
+
+@_backward.register_fake
+def _(grad, q, k, v, alpha, *_):
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), alpha.new_empty(alpha.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, alpha, scale, power, causal, cu_seqlens, kv_lens, alibi_slopes, window, gradient, _, _ = inputs
+    _, slope_out, tau, bits, support, live, passes = output
+    ctx.save_for_backward(q, k, v, alpha, slope_out, tau, bits, cu_seqlens, kv_lens, alibi_slopes)
+    ctx.scale, ctx.power, ctx.causal, ctx.window, ctx.gradient = scale, power, causal, window, gradient
+    ctx.mark_non_differentiable(slope_out, tau, bits, support, live, passes)
+
+
+def _autograd_backward(ctx, grad, *_):
+    if not ctx.gradient:
+        raise RuntimeError("entmax_triton was called with gradient=False, so it kept nothing to differentiate with")
+    q, k, v, alpha, slope_out, tau, bits, cu_seqlens, kv_lens, alibi_slopes = ctx.saved_tensors
+    dq, dk, dv, dalpha = _backward(
+        grad,
+        q,
+        k,
+        v,
+        alpha,
+        slope_out,
+        tau,
+        bits,
+        ctx.scale,
+        ctx.power,
+        ctx.causal,
+        cu_seqlens,
+        kv_lens,
+        alibi_slopes,
+        ctx.window,
+        ctx.needs_input_grad[3],
+    )
+    return dq, dk, dv, dalpha, *(None,) * 10
+
+
+torch.library.register_autograd("longsplash::entmax_triton", _autograd_backward, setup_context=_setup_context)

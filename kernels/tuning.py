@@ -1,0 +1,69 @@
+"""Launch configurations of the Triton kernels, by pass, device generation, head dim and dtype: never by length, so that
+a new length compiles nothing."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """warps: of the Triton compiler. stages: of its software pipeline. programs: resident programs per multiprocessor.
+    registers: a cap per thread, which lets more programs be resident. tiles, span, fold: of the scan, tiles of queries
+    and of keys that it takes at once, columns of a tile that share a slot. step, transposed: of the backward pass over
+    keys, queries at a time and layout of its tiles."""
+
+    warps: int
+    stages: int
+    programs: int
+    registers: int | None = None
+    tiles: int = 1
+    span: int = 1
+    fold: int = 1
+    step: int = 64
+    transposed: bool = False
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Launch options of Triton."""
+        return dict(num_warps=self.warps, maxnreg=self.registers)
+
+
+HEAD_DIM_64 = {
+    "scan": Launch(warps=4, stages=3, programs=3, registers=168, tiles=2, fold=2),
+    "refine": Launch(warps=4, stages=2, programs=5, registers=96),
+    "sum": Launch(warps=4, stages=2, programs=3, registers=168),
+    "backward_queries": Launch(warps=4, stages=2, programs=3, registers=168),
+    "backward_keys": Launch(warps=4, stages=2, programs=2),
+}
+HEAD_DIM_128 = {
+    "scan": Launch(warps=4, stages=3, programs=2, tiles=2, fold=2),
+    "refine": Launch(warps=4, stages=2, programs=3, registers=168),
+    "sum": Launch(warps=4, stages=2, programs=2),
+    "backward_queries": Launch(warps=4, stages=2, programs=2),
+    "backward_keys": Launch(warps=4, stages=3, programs=2, step=32, transposed=True),
+}
+
+
+def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """kernel: "scan", "refine", "sum", "backward_queries" or "backward_keys". head_dim: padded to a power of two."""
+    if device.type == "cpu":  # Triton's interpreter
+        return Launch(warps=4, stages=1, programs=2, tiles=2, span=2, fold=2)
+    if dtype == torch.float32:
+        return Launch(warps=8, stages=1, programs=1, step=32, transposed=True)
+    if head_dim > 128:
+        return Launch(warps=8, stages=2, programs=1, step=32, transposed=True)
+    launch = (HEAD_DIM_128 if head_dim > 64 else HEAD_DIM_64)[kernel]
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        # Ampere and Ada, by rule: operands of their dots live in registers, so no cap; Ada has 99 KiB of shared memory
+        shared_memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin")  # noqa: B009
+        small = head_dim > 64 and shared_memory < 128 * 1024
+        return replace(launch, registers=None, programs=2, stages=1 if small else 2)
+    return launch
+
+
+def program_count(launch: Launch, device: torch.device, n_tasks: int) -> int:
+    """Programs of a persistent launch."""
+    if device.type == "cpu":
+        return min(launch.programs, n_tasks)
+    return min(torch.cuda.get_device_properties(device).multi_processor_count * launch.programs, n_tasks)
