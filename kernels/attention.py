@@ -80,7 +80,7 @@ def entmax_attention(
     passes = None
     if backend == "triton":
         gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, alpha))
-        out, _, _, _, support, live, passes = entmax_attention_triton(
+        out, _, _, _, support, live, passes, _, _ = entmax_attention_triton(
             q,
             k,
             v,

@@ -6,7 +6,6 @@ Everything works in tiles of TILE queries x TILE keys. A tile is *inner* when al
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -103,21 +102,22 @@ def key_intervals(
     tl.store(p_block + 4, offset)
 
 
-def make_intervals(
-    q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None, kv_lens: Tensor | None, window: int | None
-) -> Intervals:
-    """Without reading from the device. Arguments as in `kernels.entmax_attention`."""
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    batch = 1 if kv_lens is None else q.shape[0]
-    n_blocks = triton.cdiv(n_queries, TILE)
-    rows = torch.empty(2, batch, n_queries, dtype=torch.int32, device=q.device)
-    blocks = torch.empty(batch, n_blocks, BLOCK_FIELDS, dtype=torch.int32, device=q.device)
+def write_intervals(
+    intervals: Intervals,
+    n_keys: int,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    kv_lens: Tensor | None,
+    window: int | None,
+) -> None:
+    """Fills the intervals without reading from the device. Arguments as in `kernels.entmax_attention`."""
+    _, batch, n_queries = intervals.rows.shape
     n_documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    key_intervals[(n_blocks, batch)](
+    key_intervals[(intervals.blocks.shape[1], batch)](
         p_cu_seqlens=cu_seqlens,
         p_kv_lens=kv_lens,
-        p_rows=rows,
-        p_blocks=blocks,
+        p_rows=intervals.rows,
+        p_blocks=intervals.blocks,
         n_queries=n_queries,
         n_keys=n_keys,
         n_documents=n_documents,
@@ -131,7 +131,6 @@ def make_intervals(
         FIELDS=BLOCK_FIELDS,
         num_warps=2,
     )
-    return Intervals(rows, blocks)
 
 
 @triton.jit

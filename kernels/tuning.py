@@ -2,6 +2,7 @@
 a new length compiles nothing."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -38,13 +39,14 @@ HEAD_DIM_64 = {
 }
 HEAD_DIM_128 = {
     "scan": Launch(warps=4, stages=3, programs=2, tiles=2, fold=2),
-    "refine": Launch(warps=4, stages=2, programs=3, registers=168),
-    "sum": Launch(warps=4, stages=2, programs=2),
+    "refine": Launch(warps=4, stages=2, programs=4, registers=128),
+    "sum": Launch(warps=4, stages=3, programs=2),
     "backward_queries": Launch(warps=4, stages=2, programs=2),
     "backward_keys": Launch(warps=4, stages=3, programs=2, step=32, transposed=True),
 }
 
 
+@cache
 def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """kernel: "scan", "refine", "sum", "backward_queries" or "backward_keys". head_dim: padded to a power of two."""
     if device.type == "cpu":  # Triton's interpreter
@@ -66,4 +68,9 @@ def program_count(launch: Launch, device: torch.device, n_tasks: int) -> int:
     """Programs of a persistent launch."""
     if device.type == "cpu":
         return min(launch.programs, n_tasks)
-    return min(torch.cuda.get_device_properties(device).multi_processor_count * launch.programs, n_tasks)
+    return min(_multiprocessors(device) * launch.programs, n_tasks)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,6 +5,12 @@ from typing import Any
 
 import torch
 
+from kernels.entmax_triton import INTERPRETED
+from tests.kernels import interpreter
+
+if INTERPRETED:
+    interpreter.prepare()
+
 SLOPES = [1.0, 0.5, 0.0, 0.1]
 HEADS, KV_HEADS = 4, 2
 

@@ -14,13 +14,15 @@ from kernels import entmax_attention
 from tests.kernels.conftest import ALPHAS, CASES, DOCUMENTS, HEADS, SLOPES, Case
 
 ROOT = Path(__file__).parents[2]
-FAST_BACKENDS = ["torch"]
+FAST_BACKENDS = ["torch"]  # that take float64; test_triton.py has the Triton kernels
 case_parameters = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def outputs_and_gradients(case: Case, dtype: torch.dtype, alpha, backend: str, cast: torch.dtype | None = None):
     """Output, dq, dk, dv, dalpha of one case; `cast` computes in another dtype on the same (rounded) inputs."""
     q, k, v, weight = (x.detach().to(cast or dtype).requires_grad_() for x in case.tensors(dtype))
+    if dtype != torch.float64:  # the same value in either
+        alpha = torch.as_tensor(alpha, dtype=torch.float32)
     alpha = torch.as_tensor(alpha, dtype=torch.float64 if (cast or dtype) == torch.float64 else torch.float32)
     alpha = alpha.expand(HEADS).clone().requires_grad_()
     out = entmax_attention(q, k, v, alpha=alpha, backend=backend, **case.options)
@@ -182,7 +184,10 @@ def _valid() -> dict:
         (dict(window=0), "window must be at least 1"),
         (dict(window=5, causal=False), "needs causal=True"),
         (dict(alibi_slopes=torch.ones(3)), r"alibi_slopes must be \(4,\)"),
-        (dict(backend="cuda"), "backend must be one of auto, torch, reference, got 'cuda'"),
+        (dict(backend="cuda"), "backend must be one of auto, triton, torch, reference, got 'cuda'"),
+        (dict(scale=-0.25), "scale must be positive and finite, got -0.25; put a sign into q"),
+        (dict(scale=0), "scale must be positive and finite, got 0.0"),
+        (dict(scale=float("inf")), "scale must be positive and finite, got inf"),
     ],
 )
 def test_errors_name_the_value(change: dict, message: str) -> None:
