@@ -156,7 +156,7 @@ def entmax_scan(
         best, tau, limit = scan_range(
             q, p_keys, stride_kt, p_flags, capacity, full_lo, full_hi, limit, best, tau, alpha, beta, z_scale, slope,
             best_dot,
-            first, end, sees, position, n_keys, D, BD, TILE, ROWS, SPAN, FOLD, CHUNK, BIAS, SKIP_FAR, not SKIP_FAR,
+            first, end, sees, position, n_keys, D, BD, TILE, ROWS, SPAN, FOLD, CHUNK, BIAS, SKIP_FAR, not BIAS,
             False, POWER, PRECISION, STAGES,
         )  # fmt: skip
         best, tau, limit = scan_range(
@@ -167,6 +167,8 @@ def entmax_scan(
         )  # fmt: skip
         tau = raise_threshold(best * z_scale, tau, alpha, beta, 3, POWER)
         top = tl.max(best, 1)
+        # coarser than the rounding that tiles ruled out by position bias add: same bits with them and without
+        tau = tl.maximum(tl.floor(tau * 4096) / 4096, top * z_scale - 1)
         nan = sees & ((tl.max((best != best).to(tl.int32), 1) > 0) | (top == float("inf")))
         tau = tl.where(sees & (top > float("-inf")), tau, float("inf"))
         tau = tl.where(nan, float("nan"), tau)

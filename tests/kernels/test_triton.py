@@ -28,7 +28,10 @@ from tests.kernels.conftest import CASES, HEADS, SLOPES, Case
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device or TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device or TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of the interpreter's log2(0) and 0 / 0
+]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 ROOT = Path(__file__).parents[2]
@@ -514,13 +517,10 @@ def test_what_is_not_finite_spoils_the_rows_that_see_it(change: str, alpha: floa
     # rows of the broken rows' tile (64 ... 69) may take another number of steps: u differs by two roundings, each of
     # the row's weights by beta times that
     slack = 2 * EPS / (alpha - 1) * 150 * v.norm(dim=-1).max()
-    others = [
-        (out, expected[0], slack),
-        (dq, expected[1], slack * weight.norm(dim=-1).max() * k.norm(dim=-1).max() / 4),
-    ]
-    for ours, theirs, allowed in others:
+    assert ((out - expected[0])[:, :, early].abs() <= slack).all()
+    # their dq takes 0 * NaN from a broken key, as in softmax attention; other tiles never meet it
+    for ours, theirs in ((out, expected[0]), (dq, expected[1])):
         assert torch.equal(ours[:, :, :64], theirs[:, :, :64])
-        assert ((ours - theirs)[:, :, early].abs() <= allowed).all()
     assert dq[0, 0, spoiled].isnan().all()
     last = int(spoiled.nonzero().max())
     assert dk[0, 0, : last + 1].isnan().all() and dv[0, 0, : last + 1].isnan().all()
@@ -528,8 +528,9 @@ def test_what_is_not_finite_spoils_the_rows_that_see_it(change: str, alpha: floa
         softmax = scaled_dot_product_attention(*inputs[:3], is_causal=True)
         assert torch.equal(softmax.isnan().all(-1)[0, 0], spoiled)
     if change == "NaN query":  # the other queries' rows, and keys in tiles that only later ones see
-        for ours, theirs, allowed in others:
-            assert ((ours - theirs)[:, :, ~spoiled].abs() <= allowed).all()
+        assert ((out - expected[0])[:, :, ~spoiled].abs() <= slack).all()
+        slack = slack * weight.norm(dim=-1).max() * k.norm(dim=-1).max() / 4  # ds = w (dP - delta), scale 1 / 4
+        assert ((dq - expected[1])[:, :, ~spoiled].abs() <= slack).all()
         assert dk[:, :, 128:].isfinite().all() and dv[:, :, 128:].isfinite().all()
 
 
@@ -633,7 +634,7 @@ def test_differentiating_what_kept_nothing() -> None:
 
 
 FIRST_CALL = """
-import sys, time, torch
+import time, torch
 from kernels import entmax_attention
 q, k, v = (torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 alpha = torch.full((2,), 1.5, device="cuda", requires_grad=True)
