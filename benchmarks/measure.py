@@ -171,7 +171,7 @@ def tail_errors(workload: Workload, implementation: Implementation, forward: Cal
     return errors
 
 
-def prefix_errors(workload: Workload, implementation: Implementation) -> tuple[dict[str, float], float]:
+def prefix_errors(workload: Workload, implementation: Implementation) -> tuple[dict[str, float], dict[str, float]]:
     """Relative errors on the first tokens, every query with a gradient, against the float64 reference; and that of
     plain PyTorch's dalpha in the same dtype (0 where alpha is not learned), which near alpha 1 is large itself."""
     part = workload.part(0, min(PREFIX, workload.q.shape[2]))
@@ -189,12 +189,11 @@ def prefix_errors(workload: Workload, implementation: Implementation) -> tuple[d
         ]
         truth = {name: torch.cat([piece[name] for piece in pieces], 2) for name in ("out", "dq", "dk", "dv")}
         truth["dalpha"] = torch.stack([piece["dalpha"] for piece in pieces]).sum(0)
-    plain = 0.0
-    if "dalpha" in ours:
-        assert isinstance(part.alpha, Tensor)
-        geometry = (part.cu_seqlens, part.alibi_slopes)
-        oracle = attention_oracle(part.q, part.k, part.v, cotangent, part.alpha, *geometry)
-        plain = relative_error(oracle["dalpha"], truth["dalpha"])
+    alpha = part.alpha
+    if not isinstance(alpha, Tensor):
+        alpha = torch.full((part.q.shape[1],), alpha, device=part.q.device)
+    oracle = attention_oracle(part.q, part.k, part.v, cotangent, alpha, part.cu_seqlens, part.alibi_slopes)
+    plain = {name: relative_error(oracle[name], truth[name]) for name in ours}
     return {name: relative_error(x, truth[name]) for name, x in ours.items()}, plain
 
 
@@ -206,7 +205,8 @@ def check(workload: Workload, implementation: Implementation, forward: Callable[
     ours = implementation.name.startswith("ours")
     if ours:
         checks["first tokens"], plain = prefix_errors(workload, implementation)
-        tolerance["dalpha"] = max(tolerance["dalpha"], 3 * plain)
+        # keys with a large common part make plain PyTorch lose more, too
+        tolerance |= {name: max(tolerance[name], (2 if name == "out" else 3) * x) for name, x in plain.items()}
     wrong = [
         f"{name} of the {where} off by {error:.1e} (allowed {tolerance[name]:.0e})"
         for where, errors in checks.items()
