@@ -172,8 +172,8 @@ def tail_errors(workload: Workload, implementation: Implementation, forward: Cal
 
 
 def prefix_errors(workload: Workload, implementation: Implementation) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative errors on the first tokens, every query with a gradient, against the float64 reference; and that of
-    plain PyTorch's dalpha in the same dtype (0 where alpha is not learned), which near alpha 1 is large itself."""
+    """Relative errors on the first tokens, every query with a gradient, against the float64 reference; and those of
+    plain PyTorch in the same dtype, which are large themselves near alpha 1 or where keys have much in common."""
     part = workload.part(0, min(PREFIX, workload.q.shape[2]))
     generator = torch.Generator(part.q.device).manual_seed(2)
     cotangent = torch.randn(part.q.shape, generator=generator, device=part.q.device).to(part.q.dtype)
