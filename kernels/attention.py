@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backends import choose_backend
 from kernels.blockwise import entmax_attention_blockwise
-from kernels.entmax_triton import INTERPRETED, entmax_attention_triton, power_of
+from kernels.entmax_triton import entmax_attention_triton, power_of
 from kernels.reference import entmax_attention_reference
 from kernels.stats import AttentionStats
 from kernels.visibility import visible_keys
@@ -71,7 +72,7 @@ def entmax_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
-    backend = _choose_backend(backend, q)
+    backend = choose_backend(backend, BACKENDS, q, _unsupported_by_triton(q))
     visible: dict[str, Any] = dict(causal=causal, cu_seqlens=cu_seqlens, kv_lens=kv_lens, window=window)
     if backend == "reference":
         keys = visible_keys(q.shape[2], k.shape[2], device=device, **visible)
@@ -103,24 +104,12 @@ def entmax_attention(
     return out, AttentionStats(support, live, total, None if passes is None else passes.float().mean(-1))
 
 
-def _choose_backend(backend: str, q: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    supported = q.dtype != torch.float64 and q.shape[3] <= MAX_TRITON_HEAD_DIM
-    if backend == "auto":
-        return "triton" if q.is_cuda and supported else "torch"
-    if backend == "triton":
-        if not supported:
-            raise ValueError(
-                f"backend 'triton' takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, "
-                f"got {q.dtype} and {q.shape[3]}; use backend='torch'"
-            )
-        if not q.is_cuda and not INTERPRETED:
-            raise ValueError(
-                f"backend 'triton' needs CUDA tensors, got {q.device}; set TRITON_INTERPRET=1 before Python starts to "
-                "interpret its kernels on the CPU, or use backend='torch'"
-            )
-    return backend
+def _unsupported_by_triton(q: Tensor) -> str | None:
+    if q.dtype != torch.float64 and q.shape[3] <= MAX_TRITON_HEAD_DIM:
+        return None
+    return (
+        f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {q.dtype} and {q.shape[3]}"
+    )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

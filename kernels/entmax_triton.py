@@ -20,7 +20,6 @@ from kernels.visibility import TILE
 TOLERANCE = {"gradient": 0.05, "inference": 3e-3, "float32": 3e-4}
 MAX_STEPS = 20  # a bound only, for rows at the limit of float32
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors
 POWERS = {1.5: "linear", 2.0: "constant"}
 
 
@@ -120,10 +119,11 @@ def entmax_attention_triton(
     outputs = _forward_outputs(q, k, kv_lens, gradient, stats)
     out, slope_out, tau, bits, support, live, passes, rows, blocks = outputs
     if out.numel() == 0 or k.shape[2] == 0:
-        out.zero_(), slope_out.zero_(), tau.fill_(torch.inf), support.zero_(), passes.zero_()
+        for output in (out, slope_out, support, passes):
+            output.zero_()
+        tau.fill_(torch.inf)
         return outputs
     intervals = Intervals(rows, blocks)
-    write_intervals(intervals, k.shape[2], causal, cu_seqlens, kv_lens, window)
     shared = _shared(q, k, alibi_slopes, intervals, power)
     capacity = triton.cdiv(triton.cdiv(k.shape[2], TILE), 32) * 32
     skip_far = skip_far and alibi_slopes is not None
@@ -153,6 +153,7 @@ def entmax_attention_triton(
         **shared,
     )
     with _on_device(q):
+        write_intervals(intervals, k.shape[2], causal, cu_seqlens, kv_lens, window)
         launch = launches["scan"]
         entmax_scan[(n_programs["scan"],)](
             p_key_norms=torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1) if skip_far else None,

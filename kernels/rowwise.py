@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.entmax_triton import INTERPRETED, power_of
+from kernels.backends import choose_backend
+from kernels.entmax_triton import power_of
 from kernels.reference import entmax_reference
 from kernels.threshold import log2, newton_step, norm_and_slope, raise_threshold, support_distance, support_power
 
@@ -321,7 +322,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, backend: str =
         raise ValueError(f"dim must be one of the {x.dim()} of x {tuple(x.shape)}, got {dim}")
     if x.dim() == 0:
         return entmax(x[None], alpha, 0, backend)[0]
-    backend = _choose_backend(backend, x)
+    unsupported = f"takes float32, bfloat16 and float16, got {x.dtype}" if x.dtype == torch.float64 else None
+    backend = choose_backend(backend, BACKENDS, x, unsupported)
     power = power_of(alpha)
     alpha = _checked_alpha(alpha, x, dim)
     if backend == "torch":
@@ -348,25 +350,6 @@ def _entmax_torch(x: Tensor, alpha: Tensor, dim: int) -> Tensor:
     p = entmax_reference(x.to(alpha.dtype), alpha, dim).to(x.dtype)
     spoiled = x * torch.where(bounded, 1.0, torch.nan).to(x.dtype)  # gives NaN slices a NaN gradient, others none
     return torch.where(bounded, p, spoiled)
-
-
-def _choose_backend(backend: str, x: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    supported = x.dtype != torch.float64
-    if backend == "auto":
-        return "triton" if x.is_cuda and supported else "torch"
-    if backend == "triton":
-        if not supported:
-            raise ValueError(
-                f"backend 'triton' takes float32, bfloat16 and float16, got {x.dtype}; use backend='torch'"
-            )
-        if not x.is_cuda and not INTERPRETED:
-            raise ValueError(
-                f"backend 'triton' needs CUDA tensors, got {x.device}; set TRITON_INTERPRET=1 before Python starts to "
-                "interpret its kernels on the CPU, or use backend='torch'"
-            )
-    return backend
 
 
 def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:

@@ -58,7 +58,7 @@ def key_intervals(
     window,
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    KEY_LENGTHS: tl.constexpr,
     WINDOW: tl.constexpr,
     BM: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -79,7 +79,7 @@ def key_intervals(
         offset = 0
     else:
         length = n_keys
-        if LENGTHS:
+        if KEY_LENGTHS:
             length = tl.load(p_kv_lens + i_batch)
         stop = tl.zeros([BM], tl.int32) + length
         offset = length - n_queries
@@ -125,7 +125,7 @@ def write_intervals(
         window=window or 0,
         CAUSAL=causal,
         DOCUMENTS=cu_seqlens is not None,
-        LENGTHS=kv_lens is not None,
+        KEY_LENGTHS=kv_lens is not None,
         WINDOW=window is not None,
         BM=TILE,
         FIELDS=BLOCK_FIELDS,
@@ -248,6 +248,7 @@ def keep_marked(p_list, list_step, p_marks, count, CHUNK: tl.constexpr):
 
 @triton.jit
 def flag_listed(p_list, list_step, p_flags, count, CHUNK: tl.constexpr):
+    """Sets the flag of every listed tile."""
     for start in range(0, count, CHUNK):
         n = start + tl.arange(0, CHUNK)
         tile = tl.load(p_list + n * list_step, mask=n < count, other=0)

@@ -58,7 +58,8 @@ def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.dev
     launch = (HEAD_DIM_128 if head_dim > 64 else HEAD_DIM_64)[kernel]
     if torch.cuda.get_device_capability(device)[0] < 9:
         # Ampere and Ada, by rule: operands of their dots live in registers, so no cap; Ada has 99 KiB of shared memory
-        shared_memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin")  # noqa: B009
+        properties = torch.cuda.get_device_properties(device)
+        shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         small = head_dim > 64 and shared_memory < 128 * 1024
         return replace(launch, registers=None, programs=2, stages=1 if small else 2)
     return launch

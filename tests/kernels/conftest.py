@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kernels.entmax_triton import INTERPRETED
+from kernels.backends import INTERPRETED
 from tests.kernels import interpreter
 
 if INTERPRETED:

@@ -18,10 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import kernels.attention
+import kernels.backends
 import kernels.entmax_triton
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
-from kernels.entmax_triton import INTERPRETED, entmax_attention_triton
+from kernels.backends import INTERPRETED
+from kernels.entmax_triton import entmax_attention_triton
 from kernels.reference import _bisect_threshold, entmax_reference
 from kernels.visibility import visible_keys
 from tests.kernels.conftest import CASES, HEADS, SLOPES, Case
@@ -618,7 +620,7 @@ def test_unsupported_inputs_are_named(inputs: dict, message: str) -> None:
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch) -> None:
-    monkeypatch.setattr(kernels.attention, "INTERPRETED", False)
+    monkeypatch.setattr(kernels.backends, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu; set TRITON_INTERPRET=1"):
         entmax_attention(**{name: x.cpu() for name, x in _small().items()}, backend="triton")
 

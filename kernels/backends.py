@@ -1,0 +1,30 @@
+"""Which implementation runs an operation: what "auto" means, and errors for what cannot run."""
+
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors
+
+
+def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported: str | None) -> str:
+    """The backend to use: "auto" is "triton" on CUDA where it can, else "torch".
+
+    unsupported: what of this call the Triton kernels cannot do, None where they can.
+
+    Raises: ValueError if backend is none of the choices, or is "triton" where that cannot run.
+    """
+    if backend not in choices:
+        raise ValueError(f"backend must be one of {', '.join(choices)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if x.is_cuda and unsupported is None else "torch"
+    if backend == "triton":
+        if unsupported is not None:
+            raise ValueError(f"backend 'triton' {unsupported}; use backend='torch'")
+        if not x.is_cuda and not INTERPRETED:
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors, got {x.device}; set TRITON_INTERPRET=1 before Python starts to "
+                "interpret its kernels on the CPU, or use backend='torch'"
+            )
+    return backend
