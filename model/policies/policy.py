@@ -10,7 +10,7 @@ keys itself.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -154,9 +154,18 @@ class SparsePolicy(ABC):
         """Called in phases where the policy does not act, before dense attention."""
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, view: SequenceView, selection: Selection) -> Attended:
+# scores of the selected keys (H, rows, n_keys), -inf elsewhere, and rows -> bool, which weights count as 0 after all
+Skip = Callable[[Tensor, slice], Tensor]
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, view: SequenceView, selection: Selection, skip: Skip | None = None
+) -> Attended:
     """Softmax over the selected visible keys, exactly, in float32, a block of queries at a time. Shapes as in
-    SparsePolicy; a query without a selected key gets 0."""
+    SparsePolicy; a query without a selected key gets 0.
+
+    skip: drops weights that the softmax has already been normalised with.
+    """
     heads, n_queries, _ = q.shape
     out = torch.empty_like(q)
     counts = torch.zeros(heads + 1, 2, dtype=torch.int64, device=q.device)  # heads, then all that is visible
@@ -165,7 +174,11 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, view: SequenceView, select
         seen = view.visible(rows, n_keys, q.device)
         mask = selection.mask(rows, n_keys) & seen
         scores = view.scores(q, k, rows, n_keys).masked_fill_(~mask, -torch.inf)
-        out[:, rows] = weigh(torch.softmax(scores, -1).nan_to_num_(0.0), v[:, :n_keys]).to(q.dtype)
+        p = torch.softmax(scores, -1).nan_to_num_(0.0)
+        if skip is not None:
+            skipped = skip(scores, rows)
+            p, mask = p.masked_fill_(skipped, 0), mask & ~skipped
+        out[:, rows] = weigh(p, v[:, :n_keys]).to(q.dtype)
         for places, shown in ((slice(0, heads), mask), (slice(heads, None), seen[None])):
             counts[places, 0] += shown.sum((-1, -2))
             counts[places, 1] += count_live_tiles(shown, 0)
