@@ -1,5 +1,6 @@
 """Every policy by name, as one curve from sparse to dense."""
 
+import math
 from collections.abc import Callable
 
 from model.policies.double_p import DoubleP
@@ -14,12 +15,12 @@ from model.policies.window import SlidingWindow, StreamingLLM
 
 
 def _part(level: float, whole: int) -> int:
-    return max(1, -int(-level * whole // 1))
+    return max(1, math.ceil(level * whole))
 
 
 def _block(n_keys: int) -> int:
     """Keys of a block: 64, or less for texts below 1,024 tokens, so that there are 16 blocks to choose from."""
-    return min(64, max(4, 2 ** ((n_keys // 16).bit_length() - 1) if n_keys >= 16 else 4))
+    return min(64, max(4, 2 ** max(0, (n_keys // 16).bit_length() - 1)))
 
 
 def _blocks(level: float, n_keys: int) -> int:
@@ -27,9 +28,10 @@ def _blocks(level: float, n_keys: int) -> int:
 
 
 def _sparge(level: float, n_keys: int) -> SparsePolicy:
-    margin = -5 / (1 - level) if level < 1 else -float("inf")
+    """All three thresholds move together; the paper searches them for each layer."""
+    margin = -5 / (1 - level) if level < 1 else -math.inf
     block = _block(n_keys)
-    return SpargeAttention(level, margin, query_block=2 * block, key_block=block)
+    return SpargeAttention(level, margin, max(0.0, 2 * level - 1), query_block=2 * block, key_block=block)
 
 
 # (level, keys of the text) -> the policy whose density rises with the level in (0, 1], dense at 1

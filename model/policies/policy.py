@@ -11,6 +11,7 @@ keys itself.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,6 +26,7 @@ from model.cache import Extension
 from model.transformer import Transformer
 
 Phase = Literal["prefill", "decode"]
+PHASES: frozenset[Phase] = frozenset({"prefill", "decode"})
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of one sequence, all heads together: 16 and 512 MiB of float32
 
 
@@ -139,7 +141,7 @@ class SparsePolicy(ABC):
     """
 
     name: ClassVar[str]
-    phases: ClassVar[frozenset[Phase]] = frozenset({"prefill", "decode"})
+    phases: ClassVar[frozenset[Phase]] = PHASES
     remembers: ClassVar[bool] = False
 
     @abstractmethod
@@ -149,6 +151,10 @@ class SparsePolicy(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
         """Attention over what `select` keeps. v: (G, Tk, D)."""
         return masked_attention(q, k, v, view, self.select(q, k, view))
+
+    def faster(self, device: torch.device) -> bool:
+        """Whether `attend` skips work that it does not keep there, so that its time says something."""
+        return False
 
     def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:  # noqa: B027
         """Called in phases where the policy does not act, before dense attention."""
@@ -227,8 +233,12 @@ class PolicyRecord:
 
 
 @contextmanager
-def use_policy(model: Transformer, policy: SparsePolicy) -> Iterator[PolicyRecord]:
+def use_policy(
+    model: Transformer, policy: SparsePolicy, phases: AbstractSet[Phase] | None = None
+) -> Iterator[PolicyRecord]:
     """Inside, the model's attention is the policy's: in forward, and over a cache in `extend` and `prefill`.
+
+    phases: of the policy's, in which it acts; None for all of them.
 
     Raises: ValueError for an entmax model, and where a policy is in use already.
     """
@@ -240,7 +250,7 @@ def use_policy(model: Transformer, policy: SparsePolicy) -> Iterator[PolicyRecor
         raise ValueError("the model is under a policy already: leave that one's with block first")
     record = PolicyRecord(model.config.n_layers, model.config.n_heads)
     for index, layer in enumerate(layers):
-        layer.policy = _LayerPolicy(policy, index, model.config.window, record)
+        layer.policy = _LayerPolicy(policy, index, model.config.window, policy.phases & (phases or PHASES), record)
     try:
         yield record
     finally:
@@ -251,8 +261,10 @@ def use_policy(model: Transformer, policy: SparsePolicy) -> Iterator[PolicyRecor
 class _LayerPolicy:
     """A policy in one layer, over the sequences of each forward pass. memories: of each row of the cache."""
 
-    def __init__(self, policy: SparsePolicy, layer: int, window: int | None, record: PolicyRecord) -> None:
-        self.policy, self.layer, self.window, self.record = policy, layer, window, record
+    def __init__(
+        self, policy: SparsePolicy, layer: int, window: int | None, phases: AbstractSet[Phase], record: PolicyRecord
+    ) -> None:
+        self.policy, self.layer, self.window, self.phases, self.record = policy, layer, window, phases, record
         self.memories: dict[int, dict[str, Any]] = {}
 
     @torch.compiler.disable
@@ -269,7 +281,7 @@ class _LayerPolicy:
             )
         decoding = extension is not None and q.shape[2] == 1
         phase: Phase = "decode" if decoding else "prefill"
-        acts = phase in self.policy.phases
+        acts = phase in self.phases
         out = torch.zeros_like(q)
         for row, queries, keys in sequences(q, k, geometry.cu_seqlens, extension):
             one = (q[row, :, queries], k[row, :, keys], v[row, :, keys])
