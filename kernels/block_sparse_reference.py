@@ -51,6 +51,14 @@ def visible_blocks(n_queries: int, n_keys: int, causal: bool, device: torch.devi
     return torch.arange(max((block.seen for block in blocks), default=0), device=device) < seen[:, None]
 
 
+def diagonal_blocks(n_queries: int, n_keys: int, causal: bool, device: torch.device | str = "cpu") -> Tensor:
+    """bool, as visible_blocks: those that are always kept."""
+    visible = visible_blocks(n_queries, n_keys, causal, device)
+    index = (n_keys - n_queries) // QUERY_BLOCK + torch.arange(len(visible), device=device)
+    key_block = torch.arange(visible.shape[1], device=device)
+    return visible & (key_block * KEY_BLOCK // QUERY_BLOCK == index[:, None])
+
+
 def block_thresholds(thresholds: Tensor, block: QueryBlock) -> Tensor:
     """(H,) of one block of queries: positions past the last threshold reuse it. thresholds: (H, P)."""
     return thresholds[:, min(max(block.index, 0), thresholds.shape[1] - 1)]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, query_blocks, visible_blocks
+from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, diagonal_blocks, visible_blocks
 from kernels.entmax_scan import nan_maximum
 from kernels.launching import ceil_div, dot_precision, on_device, padded_head_dim, strides, unit_stride
 from kernels.tiles import bit_or, listed_scores, load_rows
@@ -270,7 +270,5 @@ def block_sparse_triton(
     if stats and kept is not None:
         word = torch.arange(n_key_blocks, device=q.device)
         listed = ((bits[..., word // 32] >> (word % 32)) & 1).bool()[..., : kept.shape[3]]
-        for i, block in enumerate(query_blocks(n_queries, n_keys, causal)):
-            listed[:, :, i, block.diagonal] = True
-        kept &= listed
+        kept &= listed | diagonal_blocks(n_queries, n_keys, causal, q.device)
     return out, kept
