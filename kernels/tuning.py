@@ -12,7 +12,8 @@ class Launch:
     """warps: of the Triton compiler. stages: of its software pipeline. programs: resident programs per multiprocessor.
     registers: a cap per thread, which lets more programs be resident. tiles, span, fold: of the scan, tiles of queries
     and of keys that it takes at once, columns of a tile that share a slot. step: of the backward passes, keys at a time
-    (queries in the pass over keys). transposed: layout of the tiles in the pass over keys."""
+    (queries in the pass over keys). transposed: layout of the tiles in the pass over keys. scan_stages: of
+    block_sparse's scan, stages then being those of its attention."""
 
     warps: int
     stages: int
@@ -37,7 +38,7 @@ HEAD_DIM_64 = {
     "sum": Launch(warps=4, stages=2, programs=3, registers=168),
     "backward_queries": Launch(warps=4, stages=2, programs=3, registers=168),
     "backward_keys": Launch(warps=4, stages=2, programs=2),
-    "block_sparse": Launch(warps=4, stages=2, programs=2, scan_stages=3),
+    "block_sparse": Launch(warps=8, stages=3, programs=2, registers=128, scan_stages=3),
 }
 HEAD_DIM_128 = {
     "scan": Launch(warps=4, stages=3, programs=2, tiles=2, fold=2),
