@@ -138,7 +138,8 @@ def _panels(summaries: list[Summary]) -> list[list[Panel]]:
                 Panel(f"{title}: several needles", "value tokens right (%)", _points(here, "several", 100)),
             ]
         )
-    return rows
+    shown = [any(row[column].points for row in rows) for column in range(3)]  # short texts hold no several needles
+    return [[panel for panel, keep in zip(row, shown, strict=True) if keep] for row in rows]
 
 
 def _points(summaries: list[Summary], field: str, factor: float) -> list[Point]:
@@ -157,7 +158,7 @@ def _maps(summaries: list[Summary]) -> dict[str, list[list[float]]]:
     here = [one for one in summaries if one.cell.multiple == longest and one.cell.method != "dense"]
     entmax = next(one for one in here if one.cell.method == "entmax")
     maps = {}
-    for method in dict.fromkeys(one.cell.method for one in here):
+    for method in dict.fromkeys(["entmax", *(one.cell.method for one in here)]):
         of_method = [one for one in here if one.cell.method == method]
         nearest = min(of_method, key=lambda one: abs(math.log(one.density / entmax.density)))
         maps[f"{_name(nearest)}: {_percent(nearest.density)}"] = nearest.cell.density

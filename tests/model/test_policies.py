@@ -82,7 +82,7 @@ def test_full_density_equals_dense_attention(
         assert (record.density(phase) == 1).all() and (record.tile_density(phase) == 1).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("policy", SPARSE, ids=named)
 def test_documents_stay_apart(policy: SparsePolicy, data: st.DataObject) -> None:
@@ -102,7 +102,7 @@ def test_documents_stay_apart(policy: SparsePolicy, data: st.DataObject) -> None
     torch.testing.assert_close(other[end:], out[end:], atol=0, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("policy", SPARSE, ids=named)
 def test_attention_is_causal_and_within_the_window(policy: SparsePolicy, data: st.DataObject) -> None:
