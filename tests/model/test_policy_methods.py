@@ -15,7 +15,7 @@ from model.policies.double_p import DoubleP, make_clusters
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill, js_distance
 from model.policies.minference import BlockSparse, Lines, VerticalSlash
-from model.policies.policy import SequenceView, SparsePolicy, TokenSelection, masked_attention, use_policy
+from model.policies.policy import Attended, SequenceView, SparsePolicy, TokenSelection, masked_attention, use_policy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, SnapKV
 from model.policies.sparge import SpargeAttention, cosine_similarity
@@ -81,6 +81,28 @@ def test_small_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch)
     parts = OracleTopK(3, 16).attend(q, k, v, view_of(200, 200, SLOPES))
     torch.testing.assert_close(parts.out, whole.out)
     assert parts.kept.tolist() == whole.kept.tolist() and parts.live_tiles.tolist() == whole.live_tiles.tolist()
+
+
+def test_autocast_does_not_reach_the_selection() -> None:
+    """Scores stay float32, computed from the model's bfloat16 queries and keys."""
+    seen = []
+
+    class Watched(StreamingLLM):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
+            scores = view.scores(q, k, slice(0, q.shape[1]), k.shape[1])
+            seen.append((q.dtype, scores.dtype, (q[:1].float() @ k[0].float().T).dtype))
+            expected = q[0].double() @ k[0].double().T * view.scale
+            shown = scores[0] > -torch.inf
+            torch.testing.assert_close(scores[0][shown].double(), expected[shown], atol=1e-5, rtol=1e-5)
+            return super().attend(q, k, v, view)
+
+    model = make(tiny("softmax", "nope"))
+    with torch.autocast("cpu", dtype=torch.bfloat16), use_policy(model, Watched(4, 1000)), torch.no_grad():
+        out = model(tokens())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        dense = model(tokens())
+    assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * 2
+    assert (out - dense).abs().max() < 0.1 * dense.abs().max()
 
 
 def test_streaming_llm_sees_sinks_and_window() -> None:
