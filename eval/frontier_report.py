@@ -23,7 +23,8 @@ NAMES = {
     "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P",
 }  # fmt: skip
 ACTS = {
-    "prefill": "Policies act on every token of the contexts, questions included.",
+    "prefill": "Policies act on every token of the contexts, questions included. Vertical-Slash and FlexPrefill choose "
+    "for all tokens from the last queries of a context, which have seen all of it.",
     "decode": "Policies act on the last tokens, decoded one by one behind a densely prefilled prompt; both models as "
     "they are were scored on the same tokens. SnapKV's evictions see all of a needle's question but its last token.",
 }
