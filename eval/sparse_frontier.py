@@ -73,7 +73,7 @@ def evaluate(
     shortest = held_out.plan.multiples[0] * held_out.base_length
     if config.decode_tokens >= shortest:
         raise ValueError(
-            f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, behind a prompt"
+            f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
         )
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
     cells, times = [], []
