@@ -9,10 +9,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from eval.plots import COLOURS, MARKERS, STYLE
 from eval.statistics import Interval
+
+TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ def over_density(rows: Sequence[Sequence[Panel]], path: Path) -> Path:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
+    if not panel.points:  # nothing was measured at this length
+        axes.set_visible(False)
+        return
     curves = list(dict.fromkeys(one.method for one in panel.points if one.method not in ("dense", "entmax")))
     for method in ("dense", *curves, "entmax"):
         points = sorted((one for one in panel.points if one.method == method), key=lambda one: one.density)
@@ -68,7 +73,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
             **_style(method, curves),
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    ticks = [tick for tick in TICKS if 0.7 * min(one.density for one in panel.points) <= tick]
+    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
     if panel.log_y:
         axes.set_yscale("log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -23,7 +23,8 @@ NAMES = {
     "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P",
 }  # fmt: skip
 ACTS = {
-    "prefill": "Policies act on every token of the contexts, questions included.",
+    "prefill": "Policies act on every token of the contexts, questions included. Vertical-Slash and FlexPrefill choose "
+    "for all tokens from the last queries of a context, which have seen all of it.",
     "decode": "Policies act on the last tokens, decoded one by one behind a densely prefilled prompt; both models as "
     "they are were scored on the same tokens. SnapKV's evictions see all of a needle's question but its last token.",
 }
@@ -138,7 +139,8 @@ def _panels(summaries: list[Summary]) -> list[list[Panel]]:
                 Panel(f"{title}: several needles", "value tokens right (%)", _points(here, "several", 100)),
             ]
         )
-    return rows
+    shown = [any(row[column].points for row in rows) for column in range(3)]  # short texts hold no several needles
+    return [[panel for panel, keep in zip(row, shown, strict=True) if keep] for row in rows]
 
 
 def _points(summaries: list[Summary], field: str, factor: float) -> list[Point]:
@@ -157,7 +159,7 @@ def _maps(summaries: list[Summary]) -> dict[str, list[list[float]]]:
     here = [one for one in summaries if one.cell.multiple == longest and one.cell.method != "dense"]
     entmax = next(one for one in here if one.cell.method == "entmax")
     maps = {}
-    for method in dict.fromkeys(one.cell.method for one in here):
+    for method in dict.fromkeys(["entmax", *(one.cell.method for one in here)]):
         of_method = [one for one in here if one.cell.method == method]
         nearest = min(of_method, key=lambda one: abs(math.log(one.density / entmax.density)))
         maps[f"{_name(nearest)}: {_percent(nearest.density)}"] = nearest.cell.density

@@ -70,6 +70,11 @@ def evaluate(
     for subject, wanted in zip(subjects, (False, True), strict=True):
         check_kind(subject, wanted)
     held_out = open_held_out(data, subjects, config.shared())
+    shortest = held_out.plan.multiples[0] * held_out.base_length
+    if config.decode_tokens >= shortest:
+        raise ValueError(
+            f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
+        )
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
     cells, times = [], []
     for one in measuring:

@@ -18,6 +18,8 @@ from model.policies.policy import (
     weigh,
 )
 
+DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -120,9 +122,15 @@ def make_clusters(k: Tensor, size: int, iterations: int) -> Clusters:
     centroids = k[:, torch.arange(count, device=k.device) * size]
     clusters = Clusters(torch.zeros_like(k[..., 0], dtype=torch.int64), centroids, torch.zeros_like(centroids[..., 0]))
     for _ in range(iterations if n else 0):
-        of_key = torch.stack([torch.cdist(*head).argmin(1) for head in zip(k, clusters.centroids, strict=True)])
+        of_key = torch.stack([_nearest(*head) for head in zip(k, clusters.centroids, strict=True)])
         sizes = torch.zeros_like(clusters.sizes).scatter_add_(1, of_key, torch.ones_like(k[..., 0]))
         clusters = replace(clusters, of_key=of_key, sizes=sizes)
         moved = torch.where(sizes[..., None] > 0, clusters.means(k), clusters.centroids)  # without keys: it stays
         clusters = replace(clusters, centroids=moved)
     return clusters
+
+
+def _nearest(keys: Tensor, centroids: Tensor) -> Tensor:
+    """int64 (n,): the nearest centroid of each key. keys: (n, D), centroids: (clusters, D)."""
+    rows = max(1, DISTANCES_AT_ONCE // len(centroids))
+    return torch.cat([torch.cdist(part, centroids).argmin(1) for part in keys.split(rows)])

@@ -281,18 +281,18 @@ class _LayerPolicy:
             )
         decoding = extension is not None and q.shape[2] == 1
         phase: Phase = "decode" if decoding else "prefill"
-        acts = phase in self.phases
-        out = torch.zeros_like(q)
-        for row, queries, keys in sequences(q, k, geometry.cu_seqlens, extension):
-            one = (q[row, :, queries], k[row, :, keys], v[row, :, keys])
-            view = self._view(row, decoding, one[0], one[1], geometry.alibi_slopes, extension)
-            if acts:
-                attended = self.policy.attend(*one, view)
-                out[row, :, queries] = attended.out
-                self.record.add(phase, self.layer, attended)
-            else:
-                self.policy.observe(one[0], one[1], view)
-        return out if acts else None
+        out = torch.empty_like(q)
+        with torch.autocast(q.device.type, enabled=False):  # it would turn the float32 of selection into bfloat16
+            for row, queries, keys in sequences(q, k, geometry.cu_seqlens, extension):
+                one = (q[row, :, queries], k[row, :, keys], v[row, :, keys])
+                view = self._view(row, decoding, one[0], one[1], geometry.alibi_slopes, extension)
+                if phase in self.phases:
+                    attended = self.policy.attend(*one, view)
+                    out[row, :, queries] = attended.out
+                    self.record.add(phase, self.layer, attended)
+                else:
+                    self.policy.observe(one[0], one[1], view)
+        return out if phase in self.phases else None
 
     def _view(
         self, row: int, decoding: bool, q: Tensor, k: Tensor, slopes: Tensor | None, extension: Extension | None

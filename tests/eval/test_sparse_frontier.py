@@ -164,5 +164,6 @@ def test_wrong_arguments_end_in_one_line(corpus: Path, runs: dict[str, Path], tm
     assert "expected some of window, streaming_llm" in failing("--policies", "windows")
     assert "densities is [0.0]: expected shares in (0, 1]" in failing("--densities", "0")
     assert "decode_tokens is 0" in failing("--decode_tokens", "0")
+    assert "decode_tokens is 128, of contexts of 128 tokens" in failing("--decode_tokens", "128")
     swapped = failing("--softmax", str(runs["asentmax"]), "--entmax", str(runs["softmax"]))
     assert "--softmax" in swapped and "expected softmax or ssmax" in swapped
