@@ -72,7 +72,7 @@ class LanguageModule(LightningModule):
         if activation_checkpointing not in (modes := get_args(ActivationCheckpointing)):
             raise ValueError(f"model.activation_checkpointing is {activation_checkpointing!r}: expected one of {modes}")
         self.network_config, self.optimizer_config = network, optimizer
-        self.loss_backend, self.loss_chunk_tokens = loss_backend, loss_chunk_tokens
+        self.loss_backend, self.loss_chunk_tokens = "chunked" if cuda_graphs else loss_backend, loss_chunk_tokens
         self.model = Transformer(network)
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
         self.step_gradient_norm: Tensor | float = 0.0
@@ -91,7 +91,7 @@ class LanguageModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
-        self.loss_backend = resolve_loss_backend("chunked" if self.graphed_loss else self.loss_backend, device)
+        self.loss_backend = resolve_loss_backend(self.loss_backend, device)
         self.shards = join_sequence_group(self.trainer.strategy)
         if self.graphed_loss:
             check_graphs(
