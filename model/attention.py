@@ -1,5 +1,6 @@
 """The attention block: projections, positions, temperature, and the choice of entmax kernel or softmax path."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,10 @@ def _alibi_slopes(config: ModelConfig, device: torch.device) -> Tensor | None:
     return slopes * (rank < config.n_alibi_heads)
 
 
+# q, k, v, geometry, extension -> (B, H, T, D), or None for the layer's own attention
+AttentionOverride = Callable[[Tensor, Tensor, Tensor, Geometry, Extension | None], Tensor | None]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -121,6 +126,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.alpha = HeadAlpha(config.attention, heads) if config.attention.is_entmax else None
         self.temperature = self._temperature()
+        self.policy: AttentionOverride | None = None  # set by model.policies.policy.use_policy, never in training
 
     def _temperature(self) -> ScalableTemperature | AdaptiveTemperature | None:
         """Under nape only the position-free heads are scaled: ALiBi heads are local already."""
@@ -174,6 +180,8 @@ class Attention(nn.Module):
         record: tuple[list[LayerStats], Tensor | None] | None,
         extension: Extension | None,
     ) -> Tensor:
+        if self.policy is not None and (chosen := self.policy(q, k, v, geometry, extension)) is not None:
+            return chosen
         shared: dict[str, Any] = dict(alibi_slopes=geometry.alibi_slopes, window=self.config.window)
         if self.alpha is None:
             if record is not None:

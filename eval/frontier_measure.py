@@ -1,0 +1,177 @@
+"""The measurements of eval.sparse_frontier on one checkpoint, kept one by one, so that an interrupted one goes on."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eval import provenance
+from eval.frontier_config import PHASES, Cell, FrontierConfig, PrefillTime
+from eval.frontier_tasks import Scorer, Tasks, entmax_density, make_tasks, set_density, time_prefill
+from eval.results import result_key, write_json
+from eval.run import HeldOut, Subject, choose_autocast
+from eval.scoring import Runtime, Scores
+from model.checkpoint import load_model
+from model.policies.families import policy_at
+from model.policies.policy import Phase, SparsePolicy
+from model.transformer import Transformer
+
+MEASURING = (
+    "eval/frontier_measure.py", "eval/frontier_tasks.py", "eval/multi_needle.py", "eval/needle.py",
+    "eval/perplexity.py", "eval/scoring.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CellSettings:
+    """All that decides one kept result, besides checkpoint, data and code."""
+
+    what: str
+    method: str
+    phase: str
+    multiple: int
+    wanted: float | None
+    config: dict[str, Any]
+
+
+class Measuring:
+    """All that is measured of one checkpoint: read where it is kept in output/results, else with the model, which is
+    loaded then.
+
+    Attributes: subject. precision: as the report shows it.
+    """
+
+    def __init__(
+        self, subject: Subject, held_out: HeldOut, output: Path, config: FrontierConfig, device: torch.device
+    ) -> None:
+        self.subject, self.held_out, self.output, self.config = subject, held_out, output, config
+        autocast = choose_autocast(config.precision, subject, device)
+        self.runtime = Runtime(device, autocast, config.row_tokens)
+        self.precision = "float32" if autocast is None else "bfloat16 autocast"
+        self.entmax = subject.checkpoint.meta["model"]["attention"]["kind"] in ("entmax", "asentmax")
+        self._model: Transformer | None = None
+
+    @property
+    def model(self) -> Transformer:
+        if self._model is None:
+            self._model = load_model(self.subject.checkpoint.path, self.runtime.device).model
+        return self._model
+
+    def release(self) -> None:
+        self._model = None
+
+    def cells(self) -> list[Cell]:
+        found = []
+        for phase in PHASES:
+            for multiple in self.held_out.plan.multiples:
+                found.append(self._cell("entmax" if self.entmax else "dense", phase, multiple, None))
+                for name in [] if self.entmax else self.config.policies:
+                    if phase in policy_at(name, 1.0, 1).phases:
+                        found += [self._cell(name, phase, multiple, wanted) for wanted in self.config.densities]
+        return found
+
+    def times(self) -> list[PrefillTime]:
+        """Of the model as it is, and of policies whose attention skips what it does not keep."""
+        found = []
+        for multiple in self.held_out.plan.multiples:
+            found.append(self._time("entmax" if self.entmax else "dense", multiple, None))
+            for name in [] if self.entmax else self.config.policies:
+                if policy_at(name, 1.0, 1).faster(self.runtime.device):
+                    found += [self._time(name, multiple, wanted) for wanted in self.config.densities]
+        return found
+
+    def _kept(self, what: str, method: str, phase: str, multiple: int, wanted: float | None) -> Path:
+        left_out = {"policies", "densities", "lengths", "bootstrap_samples"}
+        config = {name: value for name, value in asdict(self.config).items() if name not in left_out}
+        # the longest length decides which documents and windows are scored
+        config["longest"] = self.held_out.plan.multiples[-1]
+        settings = CellSettings(what, method, phase, multiple, wanted, config)
+        kind = provenance.hardware(self.runtime.device)
+        base, path = self.held_out.base_length, self.subject.checkpoint.path
+        key = result_key(path, self.held_out.fingerprint, settings, base, kind, MEASURING)
+        return self.output / "results" / f"{self.subject.label}-{what}-{method}-{phase}-{multiple}x-{key}.json"
+
+    def _cell(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
+        path = self._kept("cell", method, phase, multiple, wanted)
+        if path.is_file():
+            tqdm.write(f"reusing {path}", file=sys.stderr)
+        else:
+            write_json(path, asdict(self._measure(method, phase, multiple, wanted)))
+        raw = json.loads(path.read_text())
+        raw["needles"], raw["controls"] = ([tuple(pair) for pair in raw[name]] for name in ("needles", "controls"))
+        raw["several"] = {kind: [tuple(pair) for pair in pairs] for kind, pairs in raw["several"].items()}
+        return Cell(**raw)
+
+    def _measure(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
+        started = time.monotonic()
+        tasks = make_tasks(self.held_out, multiple, phase, self.config.decode_tokens)
+        label = f"{self.subject.label}: {method}" + (f" at {wanted:g}" if wanted else "") + f", {phase}, {multiple}x"
+        scorer = Scorer(self.model, phase, self.runtime, self.config.chunk_tokens, label)
+        policy = None if wanted is None else self._policy(method, scorer, tasks, wanted)
+        scores, record = scorer([context for windows in tasks.text for context in windows], policy)
+        of_document = [index for index, windows in enumerate(tasks.text) for _ in windows]
+        loss, tokens = [0.0] * len(tasks.text), [0] * len(tasks.text)
+        for index, one in zip(of_document, scores, strict=True):
+            loss[index] += float(one.loss.sum())
+            tokens[index] += len(one.loss)
+        tiles: torch.Tensor | None
+        if record is not None:
+            density, tiles = record.density(phase), record.tile_density(phase)
+        elif self.entmax:
+            density, tiles = entmax_density(self.model, tasks, self.runtime)
+        else:
+            density = tiles = torch.ones(self.model.config.n_layers, self.model.config.n_heads)
+        needles, record = scorer(tasks.needles, policy)
+        return Cell(
+            label=self.subject.label,
+            method=method,
+            phase=phase,
+            multiple=multiple,
+            context=tasks.context,
+            wanted=wanted,
+            policy="" if policy is None else str(policy),
+            density=density.tolist(),
+            tile_density=None if tiles is None else tiles.tolist(),
+            needle_density=None if record is None or not tasks.needles else float(record.density(phase).mean()),
+            loss=loss,
+            tokens=tokens,
+            needles=outcomes(needles),
+            several={kind: outcomes(scorer(contexts, policy)[0]) for kind, contexts in tasks.several.items()},
+            controls=outcomes(scorer(tasks.controls, None)[0]) if policy is None else [],
+            hardware=provenance.hardware(self.runtime.device),
+            date=provenance.now(),
+            seconds=round(time.monotonic() - started, 2),
+        )
+
+    def _policy(self, name: str, scorer: Scorer, tasks: Tasks, wanted: float) -> SparsePolicy:
+        """Set to the wanted density on the first context."""
+        text = tasks.text[0][:1]
+
+        def density_of(policy: SparsePolicy) -> float:
+            record = scorer(text, policy)[1]
+            assert record is not None
+            return float(record.density(tasks.phase).mean())
+
+        return set_density(lambda level: policy_at(name, level, tasks.context), density_of, wanted)
+
+    def _time(self, method: str, multiple: int, wanted: float | None) -> PrefillTime:
+        path = self._kept("prefill-time", method, "prefill", multiple, wanted)
+        if not path.is_file():
+            tasks = make_tasks(self.held_out, multiple, "prefill", self.config.decode_tokens)
+            scorer = Scorer(self.model, "prefill", self.runtime, self.config.chunk_tokens, f"{method}: timing")
+            policy = None if wanted is None else self._policy(method, scorer, tasks, wanted)
+            seconds = time_prefill(self.model, tasks.text[0][0], policy, self.runtime, self.config.timed_runs)
+            text = "" if policy is None else str(policy)
+            write_json(path, asdict(PrefillTime(self.subject.label, method, tasks.context, wanted, text, seconds)))
+        return PrefillTime(**json.loads(path.read_text()))
+
+
+def outcomes(scores: Sequence[Scores]) -> list[tuple[int, int]]:
+    """Hits and tokens of each sample."""
+    return [(int(one.hit.sum()), len(one.hit)) for one in scores]

@@ -1,0 +1,244 @@
+"""Tables and plots of eval.sparse_frontier."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
+from eval.frontier_config import PHASES, Cell, PrefillTime, Study
+from eval.frontier_plots import Panel, Point, density_maps, over_density
+from eval.report import interval_text, percent_text
+from eval.results import write_json
+from eval.statistics import Interval, bootstrap_paired, bootstrap_ratio, wilson
+
+TITLE = "Sparse attention: trained or pruned"
+AS_THEY_ARE = ("dense", "entmax")
+NAMES = {
+    "dense": "softmax, dense", "entmax": "entmax", "window": "sliding window", "streaming_llm": "StreamingLLM",
+    "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
+    "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "snapkv": "SnapKV",
+    "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P",
+}  # fmt: skip
+ACTS = {
+    "prefill": "Policies act on every token of the contexts, questions included. Vertical-Slash and FlexPrefill choose "
+    "for all tokens from the last queries of a context, which have seen all of it.",
+    "decode": "Policies act on the last tokens, decoded one by one behind a densely prefilled prompt; both models as "
+    "they are were scored on the same tokens. SnapKV's evictions see all of a needle's question but its last token.",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One cell with intervals. ratio: of the perplexity to the dense softmax model's, paired over documents. needles:
+    share of value tokens right; exact: of values; chance: of tokens without the needle; None where there is none."""
+
+    cell: Cell
+    density: float
+    tile_density: float | None
+    perplexity: Interval
+    ratio: Interval
+    needles: Interval | None
+    exact: Interval | None
+    several: Interval | None
+    chance: Interval | None
+
+
+def summarise(study: Study) -> list[Summary]:
+    return [_summary(cell, _dense(study, cell), study) for cell in study.cells]
+
+
+def _dense(study: Study, cell: Cell) -> Cell:
+    """The dense softmax cell on the same tokens."""
+    key = ("dense", cell.phase, cell.multiple)
+    return next(one for one in study.cells if (one.method, one.phase, one.multiple) == key)
+
+
+def _summary(cell: Cell, dense: Cell, study: Study) -> Summary:
+    draws = (int(study.settings["bootstrap_samples"]), int(study.settings["seed"]))
+    difference, _ = bootstrap_paired(cell.loss, dense.loss, cell.tokens, *draws)
+    several = [pair for pairs in cell.several.values() for pair in pairs]
+    return Summary(
+        cell=cell,
+        density=float(np.mean(cell.density)),
+        tile_density=None if cell.tile_density is None else float(np.mean(cell.tile_density)),
+        perplexity=bootstrap_ratio(cell.loss, cell.tokens, *draws).map(math.exp),
+        ratio=difference.map(math.exp),
+        needles=_tokens_right(cell.needles),
+        exact=_share(sum(hits == tokens for hits, tokens in cell.needles), len(cell.needles)),
+        several=_tokens_right(several),
+        chance=_tokens_right(cell.controls),
+    )
+
+
+def _tokens_right(pairs: list[tuple[int, int]]) -> Interval | None:
+    """Samples, not tokens, are the independent trials."""
+    return wilson(sum(h for h, _ in pairs) / sum(t for _, t in pairs), len(pairs)) if pairs else None
+
+
+def _share(count: int, trials: int) -> Interval | None:
+    return wilson(count / trials, trials) if trials else None
+
+
+def write_report(study: Study, output: Path) -> Path:
+    """Writes sparse_frontier.md, .html, .json and plots into `output`; returns the HTML page's path."""
+    output.mkdir(parents=True, exist_ok=True)
+    summaries = summarise(study)
+    page = output / "sparse_frontier.html"
+    blocks: list[Block] = [
+        Heading(TITLE, 1),
+        Paragraph(
+            "One softmax model under policies that were made for trained models, each set to several densities, beside "
+            "the model as it is and its entmax twin. Density: share of the visible pairs of query and key that are "
+            "read, mean over layers and heads; for entmax, the pairs with weight. Intervals are 95 %: bootstrap over "
+            f"{study.documents} documents for perplexity (with few documents they are too narrow), Wilson over samples "
+            "for needles."
+        ),
+    ]
+    for phase in PHASES:
+        blocks += _phase(study, [one for one in summaries if one.cell.phase == phase], phase, output)
+    blocks += [*_times(study.times), *_method(study)]
+    page.with_suffix(".md").write_text(to_markdown(blocks, output))
+    page.write_text(to_html(TITLE, blocks))
+    write_json(page.with_suffix(".json"), asdict(study) | {"summaries": [_without_cell(one) for one in summaries]})
+    return page
+
+
+def _without_cell(summary: Summary) -> dict[str, object]:
+    facts = {name: getattr(summary.cell, name) for name in ("label", "method", "phase", "multiple", "wanted", "policy")}
+    return facts | {name: value for name, value in asdict(summary).items() if name != "cell"}
+
+
+def _phase(study: Study, summaries: list[Summary], phase: str, output: Path) -> list[Block]:
+    blocks: list[Block] = [Heading("The prompt" if phase == "prefill" else "Decoding"), Paragraph(ACTS[phase])]
+    path = over_density(_panels(summaries), output / f"plots/{phase}_over_density.png")
+    blocks.append(Picture(path, f"Perplexity and needles over density, {phase}."))
+    for multiple in sorted({one.cell.multiple for one in summaries}):
+        rows = [one for one in summaries if one.cell.multiple == multiple]
+        blocks += [Heading(f"{rows[0].cell.context:,} tokens ({multiple}x)", 3), _table(rows)]
+    path = density_maps(_maps(summaries), output / f"plots/{phase}_density_by_head.png")
+    shown = (
+        f"at {max(one.cell.context for one in summaries):,} tokens, each policy where it is nearest to entmax's density"
+    )
+    blocks.append(Picture(path, f"Density by layer and head, {phase}, {shown}."))
+    return blocks
+
+
+def _panels(summaries: list[Summary]) -> list[list[Panel]]:
+    """A row of panels for each length."""
+    rows = []
+    for multiple in sorted({one.cell.multiple for one in summaries}):
+        here = [one for one in summaries if one.cell.multiple == multiple]
+        title = f"{here[0].cell.context:,} tokens"
+        rows.append(
+            [
+                Panel(f"{title}: perplexity", "perplexity", _points(here, "perplexity", 1), log_y=True),
+                Panel(f"{title}: one needle", "value tokens right (%)", _points(here, "needles", 100)),
+                Panel(f"{title}: several needles", "value tokens right (%)", _points(here, "several", 100)),
+            ]
+        )
+    shown = [any(row[column].points for row in rows) for column in range(3)]  # short texts hold no several needles
+    return [[panel for panel, keep in zip(row, shown, strict=True) if keep] for row in rows]
+
+
+def _points(summaries: list[Summary], field: str, factor: float) -> list[Point]:
+    points = []
+    for one in summaries:
+        interval: Interval | None = getattr(one, field)
+        if interval is not None:
+            scaled = interval.map(lambda value: factor * value)
+            points.append(Point(_name(one), one.cell.method, one.density, scaled))
+    return points
+
+
+def _maps(summaries: list[Summary]) -> dict[str, list[list[float]]]:
+    """Density by layer and head at the longest context: of entmax and of each policy where it is nearest to it."""
+    longest = max(one.cell.multiple for one in summaries)
+    here = [one for one in summaries if one.cell.multiple == longest and one.cell.method != "dense"]
+    entmax = next(one for one in here if one.cell.method == "entmax")
+    maps = {}
+    for method in dict.fromkeys(["entmax", *(one.cell.method for one in here)]):
+        of_method = [one for one in here if one.cell.method == method]
+        nearest = min(of_method, key=lambda one: abs(math.log(one.density / entmax.density)))
+        maps[f"{_name(nearest)}: {_percent(nearest.density)}"] = nearest.cell.density
+    return maps
+
+
+def _table(summaries: list[Summary]) -> Table:
+    header = [
+        "", "set to", "density", "64x64 tiles", "perplexity", "times dense softmax's", "needle: tokens right",
+        "needle: exact", "several needles",
+    ]  # fmt: skip
+    rows = []
+    for one in summaries:
+        wanted = "" if one.cell.wanted is None else _percent(one.cell.wanted)
+        tiles = "" if one.tile_density is None else _percent(one.tile_density)
+        shares = ["" if part is None else percent_text(part) for part in (one.needles, one.exact, one.several)]
+        if one.chance is not None:
+            shares[0] += f", without it {percent_text(one.chance)}"
+        ratio = "" if one.cell.method == "dense" else interval_text(one.ratio, 3)
+        rows.append([_name(one), wanted, _percent(one.density), tiles, interval_text(one.perplexity), ratio, *shares])
+    return Table(header, rows)
+
+
+def _name(summary: Summary) -> str:
+    return NAMES.get(summary.cell.method, summary.cell.method)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _times(times: list[PrefillTime]) -> list[Block]:
+    rows = []
+    for one in times:
+        name = NAMES.get(one.method, one.method) + (f" at {_percent(one.wanted)}" if one.wanted else "")
+        spread = f"[{1e3 * min(one.seconds):.1f}, {1e3 * max(one.seconds):.1f}]"
+        rows.append([f"{one.context:,}", name, f"{1e3 * median(one.seconds):.1f} {spread}"])
+    said = (
+        "Prefill of one prompt in one chunk: median, shortest and longest. Of policies only those whose attention "
+        "skips what it does not keep; the others select keys exactly as described but compute dense scores, so that "
+        "their time says nothing of the method."
+    )
+    return [Heading("Time to the first token"), Paragraph(said), Table(["tokens", "", "milliseconds"], rows)]
+
+
+def _method(study: Study) -> list[Block]:
+    settings = [
+        f"{one.context:,} tokens, {one.phase}, {_percent(one.wanted)}: {one.policy}"
+        for one in study.cells
+        if one.wanted
+    ]
+    facts = [
+        f"code {study.code_version}", study.hardware, study.date,
+        f"{study.data} ({study.data_fingerprint[:12]})",
+        "; ".join(f"{label}: {precision}" for label, precision in study.precision.items()),
+        f"seed {study.settings['seed']}",
+    ]  # fmt: skip
+    return [
+        Heading("Settings found"),
+        Items(settings),
+        Heading("Made by"),
+        Code(study.command),
+        Items(facts + study.notes),
+    ]
+
+
+def summary_lines(study: Study, page: Path) -> list[str]:
+    """A line for each phase, length and model as it is, with the best policy of no more density than entmax's."""
+    lines = []
+    summaries = summarise(study)
+    for phase in PHASES:
+        for multiple in sorted({cell.multiple for cell in study.cells}):
+            here = [one for one in summaries if (one.cell.phase, one.cell.multiple) == (phase, multiple)]
+            shown = [one for one in here if one.cell.method in AS_THEY_ARE]
+            entmax = next(one for one in shown if one.cell.method == "entmax")
+            rivals = [one for one in here if one not in shown and one.density <= entmax.density]
+            shown += sorted(rivals, key=lambda one: one.perplexity.value)[:1]
+            cells = "; ".join(
+                f"{_name(one)} {interval_text(one.perplexity)} at {_percent(one.density)}" for one in shown
+            )
+            lines.append(f"{phase}, {here[0].cell.context:,} tokens, perplexity: {cells}")
+    return [*lines, f"report: {page}"]

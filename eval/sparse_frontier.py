@@ -1,0 +1,112 @@
+"""Training-free sparse attention on a softmax model against its entmax twin, at equal density.
+
+    python -m eval.sparse_frontier --softmax RUN --entmax RUN --data FOLDER --output FOLDER
+
+Every policy of model/policies is set to each density on held-out text (by bisection, on one context) and measured there
+beside the softmax model as it is and the entmax model, which keeps the keys that it gives weight. Policies of the
+prompt (window, MInference and the like) act on every token of the contexts; policies of decoding (Quest, SnapKV and the
+like) on the last tokens, one by one, behind a densely prefilled prompt: they are two comparisons, each with both models
+scored on the same tokens.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from eval import provenance
+from eval.frontier_config import FrontierConfig, Study
+from eval.frontier_measure import Measuring
+from eval.frontier_report import summary_lines, write_report
+from eval.run import Subject, choose_device, find_subjects, open_held_out
+from model.version import code_version
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parser().parse_args(arguments)
+        config = FrontierConfig(**{field.name: options[field.name] for field in fields(FrontierConfig)})
+        folders = (Path(options.data), Path(options.output))
+        for line in evaluate(options.softmax, options.entmax, *folders, config, arguments):
+            print(line)
+    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m eval.sparse_frontier", description=__doc__, exit_on_error=False)
+    for name in ("softmax", "entmax"):
+        text = f"run folder (newest complete checkpoint) or checkpoint of the {name} twin"
+        parser.add_argument(f"--{name}", type=str, required=True, help=text)
+    parser.add_argument("--data", type=str, required=True, help="prepared corpus with a heldout split")
+    parser.add_argument("--output", type=str, default="runs/sparse-frontier", help="folder of the report")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    default = FrontierConfig()
+    for name, kind, text in (
+        ("policies", str, "names of model/policies/families.py"),
+        ("densities", float, "shares of the visible keys"),
+        ("lengths", int, "multiples of the training length"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", type=kind, default=getattr(default, name), help=text)
+    parser.add_class_arguments(FrontierConfig, skip={"policies", "densities", "lengths"})
+    return parser
+
+
+def evaluate(
+    softmax: str, entmax: str, data: Path, output: Path, config: FrontierConfig, arguments: list[str]
+) -> list[str]:
+    """Measures every cell, or reuses what is kept in output/results, and writes the report.
+
+    Returns: the summary's lines. Raises FileNotFoundError, ValueError: what cannot be compared, and the way out.
+    """
+    device = choose_device(config.device)
+    subjects = find_subjects([softmax, entmax])
+    for subject, wanted in zip(subjects, (False, True), strict=True):
+        check_kind(subject, wanted)
+    held_out = open_held_out(data, subjects, config.shared())
+    shortest = held_out.plan.multiples[0] * held_out.base_length
+    if config.decode_tokens >= shortest:
+        raise ValueError(
+            f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
+        )
+    measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
+    cells, times = [], []
+    for one in measuring:
+        cells += one.cells()
+        times += one.times()
+        one.release()
+    study = Study(
+        cells=cells,
+        times=times,
+        settings=asdict(config),
+        base_length=held_out.base_length,
+        documents=len(held_out.plan.documents),
+        subjects=[subject.label for subject in subjects],
+        data=str(data),
+        data_fingerprint=held_out.fingerprint,
+        precision={one.subject.label: one.precision for one in measuring},
+        notes=[*held_out.plan.notes, *held_out.needle_notes],
+        code_version=code_version(),
+        command=provenance.command_line(arguments, "eval.sparse_frontier"),
+        hardware=provenance.hardware(device),
+        date=provenance.now(),
+    )
+    return summary_lines(study, write_report(study, output))
+
+
+def check_kind(subject: Subject, entmax: bool) -> None:
+    """Raises ValueError where --softmax and --entmax were given the other kind of model."""
+    kind = subject.checkpoint.meta["model"]["attention"]["kind"]
+    if (kind in ("entmax", "asentmax")) != entmax:
+        option, expected = ("--entmax", "entmax or asentmax") if entmax else ("--softmax", "softmax or ssmax")
+        raise ValueError(f"{option} {subject.checkpoint.path} has attention kind {kind!r}: expected {expected}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Every policy by name, as one curve from sparse to dense."""
+
+import math
+from collections.abc import Callable
+
+from model.policies.double_p import DoubleP
+from model.policies.flexprefill import FlexPrefill
+from model.policies.minference import BlockSparse, VerticalSlash
+from model.policies.policy import SparsePolicy
+from model.policies.quest import Quest
+from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.sparge import SpargeAttention
+from model.policies.topk import OracleTopK
+from model.policies.window import SlidingWindow, StreamingLLM
+
+
+def _part(level: float, whole: int) -> int:
+    return max(1, math.ceil(level * whole))
+
+
+def _block(n_keys: int) -> int:
+    """Keys of a block: 64, or less for texts below 1,024 tokens, so that there are 16 blocks to choose from."""
+    return min(64, max(4, 2 ** max(0, (n_keys // 16).bit_length() - 1)))
+
+
+def _blocks(level: float, n_keys: int) -> int:
+    return _part(level, -(-n_keys // _block(n_keys)))
+
+
+def _sparge(level: float, n_keys: int) -> SparsePolicy:
+    """All three thresholds move together; the paper searches them for each layer."""
+    margin = -5 / (1 - level) if level < 1 else -math.inf
+    block = _block(n_keys)
+    return SpargeAttention(level, margin, max(0.0, 2 * level - 1), query_block=2 * block, key_block=block)
+
+
+# (level, keys of the text) -> the policy whose density rises with the level in (0, 1], dense at 1
+FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
+    "window": lambda level, n: SlidingWindow(_part(level, n)),
+    "streaming_llm": lambda level, n: StreamingLLM(4, _part(level, n)),
+    "oracle": lambda level, n: OracleTopK(_blocks(level, n), _block(n)),
+    "vertical_slash": lambda level, n: VerticalSlash(_part(level, n), _part(level, n)),
+    "block_sparse": lambda level, n: BlockSparse(_blocks(level, n), _block(n)),
+    "flexprefill": lambda level, n: FlexPrefill(level, least_keys=_block(n), block=_block(n)),
+    "sparge": _sparge,
+    # no dense layers, so that the density is that of all layers alike
+    "quest": lambda level, n: Quest(_part(level, -(-n // 16)), dense_layers=0),
+    "snapkv": lambda level, n: SnapKV(_part(level, n), observed=min(32, _block(n))),
+    "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),
+    "double_p": lambda level, n: DoubleP((1 + level) / 2, level),
+}
+
+
+def policy_at(name: str, level: float, n_keys: int) -> SparsePolicy:
+    """Raises ValueError for an unknown name or a level outside (0, 1]."""
+    if name not in FAMILIES:
+        raise ValueError(f"policy is {name!r}: expected one of {', '.join(FAMILIES)}")
+    if not 0 < level <= 1:
+        raise ValueError(f"level is {level}: expected a number in (0, 1]; 1 is dense")
+    return FAMILIES[name](level, n_keys)

@@ -1,0 +1,58 @@
+"""Quest: pages of keys, chosen by a bound of their scores."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from model.policies.blocks import block_edges, check_least, top_count
+from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+
+
+@dataclass(frozen=True)
+class Quest(SparsePolicy):
+    """Decoding reads the `pages` pages of keys whose scores have the largest upper bound (Quest, arXiv:2406.10774): the
+    sum over channels of the larger of q * min and q * max, with the least and largest value of each channel in the page
+    (eq. 1 and 2); the newest page always; everything in the first `dense_layers` layers. Dense where pages cover all
+    keys.
+
+    ALiBi's bias enters the bound at the page's nearest key. Simplified: bounds are computed anew at each step, where
+    the paper keeps them; the density does not count what reading them costs, 2 / page of the cache.
+    """
+
+    name: ClassVar[str] = "quest"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"decode"})
+    pages: int
+    page: int = 16
+    dense_layers: int = 2
+
+    def __post_init__(self) -> None:
+        check_least(1, pages=self.pages, page=self.page)
+        check_least(0, dense_layers=self.dense_layers)
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        n_keys = k.shape[1]
+        nearest = block_edges(n_keys, self.page, k.device)[1]
+        if view.layer < self.dense_layers:
+            return BlockSelection(torch.ones(1, 1, len(nearest), dtype=torch.bool, device=k.device), 1, self.page)
+        bound = self.bounds(q, k, view)
+        if view.window is not None:
+            bound = bound.masked_fill(view.query_start - nearest >= view.window, -torch.inf)
+        bound[..., -1] = torch.inf
+        return BlockSelection(top_count(bound, self.pages)[:, None], 1, self.page)
+
+    def bounds(self, q: Tensor, k: Tensor, view: SequenceView) -> Tensor:
+        """Upper bounds of the scores of one query, (H, 1, D), in each page: float32 (H, pages)."""
+        pad = (0, 0, 0, -k.shape[1] % self.page)
+        least, largest = (
+            torch.nn.functional.pad(sign * k.float(), pad, value=torch.inf).unflatten(1, (-1, self.page)).amin(2) * sign
+            for sign in (1, -1)
+        )  # [G, pages, D]
+        query = q.float().unflatten(0, (len(k), -1))  # [G, H / G, 1, D]
+        per_channel = torch.maximum(query * least[:, None], query * largest[:, None])  # [G, H / G, pages, D]
+        bound = per_channel.sum(-1).flatten(0, 1) * view.scale
+        if view.alibi_slopes is not None:
+            nearest = block_edges(k.shape[1], self.page, k.device)[1]
+            bound = bound - view.alibi_slopes[:, None] * (view.query_start - nearest)
+        return bound

@@ -1,0 +1,42 @@
+"""The oracle: which key blocks hold most of the attention, known from the attention itself."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.visibility import TILE
+from model.policies.blocks import check_least, own_blocks, top_count
+from model.policies.policy import BlockSelection, Selection, SequenceView, SparsePolicy
+
+
+@dataclass(frozen=True)
+class OracleTopK(SparsePolicy):
+    """Of each block of queries the `blocks` key blocks with most exact attention weight, its own ones among them.
+
+    What every method that estimates block weights aims at (an upper bound of theirs at equal density, though not of
+    methods that choose by key or by head); computing it costs dense attention. Dense where blocks cover all keys.
+    """
+
+    name: ClassVar[str] = "oracle"
+    blocks: int
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        check_least(1, blocks=self.blocks, block=self.block)
+        if TILE % self.block:
+            raise ValueError(f"block is {self.block}: expected a divisor of {TILE}")
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        sizes, lengths = (self.block, self.block), (q.shape[1], k.shape[1])
+        own = own_blocks(view, sizes, lengths, q.device)
+        weights = torch.zeros(len(q), *own.shape, device=q.device)
+        for rows in view.row_blocks(q, k.shape[1]):
+            n_keys = view.query_start + rows.stop
+            p = torch.softmax(view.scores(q, k, rows, n_keys), -1)
+            pad = (0, -n_keys % self.block, 0, -p.shape[1] % self.block)
+            p = torch.nn.functional.pad(p, pad).unflatten(2, (-1, self.block)).unflatten(1, (-1, self.block))
+            first = rows.start // self.block
+            weights[:, first : first + p.shape[1], : p.shape[3]] = p.sum((2, 4))
+        return BlockSelection(top_count(weights.masked_fill_(own, torch.inf), self.blocks) | own, *sizes)

@@ -1,0 +1,61 @@
+"""Policies that look at positions only."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from model.policies.policy import Selection, SequenceView, SparsePolicy
+
+
+@dataclass(frozen=True)
+class NearKeys:
+    """The first `sinks` keys of the sequence, and of each query the `size` keys that end with its own."""
+
+    view: SequenceView
+    sinks: int
+    size: int
+    device: torch.device
+
+    def mask(self, rows: slice, n_keys: int) -> Tensor:
+        query = torch.arange(rows.start, rows.stop, device=self.device) + self.view.query_start
+        key = torch.arange(n_keys, device=self.device)
+        return ((query[:, None] - key < self.size) | (key + self.view.key_start < self.sinks))[None]
+
+
+@dataclass(frozen=True)
+class SlidingWindow(SparsePolicy):
+    """Each query sees the `size` keys that end with its own (Longformer's local attention, arXiv:2004.05150, causal;
+    Mistral 7B, arXiv:2310.06825). Dense from size = T on."""
+
+    name: ClassVar[str] = "window"
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}: expected a window of at least 1 key")
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        return NearKeys(view, 0, self.size, q.device)
+
+
+@dataclass(frozen=True)
+class StreamingLLM(SparsePolicy):
+    """Attention sinks and a sliding window (StreamingLLM, arXiv:2309.17453): each query sees the first `sinks` keys of
+    its sequence and the `size` that end with its own. Dense from size = T on.
+
+    Simplified: positions are those in the text. The paper counts them within what the cache keeps, which matters
+    beyond the training length.
+    """
+
+    name: ClassVar[str] = "streaming_llm"
+    sinks: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.sinks < 0:
+            raise ValueError(f"sinks, size are {self.sinks}, {self.size}: expected at least 0 and 1 keys")
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        return NearKeys(view, self.sinks, self.size, q.device)
