@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import errors
+from benchmarks.block_sparse import bsfa
 from benchmarks.measure import CheckFailed, Measurement, Repeats, Timing, measure, run_once, statistics_of
 from benchmarks.peers import OURS, OURS_WITHOUT_SKIP, PEERS
 from benchmarks.report import Report, crossing, interpolated, plot_speed_up
@@ -287,4 +288,5 @@ def checkpoint(bench: Bench) -> None:
 SUITES: dict[str, Callable[[Bench], None]] = {
     "table": table, "density": density, "length": length, "head_dim": head_dim, "alpha": alpha, "alibi": alibi,
     "documents": documents, "memory": memory, "errors": rounding, "patterns": patterns, "checkpoint": checkpoint,
+    "bsfa": bsfa,
 }  # fmt: skip

@@ -25,6 +25,8 @@ class EvalConfig:
         profile_documents: Documents over which support size and live tiles are averaged.
         bootstrap_samples: Resamples of documents behind each bootstrap interval.
         row_tokens: Most tokens packed into one forward pass; a longer context is a row of its own.
+        thresholds: File of eval.calibrate: softmax models attend by Block-Sparse FlashAttention.
+        keep_blocks: Which of its ks.
     """
 
     lengths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
@@ -42,6 +44,8 @@ class EvalConfig:
     profile_documents: int = 1
     bootstrap_samples: int = 2000
     row_tokens: int = 8192
+    thresholds: str | None = None
+    keep_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths or any(multiple < 1 for multiple in self.lengths):
@@ -54,6 +58,10 @@ class EvalConfig:
                     f"lengths has {shorter} before {longer}: each must divide the next (1 2 4 8), so that all columns "
                     "score the same tokens"
                 )
+        if (self.thresholds is None) != (self.keep_blocks is None):
+            raise ValueError(
+                f"thresholds is {self.thresholds!r} and keep_blocks is {self.keep_blocks!r}: give both, or neither"
+            )
         smallest = {
             "headline_tokens": 0, "seed": 0, "max_documents": 2, "needle_samples": 1,
             "needle_tokens": 1, "needle_depths": 2, "needle_digits": 1, "needle_count": 2, "profile_documents": 1,

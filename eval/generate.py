@@ -17,6 +17,7 @@ from eval.generation import GenerationOptions, stream
 from eval.run import Subject, choose_autocast, choose_device
 from eval.scoring import Runtime
 from model.checkpoint import LoadedModel, load_model, resolve_checkpoint
+from model.policies.bsfa import use_thresholds
 
 # of GenerationOptions: what the command line offers; the rest is the tokenizer's, or for many texts
 OFFERED = ["temperature", "top_k", "top_p", "seed", "max_prompt_tokens", "chunk_tokens"]
@@ -48,6 +49,8 @@ def _parser() -> ArgumentParser:
         "--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="auto is bfloat16 autocast on CUDA for runs trained in bf16, else float32",
     )  # fmt: skip
+    parser.add_argument("--thresholds", type=str, default=None, help="file of eval.calibrate: sparse prefill")
+    parser.add_argument("--keep_blocks", type=int, default=None, help="which of its ks")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens of the continuation")
     names = {field.name for field in fields(GenerationOptions)}
     parser.add_class_arguments(GenerationOptions, skip=names - set(OFFERED))
@@ -68,7 +71,7 @@ def write_continuation(options: Namespace) -> None:
     runtime = Runtime(device, autocast, chosen.chunk_tokens)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the first bytes of a character
     count, started, why = 0, time.monotonic(), None
-    with runtime.precision():
+    with runtime.precision(), use_thresholds(loaded.model, options.thresholds, options.keep_blocks):
         for piece in stream(loaded.model, [ids], chosen):
             text = decoder.decode(b"".join(map(tokenizer.token_bytes, piece.tokens)), final=piece.ended is not None)
             print(text, end="", flush=True)

@@ -36,6 +36,7 @@ class Measurement:
         checkpoint: Its folder.
         training: Facts of the checkpoint's complete.json: samples, tokens, code_version, created.
         model: The model's configuration.
+        policy: The sparse attention it ran under and what that kept, in words; empty for its own attention.
         seconds: Wall time of each part of the evaluation.
     """
 
@@ -45,6 +46,7 @@ class Measurement:
     training: dict[str, Any]
     model: dict[str, Any]
     parameters: int
+    policy: str
     training_length: int
     precision: str
     hardware: str

@@ -26,6 +26,8 @@ from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement
 from eval.scoring import Runtime
 from model.checkpoint import CheckpointInfo, LoadedModel, load_model, resolve_checkpoint
+from model.policies.bsfa import use_thresholds
+from model.policies.thresholds import read_thresholds
 from model.version import code_version
 
 T = TypeVar("T")
@@ -101,6 +103,9 @@ def evaluate(
     started = time.monotonic()
     device = choose_device(config.device)
     subjects = find_subjects(runs)
+    kinds = [subject.checkpoint.meta["model"]["attention"]["kind"] for subject in subjects]
+    if config.thresholds is not None and not {"softmax", "ssmax"} & set(kinds):
+        raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
     held_out = open_held_out(data, subjects, config)
     measurements = [_measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)
@@ -118,7 +123,11 @@ def evaluate(
         command=provenance.command_line(arguments, module),
         hardware=provenance.hardware(device),
         date=provenance.now(),
-        notes=[*held_out.plan.notes, *held_out.needle_notes],
+        notes=[
+            *held_out.plan.notes,
+            *held_out.needle_notes,
+            *(f"{one.label}: {one.policy}" for one in measurements if one.policy),
+        ],
         seconds=time.monotonic() - started,
     )
     page = write_report(study, output)
@@ -168,13 +177,7 @@ def open_held_out(data: Path, subjects: Sequence[Subject], config: EvalConfig) -
     """Opens the held-out split, checks that it fits every checkpoint, and plans what is scored."""
     store = TokenStore(data / "heldout", verify="size")
     for subject in subjects:
-        tokenizer = subject.checkpoint.meta["tokenizer"]
-        if tokenizer["fingerprint"] != store.fingerprint_of_tokenizer:
-            raise ValueError(
-                f"{subject.checkpoint.path} was trained with tokenizer {tokenizer['fingerprint'][:12]} "
-                f"({tokenizer['path']}), but {data} was prepared with {store.fingerprint_of_tokenizer[:12]}: pass the "
-                "--data folder that the run was trained on"
-            )
+        check_tokenizer(subject, data, store)
     base_length = config.base_length or _common_length(subjects)
     plan = plan_perplexity(store, base_length, config)
     tokenizer = Tokenizer(store.tokenizer_path)
@@ -184,12 +187,28 @@ def open_held_out(data: Path, subjects: Sequence[Subject], config: EvalConfig) -
     return HeldOut(store, tokenizer, fingerprint, base_length, plan, samples, several, [*notes, *more_notes])
 
 
+def check_tokenizer(subject: Subject, data: Path, store: TokenStore) -> None:
+    """Raises ValueError where a split was prepared with another tokenizer than the checkpoint's."""
+    tokenizer = subject.checkpoint.meta["tokenizer"]
+    if tokenizer["fingerprint"] != store.fingerprint_of_tokenizer:
+        raise ValueError(
+            f"{subject.checkpoint.path} was trained with tokenizer {tokenizer['fingerprint'][:12]} "
+            f"({tokenizer['path']}), but {data} was prepared with {store.fingerprint_of_tokenizer[:12]}: pass the "
+            "--data folder that the run was trained on"
+        )
+
+
 def data_fingerprint(data: Path) -> str:
     """sha256 over the manifest and the held-out shards' records, which hold the checksums of their tokens."""
     digest = hashlib.sha256((data / "manifest.json").read_bytes())
     for path in sorted((data / "heldout").glob("*.json")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """sha256. Raises FileNotFoundError."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _common_length(subjects: Sequence[Subject]) -> int:
@@ -204,7 +223,9 @@ def _measure_or_reuse(
     subject: Subject, held_out: HeldOut, output: Path, config: EvalConfig, device: torch.device
 ) -> Measurement:
     kind = provenance.hardware(device)
-    key = result_key(subject.checkpoint.path, held_out.fingerprint, config, held_out.base_length, kind)
+    # settings hold the name of the thresholds' file, not what is in it
+    read = held_out.fingerprint + (file_fingerprint(Path(config.thresholds)) if config.thresholds else "")
+    key = result_key(subject.checkpoint.path, read, config, held_out.base_length, kind)
     path = output / "results" / f"{subject.label}-{key}.json"
     if path.is_file():
         tqdm.write(f"{subject.label}: reusing {path}", file=sys.stderr)
@@ -220,15 +241,18 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
     autocast = choose_autocast(config.precision, subject, device)
     runtime = Runtime(device, autocast, config.row_tokens)
     seconds: dict[str, float] = {}
-    store, plan, label = held_out.store, held_out.plan, subject.label
+    store, plan, label, model = held_out.store, held_out.plan, subject.label, loaded.model
     token_bytes = bytes_of_tokens(held_out.tokenizer)
-    perplexity = _timed(
-        seconds, "perplexity", lambda: measure_perplexity(loaded.model, store, plan, token_bytes, runtime, label)
-    )
-    needles = _timed(seconds, "needles", lambda: measure_needles(loaded.model, held_out.samples, runtime, label))
-    multi_needles = _timed(
-        seconds, "several needles", lambda: measure_multi_needles(loaded.model, held_out.multi_samples, runtime, label)
-    )
+    chosen = (None, None) if loaded.config.attention.is_entmax else (config.thresholds, config.keep_blocks)
+    with use_thresholds(model, *chosen) as record:
+        perplexity = _timed(
+            seconds, "perplexity", lambda: measure_perplexity(model, store, plan, token_bytes, runtime, label)
+        )
+        needles = _timed(seconds, "needles", lambda: measure_needles(model, held_out.samples, runtime, label))
+        multi_needles = _timed(
+            seconds, "several needles", lambda: measure_multi_needles(model, held_out.multi_samples, runtime, label)
+        )
+    policy = "" if record is None else _describe(*chosen, float(record.density("prefill").mean()))
     attention = _timed(seconds, "attention", lambda: _profile(loaded, held_out, config, runtime, label))
     meta = subject.checkpoint.meta
     return Measurement(
@@ -238,6 +262,7 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
         training={name: meta.get(name) for name in ("samples", "tokens", "code_version", "created")},
         model=asdict(loaded.config),
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        policy=policy,
         training_length=loaded.training_length,
         precision="float32" if autocast is None else "bfloat16 autocast",
         hardware=provenance.hardware(device),
@@ -249,6 +274,17 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
         multi_needles=multi_needles,
         needle_notes=held_out.needle_notes,
         attention=attention,
+    )
+
+
+def _describe(path: str | None, k: int | None, density: float) -> str:
+    assert path is not None and k is not None
+    calibration = read_thresholds(Path(path))[1]
+    predicted = calibration.predicted[calibration.ks.index(k)]
+    return (
+        f"attention is Block-Sparse FlashAttention with k = {k} of {path} (density {predicted:.2f} predicted at "
+        f"{calibration.length} tokens, {density:.2f} measured over all contexts); its profile below is that of dense "
+        "attention."
     )
 
 

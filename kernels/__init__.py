@@ -1,7 +1,18 @@
-"""Alpha-entmax attention. Torch and triton only: no nn.Module, no configuration."""
+"""Alpha-entmax attention and block-sparse softmax attention. Torch and triton only: no nn.Module, no configuration."""
 
 from kernels.attention import entmax_attention
+from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, block_maxima
+from kernels.block_sparse_softmax import BlockSparseStats, block_sparse_softmax_attention
 from kernels.rowwise import entmax
 from kernels.stats import AttentionStats
 
-__all__ = ["AttentionStats", "entmax", "entmax_attention"]
+__all__ = [
+    "KEY_BLOCK",
+    "QUERY_BLOCK",
+    "AttentionStats",
+    "BlockSparseStats",
+    "block_maxima",
+    "block_sparse_softmax_attention",
+    "entmax",
+    "entmax_attention",
+]

@@ -63,7 +63,7 @@ def entmax_attention(
     Raises: ValueError naming the argument, its value and what was expected. The contents of cu_seqlens and kv_lens
     are checked on CPU tensors only (on CUDA this would synchronise).
     """
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     _check_visibility(q, k, causal, cu_seqlens, kv_lens, window)
     heads, device = q.shape[1], q.device
     power = power_of(alpha)
@@ -73,7 +73,7 @@ def entmax_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
-    backend = choose_backend(backend, BACKENDS, q, _unsupported_by_triton(q))
+    backend = choose_backend(backend, BACKENDS, q, unsupported_by_triton(q))
     visible: dict[str, Any] = dict(causal=causal, cu_seqlens=cu_seqlens, kv_lens=kv_lens, window=window)
     if backend == "reference":
         keys = visible_keys(q.shape[2], k.shape[2], device=device, **visible)
@@ -108,7 +108,7 @@ def entmax_attention(
     return out, AttentionStats(support, live, total, None if passes is None else passes.float().mean(-1))
 
 
-def _unsupported_by_triton(q: Tensor) -> str | None:
+def unsupported_by_triton(q: Tensor) -> str | None:
     if q.dtype != torch.float64 and q.shape[3] <= MAX_TRITON_HEAD_DIM:
         return None
     return (
@@ -116,7 +116,7 @@ def _unsupported_by_triton(q: Tensor) -> str | None:
     )
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, tokens, head dim), got {tuple(x.shape)}")

@@ -1,6 +1,5 @@
 """The Triton kernels as one registered operator: launches, shapes for tracing, autograd."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from kernels.entmax_backward import entmax_backward_keys, entmax_backward_querie
 from kernels.entmax_refine import entmax_refine
 from kernels.entmax_scan import entmax_scan
 from kernels.entmax_sum import entmax_sum
+from kernels.launching import ceil_div, dot_precision, on_device, padded_head_dim, strides, unit_stride
 from kernels.tiles import BLOCK_FIELDS, LIST_CHUNK, Intervals, write_intervals
 from kernels.tuning import launch_for, program_count
 from kernels.visibility import TILE
@@ -26,32 +26,6 @@ POWERS = {1.5: "linear", 2.0: "constant"}
 def power_of(alpha: float | Tensor) -> str:
     """How the kernels take powers: numbers known before the launch can have their own instructions."""
     return "general" if isinstance(alpha, Tensor) else POWERS.get(float(alpha), "general")
-
-
-def ceil_div(a: int, b: int) -> int:
-    """triton.cdiv, whose wrapper costs the host 10 microseconds a call."""
-    return -(-a // b)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two, at least 16, that the tiles have."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(letter: str, x: Tensor) -> dict[str, int]:
-    return {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
-
-
-def _dot_precision(q: Tensor) -> str:
-    """Of tl.dot. float32: three TF32 products, about float32's own accuracy, where their operands fit on the chip, else
-    plain float32 units, which compile slowly."""
-    if q.dtype != torch.float32:
-        return "tf32"
-    return "tf32x3" if q.shape[3] <= 128 else "ieee"
 
 
 def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Intervals, power: str) -> dict[str, Any]:
@@ -74,12 +48,8 @@ def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Interv
         FIELDS=BLOCK_FIELDS,
         BIAS=alibi_slopes is not None,
         POWER=power,
-        PRECISION=_dot_precision(q),
+        PRECISION=dot_precision(q),
     )
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _forward_outputs(
@@ -125,7 +95,7 @@ def _forward(
     support int32 (B, H, Tq), live tiles int64 (B, H) and passes over listed tiles int32 (B, H, query tiles); rows and
     blocks of tiles.Intervals. What was not asked for is empty.
     """
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     outputs = _forward_outputs(q, k, kv_lens, gradient, stats)
     out, slope_out, tau, bits, support, live, passes, rows, blocks = outputs
     if out.numel() == 0 or k.shape[2] == 0:
@@ -158,11 +128,11 @@ def _forward(
         p_bits=bits,
         scale=scale,
         capacity=capacity,
-        **_strides("q", q),
-        **_strides("k", k),
+        **strides("q", q),
+        **strides("k", k),
         **shared,
     )
-    with _on_device(q):
+    with on_device(q):
         write_intervals(intervals, k.shape[2], causal, cu_seqlens, kv_lens, window)
         launch = launches["scan"]
         entmax_scan[(n_programs["scan"],)](
@@ -214,9 +184,9 @@ def _forward(
             p_support=support,
             p_live=live,
             GRADIENT=gradient,
-            **_strides("v", v),
-            **_strides("o", out),
-            **_strides("s", slope_out if gradient else out),
+            **strides("v", v),
+            **strides("o", out),
+            **strides("s", slope_out if gradient else out),
         )
     return outputs
 
@@ -226,7 +196,7 @@ entmax_attention_triton = torch.library.custom_op("longsplash::entmax_triton", _
 
 @entmax_attention_triton.register_fake
 def _(q, k, v, alpha, scale, power, causal, cu_seqlens, kv_lens, alibi_slopes, window, gradient, stats, skip_far):
-    return _forward_outputs(_unit_stride(q), k, kv_lens, gradient, stats)
+    return _forward_outputs(unit_stride(q), k, kv_lens, gradient, stats)
 
 
 def _backward(
@@ -246,7 +216,7 @@ def _backward(
     with_dalpha: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v; dalpha float32 (H,), 0 unless with_dalpha."""
-    q, k, v, grad = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad)
+    q, k, v, grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(grad)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(alpha)
@@ -267,10 +237,10 @@ def _backward(
         p_alpha=alpha,
         p_bits=bits,
         scale=scale,
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
-        **_strides("o", grad),
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
+        **strides("o", grad),
         **shared,
     )
 
@@ -290,7 +260,7 @@ def _backward(
             **arguments,
         )
 
-    with _on_device(q):
+    with on_device(q):
         run(
             entmax_backward_queries,
             "backward_queries",
@@ -301,8 +271,8 @@ def _backward(
             p_dq=dq,
             p_dalpha=dalpha,
             DALPHA=with_dalpha,
-            **_strides("s", slope_out),
-            **_strides("d", dq),
+            **strides("s", slope_out),
+            **strides("d", dq),
         )
         run(
             entmax_backward_keys,
@@ -314,8 +284,8 @@ def _backward(
             p_dv=dv,
             n_key_blocks=n_key_blocks,
             TRANSPOSED=launch_for("backward_keys", shared["BD"], q.dtype, q.device).transposed,
-            **_strides("d", dk),
-            **_strides("e", dv),
+            **strides("d", dk),
+            **strides("e", dv),
         )
     return dq, dk, dv, dalpha.sum((0, 2)) if with_dalpha else torch.zeros_like(alpha)
 
@@ -325,7 +295,7 @@ backward_operator = torch.library.custom_op("longsplash::entmax_triton_backward"
 
 @backward_operator.register_fake
 def _(grad, q, k, v, alpha, *_):
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), alpha.new_empty(alpha.shape)
 
 

@@ -137,7 +137,7 @@ def write_intervals(
 def load_rows(p, start, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
     """[ROWS, BD] of a (tokens, D) matrix from row `start`; 0 past n_rows (if MASKED) and past D."""
     row, dim = tl.arange(0, ROWS), tl.arange(0, BD)
-    pointers = p + start.to(tl.int64) * stride + (row[:, None] * stride + dim[None, :])
+    pointers = p + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + dim[None, :])
     if MASKED:
         mask = (start + row < n_rows)[:, None]
         if D != BD:

@@ -23,6 +23,7 @@ class Launch:
     fold: int = 1
     step: int = 64
     transposed: bool = False
+    scan_stages: int = 1
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -36,6 +37,7 @@ HEAD_DIM_64 = {
     "sum": Launch(warps=4, stages=2, programs=3, registers=168),
     "backward_queries": Launch(warps=4, stages=2, programs=3, registers=168),
     "backward_keys": Launch(warps=4, stages=2, programs=2),
+    "block_sparse": Launch(warps=4, stages=2, programs=2, scan_stages=3),
 }
 HEAD_DIM_128 = {
     "scan": Launch(warps=4, stages=3, programs=2, tiles=2, fold=2),
@@ -43,6 +45,7 @@ HEAD_DIM_128 = {
     "sum": Launch(warps=4, stages=3, programs=2),
     "backward_queries": Launch(warps=4, stages=2, programs=2),
     "backward_keys": Launch(warps=4, stages=3, programs=2, step=32, transposed=True),
+    "block_sparse": Launch(warps=8, stages=2, programs=1, scan_stages=3),
 }
 
 

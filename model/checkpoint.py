@@ -7,10 +7,11 @@ RUN/checkpoints/step-00000010/ holds
 Nothing in it depends on the number of processes that wrote it, nor on how they divided the state.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ STATE_FILE = "state-{:05d}.safetensors"
 EXPORT_CONFIG = "config.json"
 FORMAT = 2
 WEIGHT = "weight/"
+FINGERPRINT_VALUES = 4096
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,16 @@ def stored_weights(checkpoint: CheckpointInfo) -> dict[str, Tensor]:
     stored = StoredTensors(checkpoint)
     # an exported model has weights only, by their plain names
     return {key.removeprefix(WEIGHT): stored[key] for key in stored if key.startswith(WEIGHT) or "/" not in key}
+
+
+def model_fingerprint(model: Transformer) -> str:
+    """Identity of a model, wherever it lies: sha256 over its architecture and the first FINGERPRINT_VALUES values of
+    each parameter, which every optimizer step and every change of dtype moves."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        part = weight.detach().flatten()[:FINGERPRINT_VALUES].contiguous().view(torch.uint8)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + part.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:

@@ -31,7 +31,7 @@ def measurement(label: str, kind: str, scale: float) -> Measurement:
     cells = [NeedleCell(m, d, [m, 4], [4, 4]) for m in (1, 2) for d in (0.0, 1.0)]
     return Measurement(
         label=label, checkpoint=f"runs/{label}/checkpoints/step-00000005", step=5, training={"tokens": 1000},
-        model={"attention": {"kind": kind}}, parameters=4_000_000, training_length=8, precision="float32",
+        model={"attention": {"kind": kind}}, parameters=4_000_000, policy="", training_length=8, precision="float32",
         hardware="test", date="2026-01-01", seconds={"perplexity": 1.0}, plan=PLAN,
         perplexity=PerplexityResult(sums(8), {1: sums(16), 2: sums(16)}, [[scale * 4, 12.0]] * 2, [4, 12]),
         needles=[*cells, NeedleCell(1, None, [0, 1], [4, 4])], needle_notes=[],

@@ -1,0 +1,172 @@
+"""Calibrates Block-Sparse FlashAttention (arXiv:2512.07011) on a softmax checkpoint.
+
+    python -m eval.calibrate RUN --data FOLDER --ks 8 16 32 --samples 16 --length 32768 --output thresholds.safetensors
+
+For each layer, head and block of 128 query positions, the threshold that keeps the k best of the earlier blocks of 64
+keys beside the diagonal ones, averaged over windows of the corpus's train split; several k at once. What share of the
+pairs of query and key that is (predicted), and what share the thresholds keep on windows of the held-out split
+(measured), stands in the output and in the file. eval.run and eval.generate take it by --thresholds and --keep_blocks.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from data.store import TokenStore
+from eval.run import Subject, check_tokenizer, choose_autocast, choose_device
+from eval.scoring import Runtime
+from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint
+from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
+from model.policies.policy import use_policy
+from model.policies.thresholds import Calibration, save_thresholds
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What is calibrated.
+
+    Args:
+        ks: Blocks of 64 earlier keys that each block of 128 queries shall keep.
+        samples: Windows whose thresholds are averaged.
+        length: Tokens of a window. None takes the checkpoint's training length.
+        measured: Most held-out windows on which the density is measured; 0 leaves that out.
+        seed: Of the choice of windows.
+        device: "auto" takes CUDA where there is one, else the CPU.
+        precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
+    """
+
+    ks: list[int] = field(default_factory=lambda: [8, 16, 32])
+    samples: int = 16
+    length: int | None = None
+    measured: int = 4
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in {"samples": 1, "length": 128, "measured": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: expected at least {least}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+    try:
+        options = _parser().parse_args(None if arguments is None else list(arguments))
+        config = CalibrationConfig(**{one.name: options[one.name] for one in fields(CalibrationConfig)})
+        for line in calibrate(options.run, Path(options.data), Path(options.output), config):
+            print(line)
+    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m eval.calibrate", description=__doc__, exit_on_error=False)
+    parser.add_argument("run", type=str, help="run folder (newest complete checkpoint), checkpoint or export")
+    parser.add_argument("--data", type=str, required=True, help="prepared corpus with train and heldout splits")
+    parser.add_argument("--output", type=str, default="thresholds.safetensors", help="file of the thresholds")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    default = CalibrationConfig().ks
+    parser.add_argument("--ks", nargs="+", type=int, default=default, help="earlier blocks that are kept")
+    parser.add_class_arguments(CalibrationConfig, skip={"ks"})
+    return parser
+
+
+def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> list[str]:
+    """Writes the file. Returns the lines of a table of densities.
+
+    Raises: FileNotFoundError, ValueError: what cannot be calibrated, and the way out.
+    """
+    device = choose_device(config.device)
+    found = resolve_checkpoint(run)
+    subject = Subject(found.path.name, found)
+    loaded = load_model(found.path, device)
+    length = config.length or loaded.training_length
+    collector = ThresholdCollector(config.ks, loaded.config.n_layers)
+    stores = {name: TokenStore(data / name, verify="size") for name in ("train", "heldout")}
+    check_tokenizer(subject, data, stores["train"])
+    runtime = Runtime(device, choose_autocast(config.precision, subject, device), length)
+
+    windows = choose_windows(stores["train"], length, config.samples, config.seed)
+    if len(windows) < config.samples:
+        raise ValueError(
+            f"{data}/train has {len(windows)} windows of {length} tokens within documents, fewer than the "
+            f"{config.samples} samples: pass a smaller --length or --samples"
+        )
+    with use_policy(loaded.model, collector):
+        for window in tqdm(windows, desc=f"calibrating at {length} tokens", leave=False):
+            _forward(loaded, stores["train"], window, length, runtime)
+    thresholds = collector.thresholds()
+
+    heldout = choose_windows(stores["heldout"], length, config.measured, config.seed)
+    measured = [
+        _measure(loaded, BlockSparseFlash(k, str(output), one.to(device)), stores["heldout"], heldout, length, runtime)
+        for k, one in zip(config.ks, thresholds, strict=True)
+        if heldout
+    ]
+    calibration = Calibration(
+        model=model_fingerprint(loaded.model),
+        checkpoint=str(found.path),
+        step=loaded.step,
+        ks=config.ks,
+        length=length,
+        samples=config.samples,
+        predicted=[predicted_density(k, length) for k in config.ks],
+        measured=measured or None,
+    )
+    save_thresholds(output, thresholds, calibration)
+    return table(calibration, len(heldout), output)
+
+
+def table(calibration: Calibration, n_heldout: int, output: Path) -> list[str]:
+    lines = [f"{'k':>6}  density predicted  measured"]
+    for i, (k, predicted) in enumerate(zip(calibration.ks, calibration.predicted, strict=True)):
+        measured = "       -" if calibration.measured is None else f"{calibration.measured[i]:8.3f}"
+        lines.append(f"{k:>6}  {predicted:17.3f}  {measured}")
+    where = f"measured on {n_heldout} held-out windows" if n_heldout else "not measured: no held-out window"
+    lines.append(f"{output}: {calibration.length} tokens, {calibration.samples} samples; {where}")
+    return lines
+
+
+def choose_windows(store: TokenStore, length: int, most: int, seed: int) -> list[tuple[int, int]]:
+    """(document, first token) of up to `most` windows that lie within documents and do not overlap, at random."""
+    starts = [
+        (document, start)
+        for document, size in enumerate(np.asarray(store.lengths).tolist())
+        for start in range(0, size - length + 1, length)
+    ]
+    order = np.random.default_rng([seed, 2]).permutation(len(starts))[:most]
+    return [starts[i] for i in order.tolist()]
+
+
+@torch.no_grad()
+def _forward(loaded: LoadedModel, store: TokenStore, window: tuple[int, int], length: int, runtime: Runtime) -> Tensor:
+    document, start = window
+    tokens = torch.from_numpy(store.document(document)[start : start + length].astype(np.int64)).to(runtime.device)
+    with runtime.precision():
+        return loaded.model(tokens[None])
+
+
+def _measure(
+    loaded: LoadedModel, policy: BlockSparseFlash, store: TokenStore, windows: Sequence[tuple[int, int]], length: int,
+    runtime: Runtime,
+) -> float:  # fmt: skip
+    with use_policy(loaded.model, policy) as record:
+        for window in tqdm(windows, desc=f"measuring k = {policy.k}", leave=False):
+            _forward(loaded, store, window, length, runtime)
+    return float(record.density("prefill").mean())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

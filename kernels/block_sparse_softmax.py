@@ -1,0 +1,97 @@
+"""Block-Sparse FlashAttention (Ohayon et al. 2025, arXiv:2512.07011): the public function, what it kept, its checks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention import check_tensors, unsupported_by_triton
+from kernels.backends import choose_backend
+from kernels.block_sparse_reference import block_sparse_reference, visible_blocks
+from kernels.block_sparse_triton import block_sparse_triton
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class BlockSparseStats:
+    """kept: bool (B, H, query blocks, key blocks), diagonal blocks included. visible: bool (query blocks, key blocks),
+    blocks in which some query sees some key."""
+
+    kept: Tensor
+    visible: Tensor
+
+    @property
+    def density(self) -> Tensor:
+        """float32 (B, H): kept blocks over visible ones."""
+        return self.kept.sum((2, 3)) / self.visible.sum().clamp(min=1)
+
+
+def block_sparse_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    thresholds: Tensor | None,
+    scale: float | None = None,
+    causal: bool = True,
+    alibi_slopes: Tensor | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, BlockSparseStats]:
+    """Softmax attention over the blocks of keys that hold a score above a threshold (arXiv:2512.07011): all scores are
+    computed, but of the other blocks neither exponentials nor values. Inference only.
+
+    Args:
+        q: (B, H, Tq, D), float64, float32, bfloat16 or float16. The last query stands at the last key.
+        k, v: (B, G, Tk, D), dtype and device of q, H a multiple of G (grouped-query heads).
+        thresholds: float32 (H, P) on q's device: [h, i] is that of head h for queries at positions 128 i ... 128 i +
+            127, the last one also that of all later positions. A block of 64 keys is kept where one of its scores
+            (scaled, with bias) exceeds it; blocks with keys at those positions are always kept. -inf keeps all. None
+            is dense attention. A chunk of a longer sequence decides as the whole does where it starts at a multiple
+            of 128.
+        scale: positive, multiplies the scores; None is D ** -0.5.
+        causal: a query sees no later key.
+        alibi_slopes: (H,) non-negative; adds -slope * (query position - key position) to the scaled scores.
+        backend: "triton" (CUDA, or CPU tensors under TRITON_INTERPRET=1; not float64, head dims to 256, in
+            float32 to 128), "torch" or "auto": triton on CUDA where it can, else torch.
+        return_stats: also return a BlockSparseStats.
+
+    Returns: (B, H, Tq, D) in q's dtype; with return_stats a pair (output, BlockSparseStats). A row that sees no kept
+    key is 0. A NaN score keeps its block and spoils its row.
+
+    Raises: ValueError naming the argument, its value and what was expected; RuntimeError where a gradient is asked for.
+    """
+    check_tensors(q, k, v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError("block_sparse_softmax_attention has no backward pass: call it under torch.no_grad()")
+    heads = q.shape[1]
+    if thresholds is not None:
+        if thresholds.dim() != 2 or thresholds.shape[0] != heads or thresholds.shape[1] < 1:
+            raise ValueError(
+                f"thresholds must be ({heads}, P): a row for each query head and a column for each block of query "
+                f"positions, got {tuple(thresholds.shape)}"
+            )
+        if thresholds.dtype != torch.float32 or thresholds.device != q.device:
+            raise ValueError(f"thresholds must be float32 on {q.device}, got {thresholds.dtype} on {thresholds.device}")
+    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
+        raise ValueError(f"alibi_slopes must be ({heads},), one per query head, got {tuple(alibi_slopes.shape)}")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
+    backend = choose_backend(backend, BACKENDS, q, _unsupported(q))
+    if backend == "triton":
+        out, kept = block_sparse_triton(q, k, v, thresholds, scale, causal, alibi_slopes, return_stats)
+    else:
+        out, kept = block_sparse_reference(q, k, v, thresholds, scale, causal, alibi_slopes)
+    if not return_stats:
+        return out
+    assert kept is not None
+    return out, BlockSparseStats(kept, visible_blocks(q.shape[2], k.shape[2], causal, q.device))
+
+
+def _unsupported(q: Tensor) -> str | None:
+    """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
+    if q.dtype == torch.float32 and q.shape[3] > 128:
+        return f"takes float32 with head dims up to 128, got {q.shape[3]}"
+    return unsupported_by_triton(q)

@@ -1,0 +1,186 @@
+"""Block-Sparse FlashAttention (arXiv:2512.07011) as a policy, and how its thresholds are found."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels import KEY_BLOCK, QUERY_BLOCK, block_maxima, block_sparse_softmax_attention
+from kernels.block_sparse_reference import block_thresholds, diagonal_blocks, query_blocks
+from kernels.visibility import TILE
+from model.checkpoint import model_fingerprint
+from model.policies.policy import Attended, Phase, PolicyRecord, Selection, SequenceView, SparsePolicy, use_policy
+from model.policies.thresholds import read_thresholds
+from model.transformer import Transformer
+
+
+def predicted_density(k: int, length: int) -> float:
+    """Share of the visible pairs of query and key in a text of `length` tokens where every block of queries keeps its
+    diagonal and k other blocks."""
+    kept = diagonal_blocks(length, length, True)
+    for i, block in enumerate(query_blocks(length, length, True)):
+        kept[i, : min(k, block.diagonal.start)] = True  # which ones does not matter: they have the same number of pairs
+    pairs, visible, _, _ = count_kept(kept[None], length, length)
+    return float(pairs / visible)
+
+
+class ThresholdCollector(SparsePolicy):
+    """Leaves attention as it is and finds the thresholds that keep the k best off-diagonal blocks, for several k, of
+    each layer, head and block of query positions: midway between the k-th and the next largest score of a block,
+    averaged over the texts seen. -inf where there are no more than k blocks.
+
+    Whole blocks of queries only: fewer queries reach lower scores.
+    """
+
+    name: ClassVar[str] = "bsfa_calibration"
+    phases: ClassVar[frozenset[Phase]] = frozenset()
+
+    def __init__(self, ks: Sequence[int], n_layers: int) -> None:
+        if not ks or min(ks) < 1 or len(set(ks)) != len(ks):
+            raise ValueError(f"ks is {list(ks)}: expected different numbers of blocks of at least 1, such as 8 16 32")
+        self.ks, self.sums = list(ks), [torch.zeros(0)] * n_layers
+        self.samples = [0] * n_layers
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        raise NotImplementedError("collects thresholds, selects no keys")
+
+    def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:
+        """q: (H, Tq, D), k: (G, Tk, D), a whole text. Raises ValueError for another length than before."""
+        refuse_window(view)
+        columns = []
+        for block, maxima in block_maxima(q[None], k[None], scale=view.scale, alibi_slopes=view.alibi_slopes):
+            if block.rows.stop - block.rows.start < QUERY_BLOCK:
+                continue
+            best = maxima[0, :, : block.diagonal.start].sort(-1, descending=True).values  # [H, off-diagonal blocks]
+            enough = [best[:, n - 1 : n + 1].mean(-1) if n < best.shape[1] else None for n in self.ks]
+            endless = torch.full_like(maxima[0, :, 0], -torch.inf)
+            columns.append(torch.stack([endless if x is None else x for x in enough]))
+        found = torch.stack(columns, -1).double().cpu() if columns else torch.zeros(0)  # [ks, H, P]
+        held = self.sums[view.layer]
+        if self.samples[view.layer] and held.shape != found.shape:
+            raise ValueError(f"texts have thresholds of {tuple(held.shape)} and {tuple(found.shape)}: of one length")
+        self.sums[view.layer] = found if not self.samples[view.layer] else held + found
+        self.samples[view.layer] += 1
+
+    def thresholds(self) -> Tensor:
+        """float32 (ks, L, H, P). Raises ValueError before any text was seen."""
+        if not all(self.samples):
+            raise ValueError(f"no text of at least {QUERY_BLOCK} tokens was seen")
+        parts = [total / count for total, count in zip(self.sums, self.samples, strict=True)]
+        return torch.stack(parts, 1).float()
+
+
+@dataclass(frozen=True)
+class KeptBlocks:
+    """blocks: bool (H, query blocks, key blocks), query blocks on the grid of positions."""
+
+    blocks: Tensor
+    query_start: int
+
+    def mask(self, rows: slice, n_keys: int) -> Tensor:
+        position = torch.arange(rows.start, rows.stop, device=self.blocks.device) + self.query_start
+        key = torch.arange(n_keys, device=position.device)
+        return self.blocks[:, position // QUERY_BLOCK - self.query_start // QUERY_BLOCK][:, :, key // KEY_BLOCK]
+
+
+@dataclass(frozen=True)
+class BlockSparseFlash(SparsePolicy):
+    """Blocks of keys whose largest score exceeds the threshold of the layer, head and block of query positions, and the
+    diagonal ones (BSFA, arXiv:2512.07011), of prompts and whole texts. On CUDA a Triton kernel reads no other values.
+
+    k, source: the set of thresholds, and its file. thresholds: float32 (L, H, P); the last position's count for all
+    that follow.
+    """
+
+    name: ClassVar[str] = "bsfa"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"prefill"})
+    k: int
+    source: str
+    thresholds: Tensor = field(repr=False, compare=False)
+
+    def faster(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        refuse_window(view)
+        limits = self.thresholds[view.layer].to(q.device)
+        n_blocks = -(-k.shape[1] // KEY_BLOCK)
+        kept = []
+        for block, maxima in block_maxima(q[None], k[None], scale=view.scale, alibi_slopes=view.alibi_slopes):
+            limit = block_thresholds(limits, block)[:, None]
+            keep = ~(maxima[0] <= limit) | (limit == -torch.inf)
+            keep[:, block.diagonal] = True
+            kept.append(torch.nn.functional.pad(keep, (0, n_blocks - keep.shape[1])))
+        return KeptBlocks(torch.stack(kept, 1), view.query_start)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
+        refuse_window(view)
+        limits = self.thresholds[view.layer].to(q.device)
+        options: dict[str, Any] = dict(scale=view.scale, alibi_slopes=view.alibi_slopes)
+        result = block_sparse_softmax_attention(
+            q[None], k[None], v[None], thresholds=limits, return_stats=True, **options
+        )
+        assert isinstance(result, tuple)
+        out, stats = result
+        return Attended(out[0], *count_kept(stats.kept[0], q.shape[1], k.shape[1]))
+
+
+def refuse_window(view: SequenceView) -> None:
+    if view.window is not None:
+        raise ValueError(f"BSFA's blocks know no sliding window, and this model has one of {view.window} tokens")
+
+
+def count_kept(kept: Tensor, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kept pairs (H,), visible pairs (), live tiles (H,), all tiles (), as in Attended. kept: bool (H, query blocks,
+    key blocks) of causal attention."""
+    device = kept.device
+    offset, n_blocks = n_keys - n_queries, kept.shape[2]
+    first = torch.arange(n_blocks, device=device) * KEY_BLOCK
+    width = (n_keys - first).clamp(max=KEY_BLOCK)
+
+    def pairs_before(position: Tensor) -> Tensor:
+        """Visible pairs of queries at positions below `position` (n,) with each block of keys: (n, key blocks)."""
+        seen = (position[:, None] - first).clamp(min=0)
+        ramp = torch.minimum(seen, width)
+        return ramp * (ramp + 1) // 2 + (seen - ramp) * width
+
+    edges = (torch.arange(kept.shape[1] + 1, device=device) + offset // QUERY_BLOCK) * QUERY_BLOCK
+    edges = edges.clamp(offset, n_keys)
+    pairs = pairs_before(edges).diff(dim=0)  # [query blocks, key blocks]
+
+    start = torch.arange(0, n_queries, TILE, device=device) + offset  # position of a tile's first query
+    stop = (start + TILE).clamp(max=n_keys)
+    end_of_block = (start // QUERY_BLOCK + 1) * QUERY_BLOCK  # a tile off the grid lies in two blocks of queries
+    live = torch.zeros(kept.shape[0], len(start), n_blocks, dtype=torch.bool, device=device)
+    for last in (torch.minimum(end_of_block, stop) - 1, stop - 1):
+        live |= kept[:, last // QUERY_BLOCK - offset // QUERY_BLOCK] & (first <= last[:, None])
+    total = (first < stop[:, None]).sum()
+    return (kept * pairs).sum((1, 2)), pairs.sum(), live.sum((1, 2)), total
+
+
+def load_policy(path: Path, k: int, model: Transformer) -> BlockSparseFlash:
+    """The policy of one k of a file. Raises ValueError for a k that it does not have, or another model's thresholds."""
+    thresholds, calibration = read_thresholds(path)
+    if k not in calibration.ks:
+        raise ValueError(f"{path} has thresholds for k of {calibration.ks}, not {k}: choose one of them or calibrate")
+    found = model_fingerprint(model)
+    if found != calibration.model:
+        raise ValueError(
+            f"{path} belongs to model {calibration.model[:12]} ({calibration.checkpoint}), this one is {found[:12]}: "
+            "calibrate this one with python -m eval.calibrate"
+        )
+    device = next(model.parameters()).device
+    return BlockSparseFlash(k, str(path), thresholds[calibration.ks.index(k)].to(device))
+
+
+def use_thresholds(model: Transformer, path: str | None, k: int | None) -> AbstractContextManager[PolicyRecord | None]:
+    """use_policy with `load_policy`, or nothing where both are None. Raises ValueError where only one is."""
+    if path is None and k is None:
+        return nullcontext(None)
+    if path is None or k is None:
+        raise ValueError(f"thresholds is {path!r} and keep_blocks is {k!r}: give both, or neither for dense attention")
+    return use_policy(model, load_policy(Path(path), k, model))
