@@ -16,7 +16,7 @@ from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from eval import provenance
 from eval.analysis import choose_baseline, pair, summarise
-from eval.attention_profile import LayerProfile, dense_profile, measure_attention
+from eval.attention_profile import measure_attention
 from eval.config import EvalConfig
 from eval.metrics import Series, read_metrics
 from eval.multi_needle import MultiNeedleSample, build_multi_samples, measure_multi_needles
@@ -25,7 +25,7 @@ from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity,
 from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement
 from eval.scoring import Runtime
-from model.checkpoint import CheckpointInfo, LoadedModel, load_model, resolve_checkpoint
+from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
 from model.version import code_version
 
 T = TypeVar("T")
@@ -229,7 +229,12 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
     multi_needles = _timed(
         seconds, "several needles", lambda: measure_multi_needles(loaded.model, held_out.multi_samples, runtime, label)
     )
-    attention = _timed(seconds, "attention", lambda: _profile(loaded, held_out, config, runtime, label))
+    documents, length = plan.documents[: config.profile_documents], held_out.base_length
+    attention = _timed(
+        seconds,
+        "attention",
+        lambda: measure_attention(loaded.model, store, documents, plan.multiples, length, config, runtime, label),
+    )
     meta = subject.checkpoint.meta
     return Measurement(
         label=label,
@@ -259,16 +264,6 @@ def choose_autocast(precision: str, subject: Subject, device: torch.device) -> t
         trained = str(trainer.get("precision", ""))
         precision = "bfloat16" if device.type == "cuda" and trained.startswith("bf16") else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def _profile(
-    loaded: LoadedModel, held_out: HeldOut, config: EvalConfig, runtime: Runtime, label: str
-) -> list[LayerProfile]:
-    multiples, size, network = held_out.plan.multiples, held_out.base_length, loaded.config
-    if not network.attention.is_entmax:
-        return dense_profile(network.n_layers, network.n_heads, multiples, size, network.window)
-    documents = held_out.plan.documents[: config.profile_documents]
-    return measure_attention(loaded.model, held_out.store, documents, multiples, size, runtime, label)
 
 
 def _timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
