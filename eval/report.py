@@ -45,8 +45,9 @@ class Study:
     seconds: float
 
 
-def write_report(study: Study, output: Path) -> Path:
-    """Writes report.md, report.html, report.json and plots/ into `output`; returns the HTML page's path."""
+def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
+    """Writes report.md, report.html, report.json and plots/ into `output`; returns the HTML page's path and what is
+    pictured there."""
     attention = attention_blocks(study.measurements, study.config, study.base_length, output)
     blocks: list[Block] = [
         Heading(TITLE, 1), *_head(study), *_headline(study), *_lengths(study), *_positions(study, output),
@@ -56,7 +57,7 @@ def write_report(study: Study, output: Path) -> Path:
     page = output / "report.html"
     page.write_text(to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks))
     write_json(output / "report.json", asdict(study))
-    return page
+    return page, [block for block in blocks if isinstance(block, Picture)]
 
 
 def interval_text(interval: Interval, digits: int = 2) -> str:

@@ -25,6 +25,8 @@ from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity,
 from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement
 from eval.scoring import Runtime
+from eval.tables import study_tables
+from eval.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
 from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
 from model.version import code_version
 
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         config = EvalConfig(**{field.name: options[field.name] for field in fields(EvalConfig)})
-        for line in evaluate(options.runs, Path(options.data), Path(options.output), config, arguments):
+        wandb = wandb_config(options)
+        for line in evaluate(options.runs, Path(options.data), Path(options.output), config, wandb, arguments):
             print(line)
     except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -81,11 +84,18 @@ def _parser() -> ArgumentParser:
         "--lengths", nargs="+", type=int, default=EvalConfig().lengths, help="multiples of the training length"
     )
     parser.add_class_arguments(EvalConfig, skip={"lengths"})
+    add_wandb_arguments(parser)
     return parser
 
 
 def evaluate(
-    runs: Sequence[str], data: Path, output: Path, config: EvalConfig, arguments: list[str], module: str = "eval.run"
+    runs: Sequence[str],
+    data: Path,
+    output: Path,
+    config: EvalConfig,
+    wandb: WandbConfig,
+    arguments: list[str],
+    module: str = "eval.run",
 ) -> list[str]:
     """Measures every run, or reuses what is kept in output/results, and writes the report.
 
@@ -101,6 +111,7 @@ def evaluate(
     started = time.monotonic()
     device = choose_device(config.device)
     subjects = find_subjects(runs)
+    tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     held_out = open_held_out(data, subjects, config)
     measurements = [_measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)
@@ -121,7 +132,9 @@ def evaluate(
         notes=[*held_out.plan.notes, *held_out.needle_notes],
         seconds=time.monotonic() - started,
     )
-    page = write_report(study, output)
+    page, pictures = write_report(study, output)
+    facts = {name: getattr(study, name) for name in ("data", "code_version", "command", "hardware", "date", "notes")}
+    tracker.log(module, Records({**facts, **asdict(config)}, study_tables(study), pictures))
     return summary_lines(study, page)
 
 

@@ -67,7 +67,7 @@ TWINS = [measurement("sparse", "asentmax", 1.0), measurement("dense", "softmax",
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: int) -> None:
-    page = write_report(study(TWINS[:count]), tmp_path)
+    page, pictures = write_report(study(TWINS[:count]), tmp_path)
     text, markdown = page.read_text(), (tmp_path / "report.md").read_text()
     row = next(line for line in markdown.splitlines() if line.startswith("| multi_key |"))
     assert "75 %" in row and "2 samples" in markdown  # 6 of 8 tokens
@@ -87,6 +87,7 @@ def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: in
     plots = sorted(path.stem for path in (tmp_path / "plots").glob("*.png"))
     wanted = ["alpha_by_head", "alpha_over_steps", "attention_spread", "loss", "needle_sparse",
               "perplexity_by_position", "perplexity_over_length", "sparsity"]  # fmt: skip
+    assert plots == sorted(picture.path.stem for picture in pictures)
     assert plots == sorted(wanted + (["needle_dense"] if count == 2 else []))
     for path in (tmp_path / "plots").glob("*.png"):
         with Image.open(path) as image:
@@ -98,7 +99,7 @@ def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: in
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    text = write_report(study(TWINS), tmp_path).read_text()
+    text = write_report(study(TWINS), tmp_path)[0].read_text()
     assert "http" not in text and "<script" not in text and "@import" not in text
     sources = re.findall(r'(?:src|href)="([^"]{1,30})', text) + re.findall(r"url\(", text)
     assert len(sources) >= 8 and all(source.startswith("data:") for source in sources)
