@@ -1,11 +1,9 @@
 """No secret in what a run writes."""
 
-import os
-import subprocess
 from pathlib import Path
 
 from model.redaction import HIDDEN
-from tests.training.conftest import ROOT, callbacks, child_environment, command
+from tests.training.conftest import callbacks, run_train
 from training.tracking import wandb_settings
 
 
@@ -32,10 +30,7 @@ def test_no_file_of_a_run_holds_a_secret(tiny_config: Path, tmp_path: Path) -> N
         ("Note", {"text": f"https://me:{in_a_url}@example.org and {in_a_variable}"}),
         ("BadGradient", {"steps": [2], "rank": 0}),
     )
-    done = subprocess.run(
-        command("--config", tiny_config, *options, harm), cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env={**child_environment(), "SOME_API_KEY": in_a_variable},
-    )  # fmt: skip
+    done = run_train("--config", tiny_config, *options, harm, SOME_API_KEY=in_a_variable)
     assert done.returncode == 65, done.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.yaml", "step.json", "metrics.csv", "wandb_run_id"} <= {path.name for path in files}
@@ -48,8 +43,5 @@ def test_no_file_of_a_run_holds_a_secret(tiny_config: Path, tmp_path: Path) -> N
 
 
 def test_an_error_message_holds_no_secret(tiny_config: Path) -> None:
-    done = subprocess.run(
-        command("--config", tiny_config, "--run_dir", "x", "--resume", "https://me:pa55w0rd@example.org/run"),
-        env=dict(os.environ), cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_train("--config", tiny_config, "--run_dir", "x", "--resume", "https://me:pa55w0rd@example.org/run")
     assert done.returncode == 2 and HIDDEN in done.stderr and "pa55w0rd" not in done.stderr
