@@ -64,14 +64,14 @@ def layer_profiles(
 def weight_shape(attention: Attention, x: Tensor, geometry: Geometry, queries: Tensor, sink_tokens: int) -> WeightShape:
     """x: normalised input (1, T, C); the others as in `layer_profiles`. A block of rows of all heads at a time."""
     q, k, _, _ = attention.attended(x, geometry)
-    heads, n_keys = q.shape[1], k.shape[2]
-    repeated = k[0].repeat_interleave(heads // k.shape[1], dim=0)  # [H, T, D]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k = q[0][:, queries].to(dtype), k[0].to(dtype)
+    heads, n_keys = q.shape[0], k.shape[1]
     sums = torch.zeros(3, heads, device=q.device)
-    for rows in queries.split(max(1, WEIGHTS_AT_ONCE // (heads * n_keys))):
-        weights, n_visible = attention_weights(attention, q[0][:, rows], repeated, rows, geometry)
+    for rows in torch.arange(len(queries), device=q.device).split(max(1, WEIGHTS_AT_ONCE // (heads * n_keys))):
+        weights, n_visible = attention_weights(attention, q[:, rows], k, queries[rows], geometry)
         entropy = torch.special.entr(weights).sum(-1)  # [H, rows]
-        most = torch.log(n_visible.to(entropy.dtype))
-        relative = torch.where(n_visible > 1, entropy / most, 0.0)
+        relative = torch.where(n_visible > 1, entropy / n_visible.log(), 0.0)
         sink = weights[..., :sink_tokens].sum(-1)
         sums += torch.stack([entropy, relative, sink]).sum(-1)
     return WeightShape(*(sums / len(queries)))
@@ -84,17 +84,16 @@ def attention_weights(
 
     Args:
         q: (H, n, D), times its temperature, of the tokens at positions `rows` (n,).
-        k: (H, T, D), KV heads repeated.
+        k: (G, T, D), in q's dtype: float32 or float64.
 
-    Returns: weights (H, n, T), float32 (float64 for float64 input), 0 for keys that are not visible, and the number of
-    visible keys int64 (n,).
+    Returns: weights (H, n, T), 0 for keys that are not visible, and the number of visible keys int64 (n,).
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
-        scores = q.to(dtype) @ k.to(dtype).transpose(1, 2) * q.shape[2] ** -0.5
+        grouped = q.unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # [G, H / G * n, D]
+        scores = (grouped @ k.transpose(1, 2)).view(q.shape[0], len(rows), -1) * q.shape[2] ** -0.5
     distance = rows[:, None] - torch.arange(k.shape[1], device=q.device)  # [n, T]
     if geometry.alibi_slopes is not None:
-        scores -= geometry.alibi_slopes.to(dtype)[:, None, None] * distance
+        scores -= geometry.alibi_slopes.to(q.dtype)[:, None, None] * distance
     window = attention.config.window
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     scores.masked_fill_(~visible, -torch.inf)
