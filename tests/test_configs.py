@@ -81,5 +81,6 @@ def test_folders_are_the_ones_that_readme_lists() -> None:
         "stages",
         "cluster",
         "length_generalisation",
+        "eval",
         "smoke.yaml",
     }
