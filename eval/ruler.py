@@ -186,7 +186,7 @@ def _words() -> tuple[list[str], list[str], list[str]]:
         from wonderwords import RandomWord
     except ModuleNotFoundError as error:
         raise FileNotFoundError("RULER's words need a package: pip install -r requirements-eval.txt") from error
-    words = RandomWord()
+    words = RandomWord(enhanced_prefixes=False)  # without the index of prefixes, which takes a second
     nouns, adjectives, verbs = (
         sorted(set(words.filter(include_categories=[kind]))) for kind in ("noun", "adjective", "verb")
     )

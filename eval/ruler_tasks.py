@@ -229,9 +229,8 @@ def _qa_squad(stream: str, material: Material, length: int, index: int) -> Recip
 
     def build(units: int) -> Draft:
         random = Random(stream)
-        wanted = units - 1
-        others = random.sample(near, wanted) if wanted <= len(near) else near + random.sample(far, wanted - len(near))
-        shown = [question["document"], *others]
+        others = random.sample(near, len(near)) + random.sample(far, len(far))
+        shown = [question["document"], *others[: units - 1]]
         random.shuffle(shown)
         context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(shown, 1))
         return Draft(QA.format(context=context, query=question["question"]), question["answers"])

@@ -21,6 +21,8 @@ from eval.task_config import HUB, OFFLINE
 
 ROOT = Path(lm_eval.tasks.__file__).parent
 RULER = "ruler"
+# lm-eval's names for what a split is for, and the split's file
+SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test", "fewshot_split": "fewshot"}
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,15 @@ def _load_with(name: str, overrides: dict[str, dict[str, Any]]) -> Any:
 
 @functools.cache
 def _manager(name: str) -> TaskManager:
-    """Reading all of lm-eval's YAML files takes seconds: of the short tasks only their folders are read."""
+    """Reading all of lm-eval's YAML files takes seconds: where a task's folder can be told, only that is read."""
     name = ALIASES.get(name, name)
     if name == MMLU:
         return TaskManager(include_defaults=False, include_path=[ROOT / MMLU_FOLDER])
-    if name in SHORT_TASKS:
-        return TaskManager(include_defaults=False, include_path=[ROOT / SHORT_TASKS[name].folder])
+    folder = ROOT / (SHORT_TASKS[name].folder if name in SHORT_TASKS else name.split("_")[0])
+    if folder.is_dir():
+        manager = TaskManager(include_defaults=False, include_path=[folder])
+        if name in manager.all_subtasks:
+            return manager
     return _whole_manager()
 
 
@@ -135,10 +140,11 @@ def _local_files(folder: Path, name: str) -> dict[str, Any]:
             f"--source {folder}: there is no {folder / name}/SPLIT.jsonl; expected offline, hub, or a folder with one"
         )
     loaders = {split: functools.partial(_read_lines, path) for split, path in files.items()}
-    absent = {f"{kind}_split": None for kind in ("training", "validation", "test")}
-    there = {f"{kind}_split": kind for kind in ("validation", "test") if kind in files}
-    train = {"training_split": "train"} if "train" in files else {}
-    return {**absent, **there, **train, "custom_dataset": split_loader(loaders)}
+    unknown = sorted(set(files) - set(SPLITS.values()))
+    if unknown:
+        raise ValueError(f"{files[unknown[0]]}: expected one of {', '.join(f'{one}.jsonl' for one in SPLITS.values())}")
+    splits = {key: split if split in files else None for key, split in SPLITS.items()}
+    return {**splits, "custom_dataset": split_loader(loaders)}
 
 
 def _read_lines(path: Path) -> Dataset:

@@ -63,13 +63,13 @@ class TaskSettings:
 @dataclass(frozen=True)
 class Metric:
     """values: one a scored sample; pairs (log-likelihood, words or bytes) for weighted_perplexity and bits_per_byte.
-    aggregation: a name of AGGREGATIONS' or of another function. value: of that function."""
+    aggregation: a name of AGGREGATIONS' or of another function. value: of that function; None without values."""
 
     name: str
     aggregation: str
     higher_is_better: bool
     values: list[Any]
-    value: float
+    value: float | None
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,8 @@ def measure(loaded: LoadedTask, model: HarnessModel, settings: TaskSettings, dat
         model, {"tasks": {loaded.name: task}, "groups": {}, "group_map": {}}, limit=settings.limit, bootstrap_iters=0
     )
     samples = found["samples"][loaded.name]
-    too_long = sorted(model.too_long[loaded.name])
-    fitting = [sample for sample in samples if sample["doc_id"] not in model.too_long[loaded.name]]
-    ids = list(dict.fromkeys(sample["doc_id"] for sample in fitting))
+    too_long = model.too_long[loaded.name]
+    ids = [i for i in dict.fromkeys(sample["doc_id"] for sample in samples) if i not in too_long]
     generates = task.OUTPUT_TYPE == "generate_until"
     first = {sample["doc_id"]: sample for sample in reversed(samples)}  # one of each document, whatever the filters
     return TaskResult(
@@ -135,9 +134,9 @@ def measure(loaded: LoadedTask, model: HarnessModel, settings: TaskSettings, dat
         prompt_hash=_prompt_hash([first[i] for i in sorted(first)]),
         documents=loaded.documents,
         scored=ids,
-        too_long=too_long,
+        too_long=sorted(too_long),
         chance=_chance([first[i] for i in ids]) if task.OUTPUT_TYPE == "multiple_choice" else None,
-        metrics=_metrics(task, fitting),
+        metrics=_metrics(task, samples, too_long),
         texts=[first[i]["resps"][0][0] for i in ids] if generates else None,
         date=date,
         seconds=round(time.monotonic() - started, 2),
@@ -155,8 +154,8 @@ def _chance(samples: Sequence[dict[str, Any]]) -> float | None:
     return sum(1 / len(sample["arguments"]) for sample in samples) / len(samples) if samples else None
 
 
-def _metrics(task: ConfigurableTask, samples: Sequence[dict[str, Any]]) -> list[Metric]:
-    """Of every metric and filter of a task; the filter is named where there are several."""
+def _metrics(task: ConfigurableTask, samples: Sequence[dict[str, Any]], too_long: set[int]) -> list[Metric]:
+    """Of every metric and filter of a task, over the samples that fit; the filter is named where there are several."""
     aggregation, better = task.aggregation(), task.higher_is_better()
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     found = []
@@ -165,15 +164,15 @@ def _metrics(task: ConfigurableTask, samples: Sequence[dict[str, Any]]) -> list[
         for name in of_filter[0]["metrics"]:
             if name not in aggregation:
                 continue  # lm-eval reports no number for it either
-            values = [_plain(sample[name]) for sample in of_filter]
+            values = [sample[name] for sample in of_filter if sample["doc_id"] not in too_long]
             function = aggregation[name]
             found.append(
                 Metric(
                     name=name if len(filters) == 1 else f"{name} ({chosen})",
                     aggregation=AGGREGATIONS.get(function, getattr(function, "__name__", "unknown")),
                     higher_is_better=bool(better.get(name, True)),
-                    values=values,
-                    value=float(function([sample[name] for sample in of_filter])),
+                    values=[_plain(value) for value in values],
+                    value=float(function(values)) if values else None,
                 )
             )
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eval.statistics import Interval, bootstrap_paired, bootstrap_ratio, wilson
+from eval.statistics import Interval, bootstrap_ratio, wilson
 from eval.task_results import BITS, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, Metric, TaskResult
 
 METHODS = (
@@ -67,7 +67,7 @@ def compare(run: TaskResult, baseline: TaskResult, name: str, resamples: int, se
     first, second = _ratio_parts(_only(ours, run.scored, common)), _ratio_parts(_only(theirs, baseline.scored, common))
     if first is None or second is None:
         return None
-    difference, _ = bootstrap_paired(first[0], second[0], first[1], resamples, seed)
+    difference = bootstrap_ratio(first[0] - second[0], first[1], resamples, seed)  # one draw for both runs: paired
     ratio = ours.aggregation in (PERPLEXITY, WEIGHTED_PERPLEXITY)
     return Difference(name, len(common), _on_scale(ours, difference), ratio)
 
@@ -83,7 +83,7 @@ def merge(results: Sequence[TaskResult]) -> TaskResult:
         found = [one for one in (_metric(result, metric.name) for result in results) if one is not None]
         if len(found) == len(results) and all(one.aggregation == MEAN for one in found):
             values = [value for one in found for value in one.values]
-            mean = sum(values) / len(values) if values else math.nan
+            mean = sum(values) / len(values) if values else None
             metrics.append(replace(metric, values=values, value=mean))
     chances = [(one.chance, len(one.scored)) for one in results]
     weighted = sum((chance or 0) * count for chance, count in chances) / max(1, sum(count for _, count in chances))
