@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from eval.task_evaluation import evaluate
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install -r requirements-eval.txt", file=sys.stderr)
+        package = str(error.name).split(".")[0]
+        print(f"error: {package} is not installed: pip install -r requirements-eval.txt", file=sys.stderr)
         return 2
     try:
         options = _parser().parse_args(arguments)
