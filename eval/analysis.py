@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -133,14 +134,24 @@ def pair(run: Measurement, baseline: Measurement, config: EvalConfig) -> PairSum
     return PairSummary(run.label, baseline.label, difference.map(_bits), ratio, lengths)
 
 
-def choose_baseline(measurements: Sequence[Measurement]) -> Measurement:
+class HasModel(Protocol):
+    """A run with its model's configuration."""
+
+    @property
+    def model(self) -> dict[str, Any]: ...
+
+
+Run = TypeVar("Run", bound=HasModel)
+
+
+def choose_baseline(runs: Sequence[Run]) -> Run:
     """The only softmax run where there is exactly one, else the first run."""
-    softmax = [one for one in measurements if attention_kind(one) == "softmax"]
-    return softmax[0] if len(softmax) == 1 else measurements[0]
+    softmax = [one for one in runs if attention_kind(one) == "softmax"]
+    return softmax[0] if len(softmax) == 1 else runs[0]
 
 
-def attention_kind(measurement: Measurement) -> str:
-    return str(measurement.model["attention"]["kind"])
+def attention_kind(run: HasModel) -> str:
+    return str(run.model["attention"]["kind"])
 
 
 def _bits(nats: float) -> float:

@@ -22,7 +22,10 @@ class EvalConfig:
         needle_depths: Number of needle depths, evenly spread from the start (0) to the end (1).
         needle_digits: Digits of a needle's value.
         needle_count: Needles of a sample with several.
-        profile_documents: Documents over which support size and live tiles are averaged.
+        profile_documents: Documents over which the attention's measures are averaged.
+        profile_queries: Most queries of a document whose weights are computed for entropy and sink: one at random of
+            each of so many equal stretches.
+        sink_tokens: First tokens of a document that count as the sink.
         bootstrap_samples: Resamples of documents behind each bootstrap interval.
         row_tokens: Most tokens packed into one forward pass; a longer context is a row of its own.
         thresholds: File of eval.calibrate: softmax models attend by Block-Sparse FlashAttention.
@@ -42,6 +45,8 @@ class EvalConfig:
     needle_digits: int = 6
     needle_count: int = 4
     profile_documents: int = 1
+    profile_queries: int = 64
+    sink_tokens: int = 4
     bootstrap_samples: int = 2000
     row_tokens: int = 8192
     thresholds: str | None = None
@@ -65,7 +70,7 @@ class EvalConfig:
         smallest = {
             "headline_tokens": 0, "seed": 0, "max_documents": 2, "needle_samples": 1,
             "needle_tokens": 1, "needle_depths": 2, "needle_digits": 1, "needle_count": 2, "profile_documents": 1,
-            "bootstrap_samples": 100, "row_tokens": 1, "base_length": 8,
+            "profile_queries": 1, "sink_tokens": 1, "bootstrap_samples": 100, "row_tokens": 1, "base_length": 8,
         }  # fmt: skip
         for name, least in smallest.items():
             value = getattr(self, name)

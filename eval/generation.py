@@ -1,7 +1,7 @@
 """Text generation: greedy and sampled, many prompts in batches sorted by length, or one token after another."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ class GenerationOptions:
         seed: Of the draws. Prompt i has its own stream, so that its text does not depend on the other prompts.
         eos: Token id that ends a text.
         stop: Sequences of token ids that end a text.
+        stop_when: Called with the tokens of a text after each new one; if true the text ends ("stop") and keeps
+            these tokens: for stop strings, which may end inside a token and be spelled by several sequences.
         vocab_size: Ids from here on are never chosen: for embeddings with more rows than the tokenizer has tokens.
         max_prompt_tokens: Longer prompts are an error; None takes any.
         chunk_tokens: Most prompt tokens of one forward pass, which bounds the memory of activations.
@@ -41,6 +43,7 @@ class GenerationOptions:
     seed: int = 0
     eos: int | None = None
     stop: Sequence[Sequence[int]] = field(default_factory=tuple)
+    stop_when: Callable[[Sequence[int]], bool] | None = None
     vocab_size: int | None = None
     max_prompt_tokens: int | None = None
     chunk_tokens: int = 8192
@@ -155,6 +158,8 @@ class _Row:
         for sequence in self.options.stop:
             if self._ends_with(sequence):
                 return "stop", length - len(sequence)
+        if self.options.stop_when is not None and self.options.stop_when(self.tokens):
+            return "stop", length
         if length == self.options.max_new_tokens:
             return "length", length
         starts = (list(sequence[:n]) for sequence in self.options.stop for n in range(1, len(sequence)))

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from data.length_generalisation import Task, TaskConfig, split_seed
 from eval import provenance
-from eval.length_report import LengthResult, RunResult, Study, summary_lines, write_report
+from eval.length_report import LengthResult, RunResult, Study, result_rows, summary_lines, write_report
 from eval.results import result_key, write_json
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Context, LanguageModel, Runtime, score
+from eval.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
 from model.checkpoint import LoadedModel, load_model
 from model.version import code_version
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         config = LengthConfig(**{field.name: options[field.name] for field in fields(LengthConfig)})
-        for line in evaluate(options.runs, Path(options.output), config, arguments):
+        for line in evaluate(options.runs, Path(options.output), config, wandb_config(options), arguments):
             print(line)
     except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -86,10 +87,13 @@ def _parser() -> ArgumentParser:
         "--lengths", nargs="+", type=float, default=LengthConfig().lengths, help="multiples of the training length"
     )
     parser.add_class_arguments(LengthConfig, skip={"lengths"})
+    add_wandb_arguments(parser)
     return parser
 
 
-def evaluate(runs: Sequence[str], output: Path, config: LengthConfig, arguments: list[str]) -> list[str]:
+def evaluate(
+    runs: Sequence[str], output: Path, config: LengthConfig, wandb: WandbConfig, arguments: list[str]
+) -> list[str]:
     """Measures every run at every length, or reuses what is kept in output/results, and writes the tables and the plot.
 
     Returns:
@@ -100,6 +104,7 @@ def evaluate(runs: Sequence[str], output: Path, config: LengthConfig, arguments:
     """
     device = choose_device(config.device)
     subjects = find_subjects(runs)
+    tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     tasks = [find_task(subject) for subject in subjects]
     for task in tasks:
         for multiple in config.lengths:
@@ -115,7 +120,11 @@ def evaluate(runs: Sequence[str], output: Path, config: LengthConfig, arguments:
         hardware=provenance.hardware(device),
         date=provenance.now(),
     )
-    return summary_lines(study, write_report(study, output))
+    page, picture = write_report(study, output)
+    facts = {name: getattr(study, name) for name in ("code_version", "command", "hardware", "date")}
+    records = Records({**facts, **study.settings}, {"exact_match": result_rows(study)}, [picture])
+    tracker.log("eval.length_generalisation", records)
+    return summary_lines(study, page)
 
 
 def find_task(subject: Subject) -> TaskConfig:

@@ -152,17 +152,23 @@ def percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def write_report(study: Study, output: Path) -> Path:
-    """Writes length_generalisation.md, .json, .csv and .png into `output`; returns the path of the first."""
+def write_report(study: Study, output: Path) -> tuple[Path, Picture]:
+    """Writes length_generalisation.md, .json, .csv and .png into `output`; returns the path of the first and the
+    plot."""
     output.mkdir(parents=True, exist_ok=True)
     groups = group_runs(study.runs)
     page = output / "length_generalisation.md"
     panels = {title_of(task): _curves(task, groups) for task in tasks_of(groups)}
-    picture = exact_match_over_length(panels, page.with_suffix(".png"))
+    path = exact_match_over_length(panels, page.with_suffix(".png"))
+    picture = Picture(path, "Exact match over length; dashed: the paper's figures.")
     page.write_text(to_markdown(_blocks(study, groups, picture), output))
     write_json(page.with_suffix(".json"), _as_json(study, groups))
-    _write_csv(study, page.with_suffix(".csv"))
-    return page
+    with page.with_suffix(".csv").open("w", newline="") as file:
+        rows = result_rows(study)
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return page, picture
 
 
 def _curves(task: TaskConfig, groups: Sequence[Group]) -> list[Curve]:
@@ -176,7 +182,7 @@ def _curves(task: TaskConfig, groups: Sequence[Group]) -> list[Curve]:
     return curves
 
 
-def _blocks(study: Study, groups: Sequence[Group], picture: Path) -> list[Block]:
+def _blocks(study: Study, groups: Sequence[Group], picture: Picture) -> list[Block]:
     blocks: list[Block] = [
         Heading("Length generalisation", 1),
         Paragraph(
@@ -188,8 +194,7 @@ def _blocks(study: Study, groups: Sequence[Group], picture: Path) -> list[Block]
     ]
     for task in tasks_of(groups):
         blocks += [Heading(title_of(task)), _task_table(task, [group for group in groups if group.task == task])]
-    blocks += [Picture(picture, "Exact match over length; dashed: the paper's figures.")]
-    blocks += [Heading("Runs"), _run_table(study.runs)]
+    blocks += [picture, Heading("Runs"), _run_table(study.runs)]
     blocks += [Heading("Made by"), Code(study.command)]
     facts = [f"code {study.code_version}", study.hardware, study.date, f"evaluation seed {study.settings['seed']}"]
     return [*blocks, Items(facts)]
@@ -236,19 +241,19 @@ def _as_json(study: Study, groups: Sequence[Group]) -> dict[str, Any]:
     return {**asdict(study), "groups": summary, "paper_source": PAPER_SOURCE}
 
 
-def _write_csv(study: Study, path: Path) -> None:
-    """One line for each run and length; shares in [0, 1] with the ends of their 95 % intervals."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["run", "task", "attention", "layers", "seed", "step", "multiple", "length", "samples", "exact_match",
-             "exact_match_low", "exact_match_high", "token_accuracy", "token_accuracy_low", "token_accuracy_high"]
-        )  # fmt: skip
-        for run in study.runs:
-            facts = [run.label, run.task.name, run.attention, run.model["n_layers"], run.seed, run.step]
-            for one in run.lengths:
-                exact, tokens = asdict(one.exact_match).values(), asdict(one.token_accuracy).values()
-                writer.writerow([*facts, f"{one.multiple:g}", one.length, one.samples, *exact, *tokens])
+def result_rows(study: Study) -> list[dict[str, Any]]:
+    """One row for each run and length; shares in [0, 1] with the ends of their 95 % intervals."""
+    rows = []
+    for run in study.runs:
+        facts: dict[str, Any] = {"run": run.label, "task": run.task.name, "attention": run.attention}
+        facts |= {"layers": run.model["n_layers"], "seed": run.seed, "step": run.step}
+        for one in run.lengths:
+            row = {**facts, "multiple": float(one.multiple), "length": one.length, "samples": one.samples}
+            for name in ("exact_match", "token_accuracy"):
+                share = getattr(one, name)
+                row |= {name: share.value, f"{name}_low": share.low, f"{name}_high": share.high}
+            rows.append(row)
+    return rows
 
 
 def summary_lines(study: Study, page: Path) -> list[str]:

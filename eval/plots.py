@@ -1,6 +1,6 @@
 """The report's figures. Colours are Okabe and Ito's (safe for colour-blind readers); markers repeat the distinction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,39 +241,81 @@ def alpha_over_steps(metrics: Mapping[str, Mapping[str, Series]], path: Path) ->
         return _save(figure, path)
 
 
-def sparsity(profiles: Mapping[str, Sequence[LayerProfile]], base_length: int, path: Path) -> Path:
-    """Mean support size and live-tile share by layer and context length: one column a run, one line a layer."""
+@dataclass(frozen=True)
+class LayerMeasure:
+    """A row of panels: a value of each layer over context length.
+
+    Args:
+        value: of a layer, a mean over heads.
+        dense: of weights spread evenly over all visible keys, by the context's tokens; None to leave it out.
+    """
+
+    title: str
+    axis: str
+    value: Callable[[LayerProfile], float]
+    dense: Callable[[int], float] | None
+    log_y: bool = False
+
+
+SPARSITY = (
+    LayerMeasure(
+        "support size", "keys with weight, mean per query", lambda one: float(np.mean(one.support)),
+        lambda size: (size + 1) / 2, log_y=True,
+    ),
+    LayerMeasure(
+        "live tiles", "live 64x64 tiles (% of causal)", lambda one: 100 * float(np.mean(one.live_share)),
+        lambda size: 100.0,
+    ),
+)  # fmt: skip
+SPREAD = (
+    LayerMeasure(
+        "entropy", "entropy (nats), mean per query", lambda one: float(np.mean(one.entropy)),
+        lambda size: float(np.mean(np.log(np.arange(1, size + 1)))),
+    ),
+    LayerMeasure(
+        "sink", "weight on the first tokens (%)", lambda one: 100 * float(np.mean(one.sink_share)),
+        None,
+    ),
+)  # fmt: skip
+
+
+def by_layer(
+    profiles: Mapping[str, Sequence[LayerProfile]], measures: Sequence[LayerMeasure], base_length: int, path: Path
+) -> Path:
+    """Measures of every layer over context length: one column a run, one row a measure, one line a layer."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(8, 4.6 * len(profiles)), 8))
-        panels: Any = figure.subplots(2, len(profiles), squeeze=False, sharex=True, sharey="row")
+        figure = Figure(figsize=(max(8, 4.6 * len(profiles)), 4 * len(measures)))
+        panels: Any = figure.subplots(len(measures), len(profiles), squeeze=False, sharex=True, sharey="row")
         for column, (label, layers) in enumerate(profiles.items()):
-            multiples = sorted({layer.multiple for layer in layers})
-            sizes = [multiple * base_length for multiple in multiples]
-            count = 1 + max(layer.layer for layer in layers)
-            for index in range(count):
-                shade = colormaps["viridis"](0.9 * index / max(1, count - 1))
-                mine = sorted((one for one in layers if one.layer == index), key=lambda one: one.multiple)
-                for axes, values in zip(
-                    panels[:, column],
-                    ([np.mean(one.support) for one in mine], [100 * np.mean(one.live_share) for one in mine]),
-                    strict=True,
-                ):
-                    axes.plot(sizes, values, color=shade, marker=_marker(index), markersize=5, label=f"layer {index}")
-            dense = [(size + 1) / 2 for size in sizes]
-            panels[0, column].plot(sizes, dense, color="#777777", linestyle="--", label="every visible key (softmax)")
-            panels[1, column].plot(sizes, [100.0] * len(sizes), color="#777777", linestyle="--")
-            panels[0, column].set_title(f"{label}: support size")
-            panels[1, column].set_title(f"{label}: live tiles")
-            panels[1, column].set_xlabel("context length (tokens)")
-            for axes in panels[:, column]:
+            for measure, axes in zip(measures, panels[:, column], strict=True):
+                sizes = _layer_lines(axes, layers, measure, base_length)
+                axes.set_title(f"{label}: {measure.title}")
                 _log_ticks(axes, sizes, [f"{size:,}" for size in sizes])
-            _plain_log_y(panels[0, column])
-            panels[1, column].set_ylim(0, 105)
-        panels[0, 0].set_ylabel("keys with weight, mean per query")
-        panels[1, 0].set_ylabel("live 64x64 tiles (% of causal)")
+            panels[-1, column].set_xlabel("context length (tokens)")
+        for measure, axes in zip(measures, panels[:, 0], strict=True):
+            axes.set_ylabel(measure.axis)
+            if measure.log_y:
+                _plain_log_y(axes)
+            else:
+                axes.set_ylim(bottom=0)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
         return _save(figure, path)
+
+
+def _layer_lines(axes: Axes, layers: Sequence[LayerProfile], measure: LayerMeasure, base_length: int) -> list[int]:
+    """Returns the context lengths in tokens."""
+    sizes = [multiple * base_length for multiple in sorted({layer.multiple for layer in layers})]
+    count = 1 + max(layer.layer for layer in layers)
+    for index in range(count):
+        shade = colormaps["viridis"](0.9 * index / max(1, count - 1))
+        mine = sorted((one for one in layers if one.layer == index), key=lambda one: one.multiple)
+        values = [measure.value(one) for one in mine]
+        axes.plot(sizes, values, color=shade, marker=_marker(index), markersize=5, label=f"layer {index}")
+    if measure.dense is not None:
+        dense = [measure.dense(size) for size in sizes]
+        axes.plot(sizes, dense, color="#777777", linestyle="--", label="even over all visible keys")
+    return sizes
 
 
 def needle_heat_map(run: RunSummary, base_length: int, path: Path) -> Path:

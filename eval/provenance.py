@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import yaml
 
+from model.redaction import redact
+
 
 def hardware(device: torch.device) -> str:
     """For example "NVIDIA H100 80GB HBM3" or "Intel(R) Xeon(R) CPU, 2 cores"."""
@@ -29,7 +31,8 @@ def now() -> str:
 
 
 def command_line(arguments: list[str], module: str = "eval.run") -> str:
-    return shlex.join(["python", "-m", module, *arguments])
+    """As typed, without secrets."""
+    return redact(shlex.join(["python", "-m", module, *arguments]))
 
 
 def run_settings(checkpoint: Path) -> dict[str, Any]:

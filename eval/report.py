@@ -1,14 +1,12 @@
 """The report of an evaluation: Markdown, one HTML page, PNG plots, and every number as JSON."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eval import plots
 from eval.analysis import INTERVAL_METHODS, NeedleScore, PairSummary, RunSummary, attention_kind
+from eval.attention_report import attention_blocks, head_mean
 from eval.config import EvalConfig
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.metrics import Series
@@ -47,17 +45,19 @@ class Study:
     seconds: float
 
 
-def write_report(study: Study, output: Path) -> Path:
-    """Writes report.md, report.html, report.json and plots/ into `output`; returns the HTML page's path."""
+def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
+    """Writes report.md, report.html, report.json and plots/ into `output`; returns the HTML page's path and what is
+    pictured there."""
+    attention = attention_blocks(study.measurements, study.config, study.base_length, output)
     blocks: list[Block] = [
         Heading(TITLE, 1), *_head(study), *_headline(study), *_lengths(study), *_positions(study, output),
-        *_needles(study, output), *_attention(study, output), *_training(study, output), *_method(study),
+        *_needles(study, output), *attention, *_training(study, output), *_method(study),
     ]  # fmt: skip
     (output / "report.md").write_text(to_markdown(blocks, output))
     page = output / "report.html"
     page.write_text(to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks))
     write_json(output / "report.json", asdict(study))
-    return page
+    return page, [block for block in blocks if isinstance(block, Picture)]
 
 
 def interval_text(interval: Interval, digits: int = 2) -> str:
@@ -103,14 +103,9 @@ def _needle_line(run: RunSummary) -> str:
 
 
 def _live_line(measurement: Measurement) -> str:
-    multiples = sorted({layer.multiple for layer in measurement.attention})
-    shares = [_mean(measurement, multiple, lambda layer: layer.live_share) for multiple in multiples]
-    cells = ", ".join(f"{m}x {100 * share:.0f} %" for m, share in zip(multiples, shares, strict=True))
-    return f"{measurement.label} {cells}"
-
-
-def _mean(measurement: Measurement, multiple: int, pick: Callable[[Any], list[float]]) -> float:
-    return float(np.mean([pick(layer) for layer in measurement.attention if layer.multiple == multiple]))
+    layers = measurement.attention
+    shares = {m: head_mean(layers, m, "live_share") for m in sorted({layer.multiple for layer in layers})}
+    return f"{measurement.label} " + ", ".join(f"{m}x {100 * share:.0f} %" for m, share in shares.items())
 
 
 def _head(study: Study) -> list[Block]:
@@ -277,33 +272,6 @@ def _several_needles(study: Study) -> list[Block]:
 
 def _with_chance(run: RunSummary) -> list[NeedleScore]:
     return [*run.needles_by_length, *([run.chance] if run.chance else [])]
-
-
-def _attention(study: Study, output: Path) -> list[Block]:
-    rows = []
-    for one in study.measurements:
-        for multiple in sorted({layer.multiple for layer in one.attention}):
-            support = _mean(one, multiple, lambda layer: layer.support)
-            live = _mean(one, multiple, lambda layer: layer.live_share)
-            rows.append([one.label, f"{multiple * study.base_length:,}", f"{support:,.1f}", f"{100 * live:.1f} %"])
-    # Softmax has all keys and all tiles by construction: a line in every plot, not a plot of its own.
-    sparse = {one.label: one.attention for one in study.measurements if one.attention[0].alpha is not None}
-    documents = min(study.config.profile_documents, len(study.measurements[0].plan.documents))
-    blocks: list[Block] = [
-        Heading("Attention: support and live tiles"),
-        Paragraph(
-            f"Mean over layers and heads on {documents} held-out document{'s' if documents > 1 else ''}. Support: keys "
-            "with weight above zero. Live tiles: causal 64x64 tiles of the score matrix that hold weight; others "
-            "need no work in a sparse kernel."
-        ),
-        Table(["run", "context (tokens)", "support (keys)", "live tiles"], rows),
-    ]
-    if sparse:
-        path = plots.sparsity(sparse, study.base_length, output / "plots" / "sparsity.png")
-        blocks.append(Picture(path, "Support size and share of live tiles by layer and context length."))
-        path = plots.alpha_by_head(sparse, output / "plots" / "alpha_by_head.png")
-        blocks.append(Picture(path, "Alpha of every head by layer."))
-    return blocks
 
 
 def _training(study: Study, output: Path) -> list[Block]:

@@ -16,7 +16,7 @@ from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from eval import provenance
 from eval.analysis import choose_baseline, pair, summarise
-from eval.attention_profile import LayerProfile, dense_profile, measure_attention
+from eval.attention_profile import measure_attention
 from eval.config import EvalConfig
 from eval.metrics import Series, read_metrics
 from eval.multi_needle import MultiNeedleSample, build_multi_samples, measure_multi_needles
@@ -25,7 +25,9 @@ from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity,
 from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement
 from eval.scoring import Runtime
-from model.checkpoint import CheckpointInfo, LoadedModel, load_model, resolve_checkpoint
+from eval.tables import study_tables
+from eval.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
+from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
 from model.policies.bsfa import use_thresholds
 from model.policies.thresholds import read_thresholds
 from model.version import code_version
@@ -65,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         config = EvalConfig(**{field.name: options[field.name] for field in fields(EvalConfig)})
-        for line in evaluate(options.runs, Path(options.data), Path(options.output), config, arguments):
+        wandb = wandb_config(options)
+        for line in evaluate(options.runs, Path(options.data), Path(options.output), config, wandb, arguments):
             print(line)
     except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -83,11 +86,18 @@ def _parser() -> ArgumentParser:
         "--lengths", nargs="+", type=int, default=EvalConfig().lengths, help="multiples of the training length"
     )
     parser.add_class_arguments(EvalConfig, skip={"lengths"})
+    add_wandb_arguments(parser)
     return parser
 
 
 def evaluate(
-    runs: Sequence[str], data: Path, output: Path, config: EvalConfig, arguments: list[str], module: str = "eval.run"
+    runs: Sequence[str],
+    data: Path,
+    output: Path,
+    config: EvalConfig,
+    wandb: WandbConfig,
+    arguments: list[str],
+    module: str = "eval.run",
 ) -> list[str]:
     """Measures every run, or reuses what is kept in output/results, and writes the report.
 
@@ -106,6 +116,7 @@ def evaluate(
     kinds = [subject.checkpoint.meta["model"]["attention"]["kind"] for subject in subjects]
     if config.thresholds is not None and not {"softmax", "ssmax"} & set(kinds):
         raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
+    tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     held_out = open_held_out(data, subjects, config)
     measurements = [_measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)
@@ -130,7 +141,9 @@ def evaluate(
         ],
         seconds=time.monotonic() - started,
     )
-    page = write_report(study, output)
+    page, pictures = write_report(study, output)
+    facts = {name: getattr(study, name) for name in ("data", "code_version", "command", "hardware", "date", "notes")}
+    tracker.log(module, Records({**facts, **asdict(config)}, study_tables(study), pictures))
     return summary_lines(study, page)
 
 
@@ -253,7 +266,12 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
             seconds, "several needles", lambda: measure_multi_needles(model, held_out.multi_samples, runtime, label)
         )
     policy = "" if record is None else _describe(*chosen, float(record.density("prefill").mean()))
-    attention = _timed(seconds, "attention", lambda: _profile(loaded, held_out, config, runtime, label))
+    documents, length = plan.documents[: config.profile_documents], held_out.base_length
+    attention = _timed(
+        seconds,
+        "attention",
+        lambda: measure_attention(model, store, documents, plan.multiples, length, config, runtime, label),
+    )
     meta = subject.checkpoint.meta
     return Measurement(
         label=label,
@@ -295,16 +313,6 @@ def choose_autocast(precision: str, subject: Subject, device: torch.device) -> t
         trained = str(trainer.get("precision", ""))
         precision = "bfloat16" if device.type == "cuda" and trained.startswith("bf16") else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def _profile(
-    loaded: LoadedModel, held_out: HeldOut, config: EvalConfig, runtime: Runtime, label: str
-) -> list[LayerProfile]:
-    multiples, size, network = held_out.plan.multiples, held_out.base_length, loaded.config
-    if not network.attention.is_entmax:
-        return dense_profile(network.n_layers, network.n_heads, multiples, size, network.window)
-    documents = held_out.plan.documents[: config.profile_documents]
-    return measure_attention(loaded.model, held_out.store, documents, multiples, size, runtime, label)
 
 
 def _timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:

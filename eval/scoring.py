@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from tqdm import tqdm
 
 # Float32 logits alive at once: 2**24 of them are 64 MiB.
 LOGITS_AT_ONCE = 2**24
+
+
+class NotFinite(ValueError):
+    """A model gives a loss that is not finite: it diverged."""
 
 
 class LanguageModel(Protocol):
@@ -82,15 +86,21 @@ def pack_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     return rows
 
 
-def score(model: LanguageModel, contexts: Sequence[Context], runtime: Runtime, progress: str) -> list[Scores]:
+def score(
+    model: LanguageModel, contexts: Sequence[Context], runtime: Runtime, progress: str | None = None
+) -> list[Scores]:
     """Scores every context on its own, several to a forward pass.
 
     Args:
-        progress: Title of the progress bar.
+        progress: Title of the progress bar; None for no bar.
+
+    Raises:
+        NotFinite: a loss is not finite.
     """
     lengths = [len(context.tokens) for context in contexts]
     scores: list[Scores] = []
-    with tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, leave=False) as bar:
+    options: dict[str, Any] = dict(desc=progress, unit="tok", unit_scale=True, leave=False, disable=progress is None)
+    with tqdm(total=sum(lengths), **options) as bar:
         for row in pack_rows(lengths, runtime.row_tokens):
             scores.extend(_score_row(model, [contexts[i] for i in row], runtime))
             bar.update(sum(lengths[i] for i in row))
@@ -130,7 +140,7 @@ def _chunked_head(
         return np.zeros(0), np.zeros(0, bool)
     loss = torch.cat(losses).double().cpu().numpy()
     if not np.isfinite(loss).all():
-        raise ValueError(
+        raise NotFinite(
             f"the model gives a loss of {loss[~np.isfinite(loss)][0]} on held-out text: it diverged; evaluate an "
             "earlier checkpoint"
         )

@@ -26,6 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eval.config import EvalConfig
 from eval.metrics import read_metrics
 from eval.run import evaluate
+from eval.tracking import add_wandb_arguments, wandb_config
 from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(parsed.output)
         runs = train_twins(twins, options, output, run_training)
         folders, report = [str(run) for run in runs], output / "report"
-        for line in evaluate(folders, Path(parsed.data), report, measured, arguments, "eval.twins"):
+        wandb = wandb_config(parsed)
+        for line in evaluate(folders, Path(parsed.data), report, measured, wandb, arguments, "eval.twins"):
             print(line)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -110,6 +112,7 @@ def _parser() -> ArgumentParser:
         parser.add_argument(f"--twins.{name}", f"--{name}", nargs="+", type=of, default=getattr(TwinsConfig(), name))
     parser.add_argument("--twins.sweep_steps", "--sweep_steps", type=int, default=0)
     parser.add_class_arguments(EvalConfig, "eval")
+    add_wandb_arguments(parser)
     return parser
 
 

@@ -140,11 +140,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: normalised input (B, T, C) -> (B, T, C), T of this rank. With a list in `stats` (and no exchange), appends
         what this layer's attention did. With a cache (and no exchange), x continues its rows."""
-        q, k, v = self._project(x, geometry)
-        temperature = self._head_temperatures(x, geometry)
-        if temperature is not None:
-            q = q.float() * temperature[..., None]
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v, temperature = self.attended(x, geometry)
         if geometry.exchange is not None:
             q, k, v = geometry.exchange.to_heads(q, k, v)
         if cache is not None:
@@ -154,6 +150,15 @@ class Attention(nn.Module):
         if geometry.exchange is not None:
             out = geometry.exchange.to_tokens(out)
         return self.wo(out.transpose(1, 2).flatten(2))
+
+    def attended(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What attention computes with: q (B, H, T, D) times its temperature, k and v (B, G, T, D), all in one dtype,
+        and the temperature as in `_head_temperatures`. x: as in `forward`."""
+        q, k, v = self._project(x, geometry)
+        temperature = self._head_temperatures(x, geometry)
+        if temperature is not None:
+            q = q.float() * temperature[..., None]
+        return q.to(v.dtype), k.to(v.dtype), v, temperature
 
     def _project(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k and v (B, G, T, D), rotated where positions are rotary."""

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import train as train_script
-from tests.training.conftest import ROOT, child_environment, command, corpus, other_corpus, tiny_config
+from tests.training.conftest import ROOT, command, corpus, other_corpus, run_train, tiny_config
 
 __all__ = ["corpus", "other_corpus", "tiny_config"]  # fixtures
 Refused = Callable[..., str]
@@ -49,10 +49,8 @@ def refused(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def printed_config(*options: object) -> dict:
-    printed = subprocess.run(
-        command(*options, "--run_dir", "x", "--print_config"), env=child_environment(), cwd=ROOT,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    printed = run_train(*options, "--run_dir", "x", "--print_config")
+    assert printed.returncode == 0, printed.stderr
     return yaml.safe_load(printed.stdout)
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from data.datamodule import PackedDataModule
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
+from model.redaction import redact
 from model.version import code_version
 from training.callbacks import AttentionStats, MetricsLogger, StatsConfig, StepProgress, ValidationConfig
 from training.checkpointing import (
@@ -39,7 +40,6 @@ from training.loss import resolve_loss_backend
 from training.module import LanguageModule
 from training.parallel import ParallelConfig, build_strategy, check_combinations
 from training.profiling import ProfileConfig, StepProfiler
-from training.redaction import redact
 from training.sequence_parallel import check_sequence_parallel
 from training.start import check_transfer, transfer_weights
 from training.throughput import StepClock

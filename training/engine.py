@@ -28,16 +28,17 @@ class PlainEngine:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.parameters = list(module.parameters())  # walking the modules at every step takes the host long
 
     def gradient_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def clip_gradients(self, max_norm: float, norm: Tensor) -> None:
-        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
 
     def discard_gradients(self) -> None:
         # torch's optimizers pass over parameters without a gradient
-        for parameter in self.module.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
     def gradient_norms(self) -> dict[str, Tensor]:

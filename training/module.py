@@ -14,6 +14,7 @@ from model.sequence_parallel import SequenceShards
 from model.transformer import Transformer
 from training.activations import ActivationCheckpointing, KeepOnHost, checkpoint_blocks, tile_feed_forward
 from training.engine import engine_of
+from training.graphs import GraphedLoss, check_graphs
 from training.guard import StepGuard
 from training.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
 from training.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
@@ -42,6 +43,8 @@ class LanguageModule(LightningModule):
         activation_checkpointing: "none" keeps all activations for backward, "full" only each block's input and
             recomputes the rest, "offload" keeps these inputs in CPU memory.
         mlp_tile_tokens: tokens for which the feed-forward layer's inner activations exist at one time; 0 for all.
+        cuda_graphs: replay forward and backward as CUDA graphs: for small models on one device, whose batches have one
+            shape (data.task). The loss backend is the chunked one.
 
     Raises:
         ValueError: a loss_backend that is unknown or that this machine cannot run, an unknown activation_checkpointing,
@@ -57,8 +60,11 @@ class LanguageModule(LightningModule):
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         mlp_tile_tokens: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
+        if cuda_graphs and loss_backend == "liger":
+            raise ValueError("model.loss_backend is 'liger', which CUDA graphs cannot capture: set it to auto")
         if loss_chunk_tokens < 1:
             raise ValueError(f"model.loss_chunk_tokens is {loss_chunk_tokens}: expected at least 1")
         if mlp_tile_tokens < 0:
@@ -66,7 +72,7 @@ class LanguageModule(LightningModule):
         if activation_checkpointing not in (modes := get_args(ActivationCheckpointing)):
             raise ValueError(f"model.activation_checkpointing is {activation_checkpointing!r}: expected one of {modes}")
         self.network_config, self.optimizer_config = network, optimizer
-        self.loss_backend, self.loss_chunk_tokens = loss_backend, loss_chunk_tokens
+        self.loss_backend, self.loss_chunk_tokens = "chunked" if cuda_graphs else loss_backend, loss_chunk_tokens
         self.model = Transformer(network)
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
         self.step_gradient_norm: Tensor | float = 0.0
@@ -74,7 +80,8 @@ class LanguageModule(LightningModule):
         self.guard: StepGuard | None = None  # looks at each step of train.py's runs before it is taken
         self.sample_ids: list[int] = []  # global samples of the current micro-batch, on the host
         self.shards: SequenceShards | None = None
-        self.offload = activation_checkpointing == "offload"
+        self.checkpointing = activation_checkpointing
+        self.graphed_loss = GraphedLoss(self.model, loss_chunk_tokens) if cuda_graphs else None
         tile_feed_forward(self.model.layers(), mlp_tile_tokens)
         if activation_checkpointing != "none":
             checkpoint_blocks(self.model.blocks)
@@ -83,8 +90,14 @@ class LanguageModule(LightningModule):
                 block.compile()  # in place: torch.compile(block) would prefix every key of the state dict
 
     def setup(self, stage: str) -> None:
-        self.loss_backend = resolve_loss_backend(self.loss_backend, self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        self.loss_backend = resolve_loss_backend(self.loss_backend, device)
         self.shards = join_sequence_group(self.trainer.strategy)
+        if self.graphed_loss:
+            check_graphs(
+                self.network_config, device=device, world_size=self.trainer.world_size,
+                accumulation=self.trainer.accumulate_grad_batches, mode=self.checkpointing,
+            )  # fmt: skip
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Take this rank's slice, and count its share of FLOPs and its valid tokens, while the batch is still on the
@@ -110,7 +123,7 @@ class LanguageModule(LightningModule):
         self.model.set_step(self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        loss_sum = self.loss_sum(batch)
+        loss_sum = self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)
         if self.guard:
             self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids)
         return {"loss": loss_sum / batch["labels"].numel(), "loss_sum": loss_sum.detach()}
@@ -129,7 +142,8 @@ class LanguageModule(LightningModule):
         return loss_sum
 
     def _activations(self, tokens: Tensor) -> AbstractContextManager[Any]:
-        return KeepOnHost((*tokens.shape, self.network_config.d_model)) if self.offload else nullcontext()
+        offload = self.checkpointing == "offload"
+        return KeepOnHost((*tokens.shape, self.network_config.d_model)) if offload else nullcontext()
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = build_optimizer(

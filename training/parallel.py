@@ -69,8 +69,12 @@ class ElasticCheckpoints(Strategy):
     def lightning_restore_optimizer(self) -> bool:
         return False
 
+    _engine: Engine | None = None
+
     def engine(self) -> Engine:
-        return PlainEngine(self._network())
+        """The same one for the whole run, once the network is on its device."""
+        self._engine = self._engine or PlainEngine(self._network())
+        return self._engine
 
     def training_state(self) -> TrainingState:
         """What this rank holds of weights and optimizer state."""

@@ -165,7 +165,12 @@ def test_seeds_are_grouped_and_results_are_reused(
     again = json.loads((out / "length_generalisation.json").read_text())
     assert again["runs"] == report["runs"]
     assert main([*runs, *options, "--lengths", "1", "2"]) == 0 and measured == [128] * 5
-    assert main([runs[0], *options, "--lengths", "1", "--seed", "1"]) == 0 and measured[5:] == [64]
+    tracked = ["--lengths", "1", "--seed", "1", "--wandb.mode", "offline"]
+    assert main([runs[0], *options, *tracked]) == 0 and measured[5:] == [64]
+    (path,) = (out / "wandb").glob("offline-run-*/files/media/table/exact_match_*.table.json")
+    table = json.loads(path.read_text())
+    (row,) = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert (row["run"], row["length"], row["samples"]) == ("asentmax-0", 64, 20)
 
 
 def test_another_architecture_is_another_group(make_run: MakeRun) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from eval.analysis import choose_baseline, pair, summarise
-from eval.attention_profile import LayerProfile, dense_profile
+from eval.attention_profile import LayerProfile
 from eval.config import EvalConfig
 from eval.document import Block, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.metrics import Series
@@ -25,9 +25,14 @@ def measurement(label: str, kind: str, scale: float) -> Measurement:
     def sums(tokens: int) -> Sums:
         return Sums([0, 1], [scale * tokens, 1.5 * scale * tokens], [tokens, tokens], [2 * tokens, 3 * tokens])
 
-    sparse = [
-        LayerProfile(m, i, [3.0 * m, 4.0], [0.5, 0.25], [1.5, 1.4 + 0.1 * i], None) for m in (1, 2) for i in (0, 1)
-    ]
+    sparse, dense = (
+        [
+            LayerProfile(m, i, support, live, alpha, None, [0.5 * m, 1.5], [0.25, 0.75], [0.1 * i, 0.5])
+            for m in (1, 2)
+            for i in (0, 1)
+        ]
+        for support, live, alpha in (([3.0, 5.0], [0.5, 0.25], [1.5, 1.4]), ([4.5, 4.5], [1.0, 1.0], None))
+    )
     cells = [NeedleCell(m, d, [m, 4], [4, 4]) for m in (1, 2) for d in (0.0, 1.0)]
     return Measurement(
         label=label, checkpoint=f"runs/{label}/checkpoints/step-00000005", step=5, training={"tokens": 1000},
@@ -36,7 +41,7 @@ def measurement(label: str, kind: str, scale: float) -> Measurement:
         perplexity=PerplexityResult(sums(8), {1: sums(16), 2: sums(16)}, [[scale * 4, 12.0]] * 2, [4, 12]),
         needles=[*cells, NeedleCell(1, None, [0, 1], [4, 4])], needle_notes=[],
         multi_needles=[MultiNeedleCell("multi_key", 1, [4, 2], [4, 4])],
-        attention=sparse if kind == "asentmax" else dense_profile(2, 2, [1, 2], 8, None),
+        attention=sparse if kind == "asentmax" else dense,
     )  # fmt: skip
 
 
@@ -62,10 +67,12 @@ TWINS = [measurement("sparse", "asentmax", 1.0), measurement("dense", "softmax",
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: int) -> None:
-    page = write_report(study(TWINS[:count]), tmp_path)
+    page, pictures = write_report(study(TWINS[:count]), tmp_path)
     text, markdown = page.read_text(), (tmp_path / "report.md").read_text()
     row = next(line for line in markdown.splitlines() if line.startswith("| multi_key |"))
     assert "75 %" in row and "2 samples" in markdown  # 6 of 8 tokens
+    assert "| sparse | 16 | 4.0 | 37.5 % | 1.25 (50 %) | 27.5 % |" in markdown
+    assert "| sparse | 1 | 1.00 (50 %) | 1.25 (50 %) |" in markdown and "| sparse | 0 | 25.0 % | 25.0 % |" in markdown
     for needed in (
         "prepared/x",
         "f" * 16,
@@ -78,8 +85,9 @@ def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: in
         assert needed in text and needed in markdown
     assert ("What differs between the runs" in text) == ("| kind | sparse | dense |" in markdown) == (count == 2)
     plots = sorted(path.stem for path in (tmp_path / "plots").glob("*.png"))
-    wanted = ["alpha_by_head", "alpha_over_steps", "loss", "needle_sparse", "perplexity_by_position",
-              "perplexity_over_length", "sparsity"]  # fmt: skip
+    wanted = ["alpha_by_head", "alpha_over_steps", "attention_spread", "loss", "needle_sparse",
+              "perplexity_by_position", "perplexity_over_length", "sparsity"]  # fmt: skip
+    assert plots == sorted(picture.path.stem for picture in pictures)
     assert plots == sorted(wanted + (["needle_dense"] if count == 2 else []))
     for path in (tmp_path / "plots").glob("*.png"):
         with Image.open(path) as image:
@@ -91,7 +99,7 @@ def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: in
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    text = write_report(study(TWINS), tmp_path).read_text()
+    text = write_report(study(TWINS), tmp_path)[0].read_text()
     assert "http" not in text and "<script" not in text and "@import" not in text
     sources = re.findall(r'(?:src|href)="([^"]{1,30})', text) + re.findall(r"url\(", text)
     assert len(sources) >= 8 and all(source.startswith("data:") for source in sources)
@@ -160,9 +168,3 @@ def test_text_is_escaped_in_both_forms(tmp_path: Path) -> None:
     for escaped in ("a &lt; b", "x &amp; y", "&lt;i&gt;", "&lt;td&gt;", "say &quot;hi&quot;"):
         assert escaped in page
     assert "| a\\|b | <td> |" in markdown and '![say "hi"](p.png)' in markdown
-
-
-def test_dense_attention_sees_all_or_its_window() -> None:
-    full, windowed = dense_profile(1, 2, [2], 4, None)[0], dense_profile(1, 2, [2], 4, 3)[0]
-    assert full.support == [4.5, 4.5] and windowed.support == [(1 + 2 + 6 * 3) / 8] * 2
-    assert full.live_share == [1.0, 1.0] and full.alpha is None

@@ -11,6 +11,7 @@ import torch
 import eval.run
 from data.store import TokenStore
 from eval.attention_profile import LayerProfile, measure_attention
+from eval.config import EvalConfig
 from eval.run import Subject, choose_autocast, find_subjects, main
 from eval.scoring import Runtime
 from model.checkpoint import load_model, resolve_checkpoint
@@ -54,6 +55,9 @@ def test_twins_are_compared_and_a_second_run_reuses_every_result(
     assert first["pairs"][0]["baseline"] == "softmax"
     shares = [layer["live_share"] for layer in first["measurements"][0]["attention"]]
     assert len(shares) == 4 and all(0 < share <= 1 for layer in shares for share in layer)
+    for one in first["measurements"]:
+        for layer in one["attention"]:
+            assert all(0 < share <= 1 for share in layer["relative_entropy"] + layer["sink_share"])
 
     def refuse(*_: Any) -> None:
         raise AssertionError("measured again")
@@ -175,14 +179,17 @@ def test_autocast_follows_the_run_on_cuda_alone(runs: list[str]) -> None:
 def test_attention_statistics_are_means_over_documents(corpus: Path, runs: list[str]) -> None:
     store, model = TokenStore(corpus / "heldout"), load_model(runs[0]).model
     documents = np.flatnonzero(store.lengths > 2 * BASE_LENGTH)[:2].tolist()
-    runtime = Runtime(torch.device("cpu"), None, 512)
+    runtime, config = Runtime(torch.device("cpu"), None, 512), EvalConfig(profile_queries=16)
 
     def profile(chosen: list[int]) -> list[LayerProfile]:
-        return measure_attention(model, store, chosen, [1, 2], BASE_LENGTH, runtime, "test")
+        return measure_attention(model, store, chosen, [1, 2], BASE_LENGTH, config, runtime, "test")
 
     both, first, second = profile(documents), profile(documents[:1]), profile(documents[1:])
     assert [(one.multiple, one.layer) for one in both] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     for mean, a, b in zip(both, first, second, strict=True):
-        np.testing.assert_allclose(mean.support, (np.array(a.support) + b.support) / 2, rtol=1e-6)
+        for name in ("support", "live_share", "temperature", "entropy", "relative_entropy", "sink_share"):
+            np.testing.assert_allclose(
+                getattr(mean, name), (np.array(getattr(a, name)) + getattr(b, name)) / 2, rtol=1e-6, err_msg=name
+            )
         assert all(1 <= keys <= mean.multiple * BASE_LENGTH for keys in mean.support)
         assert mean.alpha == pytest.approx([1.5, 1.5], abs=1e-4)

@@ -127,5 +127,7 @@ def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     said = capfd.readouterr()
     assert "asentmax-seed-0" in said.out
     assert "python -m eval.twins --kinds softmax asentmax" in (output / "report" / "report.html").read_text()
-    assert main(command) == 0
+    assert main(["--wandb.mode", "offline", *command]) == 0
     assert capfd.readouterr().err.count("nothing to train") == 2
+    (tracked,) = (output / "report" / "wandb").glob("offline-run-*")
+    assert list(tracked.rglob("perplexity_over_length_*.table.json"))

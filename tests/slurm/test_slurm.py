@@ -138,7 +138,9 @@ def test_prepare_and_eval(cluster: Cluster, train: TrainProcess, corpus: Path, t
     run_dir, report = tmp_path / "run", tmp_path / "report"
     assert train("--run_dir", run_dir, "--trainer.max_steps", 2).returncode == 0
     quick = ("--base_length=128", "--lengths", "1", "--headline_tokens=300", "--max_documents=2", "--needle_samples=1")
-    arguments = (str(run_dir), "--data", str(corpus), "--output", str(report), *quick)
+    absent = ("eval.length_generalisation", str(tmp_path / "absent"), "+")
+    arguments = (*absent, "eval.run", str(run_dir), "--data", str(corpus), "--output", str(report), *quick)
     job = cluster.submit(ROOT / "slurm" / "eval.sbatch", *arguments, cwd=ROOT, PYTHON=sys.executable)
-    assert job.wait(120) == "COMPLETED", job.output
-    assert (report / "report.html").exists()
+    assert job.wait(120) == "FAILED" and job.field("ExitCode") == "2:0"
+    assert f"error: {tmp_path / 'absent'}: no such folder" in job.output
+    assert (report / "report.html").exists() and "eval.run ended with exit code 0" in job.output, job.output

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.prepare import main as prepare
 from model.checkpoint import StoredTensors, checkpoint_folder, load_model, read_complete
+from tests.training.warm import warm_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -96,12 +97,14 @@ def train(tiny_config: Path) -> TrainProcess:
 
     def run(*options: object, configs: tuple[object, ...] = ()) -> "subprocess.CompletedProcess[str]":
         more = [part for config in configs for part in ("--config", config)]
-        return subprocess.run(
-            command("--config", tiny_config, *more, *options),
-            env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
+        return run_train("--config", tiny_config, *more, *options)
 
     return run
+
+
+def run_train(*options: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run train.py from the repository's root in a process of its own, with more environment variables."""
+    return warm_interpreter().run(command(*options)[1:], child_environment() | environment, timeout=200)
 
 
 def callbacks(*named: tuple[str, dict[str, object]]) -> str:

@@ -1,7 +1,6 @@
 """train.py on a length-generalisation task."""
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 import train as train_script
 from model.checkpoint import checkpoint_folder, read_complete
-from tests.training.conftest import ROOT, assert_same_weights, child_environment, command, logged
+from tests.training.conftest import ROOT, assert_same_weights, command, logged, run_train
 
 CONFIGS = ROOT / "configs"
 TINY = """
@@ -23,42 +22,40 @@ stats: {every_n_steps: 2}
 trainer: {max_steps: 6, log_every_n_steps: 1}
 validation: {every_n_steps: 3}
 """
-Main = Callable[..., int]
+Main, Options = Callable[..., int], Callable[..., list[object]]
 
 
 @pytest.fixture(scope="module")
-def copy_command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """The command that trains a tiny model on Copy with further options."""
+def copy_options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """train.py's options that train a tiny model on Copy with further options."""
     tiny = tmp_path_factory.mktemp("config") / "tiny.yaml"
     tiny.write_text(TINY)
     names = ["length_generalisation/copy.yaml", "attention/asentmax.yaml", "cluster/cpu.yaml"]
     files = [*(CONFIGS / name for name in names), tiny]
     configs = [part for file in files for part in ("--config", file)]
-    return lambda *options: command(*configs, *options)
+    return lambda *options: [*configs, *options]
 
 
 @pytest.fixture(scope="module")
-def whole(copy_command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(copy_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of six steps in a process of its own."""
     run_dir = tmp_path_factory.mktemp("copy") / "whole"
-    run_process(copy_command("--run_dir", run_dir))
+    run_process(copy_options("--run_dir", run_dir))
     return run_dir
 
 
-def run_process(arguments: list[str]) -> None:
-    done = subprocess.run(
-        arguments, env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=200
-    )  # fmt: skip
+def run_process(options: list[object]) -> None:
+    done = run_train(*options)
     assert done.returncode == 0, done.stderr
     assert "4 x 130 tokens a step" in done.stderr and "step 6: validation loss" in done.stderr
 
 
 @pytest.fixture
-def main(copy_command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Main:
+def main(copy_options: Options, monkeypatch: pytest.MonkeyPatch) -> Main:
     """Train in this process and return the exit code."""
 
     def run(*options: object) -> int:
-        monkeypatch.setattr(sys, "argv", copy_command(*options)[1:])
+        monkeypatch.setattr(sys, "argv", command(*copy_options(*options))[1:])
         monkeypatch.chdir(ROOT)
         try:
             train_script.main()
@@ -77,8 +74,8 @@ def test_a_resumed_run_is_bit_identical(whole: Path, main: Main, tmp_path: Path)
     assert {step: logged(whole)[step] for step in (4, 5, 6)} == logged(resumed)
 
 
-def test_two_processes_take_the_same_steps(whole: Path, copy_command: Callable[..., list[str]], tmp_path: Path) -> None:
-    run_process(copy_command("--run_dir", tmp_path / "two", "--trainer.devices", 2))
+def test_two_processes_take_the_same_steps(whole: Path, copy_options: Options, tmp_path: Path) -> None:
+    run_process(copy_options("--run_dir", tmp_path / "two", "--trainer.devices", 2))
     alone, together = logged(whole), logged(tmp_path / "two")
     assert alone.keys() == together.keys() == set(range(1, 7))
     for step, values in alone.items():

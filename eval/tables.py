@@ -1,0 +1,76 @@
+"""The numbers of an evaluation as flat tables: one row a measured thing, intervals as three columns."""
+
+from typing import Any
+
+from eval.analysis import NeedleScore, RunSummary, attention_kind
+from eval.report import Study
+from eval.results import Measurement
+from eval.statistics import Interval
+
+
+def study_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Rows by table name."""
+    pairs = list(zip(study.runs, study.measurements, strict=True))
+    return {
+        "runs": [_run(run, measurement) for run, measurement in pairs],
+        "pairs": [
+            {
+                "run": one.label, "baseline": one.baseline, "multiple": length.multiple,
+                **_interval("perplexity_ratio", length.perplexity_ratio),
+                **_interval("bits_per_byte_difference", length.bits_per_byte_difference),
+            }
+            for one in study.pairs for length in one.lengths
+        ],
+        "perplexity_over_length": [
+            {
+                "run": run.label, "multiple": one.multiple, "tokens": one.tokens,
+                **_interval("perplexity", one.perplexity), **_interval("bits_per_byte", one.bits_per_byte),
+            }
+            for run in study.runs for one in run.lengths
+        ],
+        "perplexity_by_position": [
+            {"run": run.label, "start": one.start, "stop": one.stop, **_interval("perplexity", one.perplexity)}
+            for run in study.runs for one in run.positions
+        ],
+        "needles": [row for run in study.runs for row in _needles(run)],
+        "attention": [row for measurement in study.measurements for row in _attention(measurement, study.base_length)],
+    }  # fmt: skip
+
+
+def _interval(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _run(run: RunSummary, measurement: Measurement) -> dict[str, Any]:
+    return {
+        "run": run.label, "attention": attention_kind(measurement), "parameters": measurement.parameters,
+        "step": measurement.step, "training_length": measurement.training_length, "scored_tokens": run.tokens,
+        **_interval("bits_per_byte", run.bits_per_byte), **_interval("perplexity", run.perplexity),
+    }  # fmt: skip
+
+
+def _needles(run: RunSummary) -> list[dict[str, Any]]:
+    """depth is None for controls and for several needles at random depths."""
+
+    def row(kind: str, one: NeedleScore) -> dict[str, Any]:
+        return {
+            "run": run.label, "kind": kind, "multiple": one.multiple,
+            "depth": one.depth if isinstance(one.depth, float) else None, "samples": one.samples,
+            **_interval("token_accuracy", one.token_accuracy), **_interval("exact_match", one.exact_match),
+        }  # fmt: skip
+
+    single = [row("single" if one.depth is not None else "without needle", one) for one in run.needles]
+    return single + [row(kind, one) for kind, scores in run.several.items() for one in scores]
+
+
+def _attention(measurement: Measurement, base_length: int) -> list[dict[str, Any]]:
+    """One row a head."""
+    names = ("support", "live_share", "entropy", "relative_entropy", "sink_share", "alpha", "temperature")
+    return [
+        {
+            "run": measurement.label, "multiple": one.multiple, "tokens": one.multiple * base_length,
+            "layer": one.layer, "head": head,
+            **{name: None if (values := getattr(one, name)) is None else values[head] for name in names},
+        }
+        for one in measurement.attention for head in range(len(one.support))
+    ]  # fmt: skip

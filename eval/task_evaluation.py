@@ -1,0 +1,125 @@
+"""Measures runs on tasks, or reuses what is kept, and writes the tables: what python -m eval.tasks does."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eval import provenance
+from eval.generate import open_tokenizer
+from eval.harness import HarnessModel
+from eval.results import result_key, write_json
+from eval.ruler_files import read_manifest
+from eval.run import Subject, choose_autocast, choose_device, find_subjects
+from eval.scoring import Runtime
+from eval.task_config import TasksConfig
+from eval.task_loading import LoadedTask, load_tasks
+from eval.task_report import RunResult, Study, summary_lines, write_report
+from eval.task_results import MEASURING, TaskResult, TaskSettings, measure, result_from_json
+from model.checkpoint import load_model
+from model.config import config_from_dict
+from model.version import code_version
+
+
+def evaluate(runs: Sequence[str], output: Path, config: TasksConfig, arguments: list[str]) -> list[str]:
+    """Measures every run on every task, or reuses what is kept in output/results, and writes the tables.
+
+    Returns:
+        The summary's lines.
+
+    Raises:
+        FileNotFoundError, ValueError: what cannot be evaluated, and the way out.
+    """
+    started = time.monotonic()
+    device = choose_device(config.device)
+    subjects = find_subjects(runs)
+    ruler = None if config.ruler is None else Path(config.ruler)
+    tasks = load_tasks(config.tasks, config.source, ruler, config.lengths, config.limit)
+    if ruler is not None and any(task.length for task in tasks):
+        _check_tokenizers(subjects, ruler)
+    results = [_measure_or_reuse(subject, tasks, output, config, device) for subject in subjects]
+    study = Study(
+        runs=results,
+        settings=asdict(config),
+        code_version=code_version(),
+        command=provenance.command_line(arguments, "eval.tasks"),
+        hardware=provenance.hardware(device),
+        date=provenance.now(),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    return summary_lines(study, write_report(study, output))
+
+
+def _check_tokenizers(subjects: Sequence[Subject], ruler: Path) -> None:
+    built = read_manifest(ruler)["tokenizer"]["fingerprint"]
+    for subject in subjects:
+        trained = subject.checkpoint.meta["tokenizer"]["fingerprint"]
+        if trained != built:
+            raise ValueError(
+                f"--ruler {ruler} was built with tokenizer {built[:12]}, but {subject.checkpoint.path} was trained "
+                f"with {trained[:12]}, in which its lengths are other ones: python -m eval.ruler --tokenizer "
+                f"{subject.checkpoint.path} builds it anew"
+            )
+
+
+def choose_window(config: TasksConfig, subject: Subject) -> int | None:
+    """--max_length, else the training length for rope, whose angles beyond it were never seen, else no limit."""
+    if config.max_length is not None:
+        return config.max_length
+    meta = subject.checkpoint.meta
+    return int(meta["sequence_length"]) if config_from_dict(meta["model"]).positions == "rope" else None
+
+
+def _measure_or_reuse(
+    subject: Subject, tasks: Sequence[LoadedTask], output: Path, config: TasksConfig, device: torch.device
+) -> RunResult:
+    """Tasks are kept one by one: an interrupted evaluation goes on, and further tasks cost only themselves."""
+    checkpoint = subject.checkpoint
+    window, autocast = choose_window(config, subject), choose_autocast(config.precision, subject, device)
+    precision = "float32" if autocast is None else "bfloat16 autocast"
+    model: HarnessModel | None = None
+    results: list[TaskResult] = []
+    for task in tasks:
+        settings = TaskSettings(
+            task.name, config.limit, config.fewshot, window, config.too_long == "refuse", precision,
+            config.row_tokens, config.batch_tokens, config.seed,
+        )  # fmt: skip
+        kind = provenance.hardware(device)
+        key = result_key(checkpoint.path, task.data_hash, settings, 0, kind, MEASURING)
+        kept = output / "results" / f"{subject.label}-{task.name}-{key}.json"
+        if kept.is_file():
+            tqdm.write(f"{subject.label}: reusing {kept}", file=sys.stderr)
+        else:
+            model = model or _open_model(subject, config, window, Runtime(device, autocast, config.row_tokens))
+            write_json(kept, asdict(measure(task, model, settings, provenance.now())))
+        results.append(result_from_json(json.loads(kept.read_text())))
+    return RunResult(
+        label=subject.label,
+        checkpoint=str(checkpoint.path),
+        step=checkpoint.step,
+        model=checkpoint.meta["model"],
+        training_length=int(checkpoint.meta["sequence_length"]),
+        trained_with=str(checkpoint.meta.get("code_version", "unknown")),
+        window=window,
+        precision=precision,
+        tasks=results,
+    )
+
+
+def _open_model(subject: Subject, config: TasksConfig, window: int | None, runtime: Runtime) -> HarnessModel:
+    loaded = load_model(subject.checkpoint.path, runtime.device)
+    return HarnessModel(
+        loaded.model,
+        open_tokenizer(loaded, config.tokenizer),
+        runtime,
+        window=window,
+        refuse=config.too_long == "refuse",
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        label=subject.label,
+    )

@@ -1,0 +1,59 @@
+"""Scores checkpoints on lm-eval's tasks and on RULER.
+
+    python -m eval.tasks runs/a runs/b --tasks hellaswag piqa arc_easy --limit 40 --output runs/tasks
+    python -m eval.tasks runs/a runs/b --tasks niah_single_1 vt --ruler runs/ruler --lengths 1024 --output runs/tasks
+
+Offline (the default) there are the short tasks hellaswag, piqa, arc_easy, arc_challenge, winogrande, openbookqa, boolq,
+sciq, commonsense_qa, social_iqa, lambada and mmlu. --source hub knows every task of lm-eval; --source FOLDER reads
+FOLDER/TASK/SPLIT.jsonl. A sample that does not fit the window (--max_length: for rope the training length, for other
+positions none) is left out and counted, or refused with --too_long refuse; nothing is cut. What was measured is kept
+in OUTPUT/results and reused; the same command gives the same numbers.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+from jsonargparse import ArgumentError, ArgumentParser
+
+from eval.task_config import TasksConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        from eval.task_evaluation import evaluate
+    except ModuleNotFoundError as error:
+        package = str(error.name).split(".")[0]
+        print(f"error: {package} is not installed: pip install -r requirements-eval.txt", file=sys.stderr)
+        return 2
+    try:
+        options = _parser().parse_args(arguments)
+        config = TasksConfig(**{field.name: options[field.name] for field in fields(TasksConfig)})
+        for line in evaluate(options.runs, Path(options.output), config, arguments):
+            print(line)
+    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m eval.tasks", description=__doc__, exit_on_error=False)
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, checkpoints or exports")
+    parser.add_argument("--output", type=str, default="runs/tasks", help="folder of the tables")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--tasks", nargs="+", type=str, default=[], help="names of tasks and groups")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of the RULER tasks, in tokens")
+    parser.add_class_arguments(TasksConfig, skip={"tasks", "lengths"})
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""How attention spreads its weights: exact weights of sampled queries, of every kind of attention.
+
+The attention paths never hold weights. Here they are computed once more, for some queries and a block of rows at a
+time, from the queries and keys that each layer attends with.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import entmax
+from model.attention import Attention, Geometry, LayerStats, make_geometry
+from model.transformer import Transformer
+
+WEIGHTS_AT_ONCE = 2**23  # float32 scores of one block of rows: 32 MiB, and a few temporaries of their size
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """Of one layer, per query head, float32 (H,), means over the sampled queries.
+
+    Args:
+        entropy: of a query's weights, in nats: log n where n keys share the weight evenly.
+        relative_entropy: entropy over the log of the number of visible keys, in [0, 1]; 0 where one key is visible.
+        sink_share: weight on the first tokens of the document.
+    """
+
+    entropy: Tensor
+    relative_entropy: Tensor
+    sink_share: Tensor
+
+
+@torch.no_grad()
+def layer_profiles(
+    model: Transformer, tokens: Tensor, queries: Tensor, sink_tokens: int
+) -> tuple[list[WeightShape], list[LayerStats]]:
+    """One forward pass over a document.
+
+    Args:
+        tokens: int64 (1, T), one document.
+        queries: int64 (n,), positions of the sampled queries, on the model's device.
+        sink_tokens: how many of the document's first tokens count as the sink, at least 1.
+
+    Returns: one WeightShape a layer, and one LayerStats a layer (none for softmax kinds, which have all weights).
+    Raises ValueError for several rows, and for positions outside 0 ... T - 1.
+    """
+    if tokens.shape[0] != 1:
+        raise ValueError(f"tokens must be one document (1, T), got {tuple(tokens.shape)}")
+    if not 0 <= int(queries.min()) <= int(queries.max()) < tokens.shape[1]:
+        raise ValueError(f"queries must lie in 0 ... {tokens.shape[1] - 1}, got {queries.tolist()}")
+    progress = model.alpha_progress()
+    geometry = make_geometry(model.config, tokens.shape[1], None, None, tokens.device, alpha_progress=progress)
+    shapes: list[WeightShape] = []
+    stats: list[LayerStats] = []
+    x = model.embedding(tokens)
+    for block in model.layers():
+        shapes.append(weight_shape(block.attention, block.attention_norm(x), geometry, queries, sink_tokens))
+        # .forward: a compiled block would be traced once more for this rare call
+        x = block.forward(x, geometry, stats if model.config.attention.is_entmax else None)
+    return shapes, stats
+
+
+def weight_shape(attention: Attention, x: Tensor, geometry: Geometry, queries: Tensor, sink_tokens: int) -> WeightShape:
+    """x: normalised input (1, T, C); the others as in `layer_profiles`. A block of rows of all heads at a time."""
+    q, k, _, _ = attention.attended(x, geometry)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k = q[0][:, queries].to(dtype), k[0].to(dtype)
+    heads, n_keys = q.shape[0], k.shape[1]
+    sums = torch.zeros(3, heads, device=q.device)
+    for rows in torch.arange(len(queries), device=q.device).split(max(1, WEIGHTS_AT_ONCE // (heads * n_keys))):
+        weights, n_visible = attention_weights(attention, q[:, rows], k, queries[rows], geometry)
+        entropy = torch.special.entr(weights).sum(-1)  # [H, rows]
+        relative = torch.where(n_visible > 1, entropy / n_visible.log(), 0.0)
+        sink = weights[..., :sink_tokens].sum(-1)
+        sums += torch.stack([entropy, relative, sink]).sum(-1)
+    return WeightShape(*(sums / len(queries)))
+
+
+def attention_weights(
+    attention: Attention, q: Tensor, k: Tensor, rows: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Weights of some queries over all keys of one document.
+
+    Args:
+        q: (H, n, D), times its temperature, of the tokens at positions `rows` (n,).
+        k: (G, T, D), in q's dtype: float32 or float64.
+
+    Returns: weights (H, n, T), 0 for keys that are not visible, and the number of visible keys int64 (n,).
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        grouped = q.unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # [G, H / G * n, D]
+        scores = (grouped @ k.transpose(1, 2)).view(q.shape[0], len(rows), -1) * q.shape[2] ** -0.5
+    distance = rows[:, None] - torch.arange(k.shape[1], device=q.device)  # [n, T]
+    if geometry.alibi_slopes is not None:
+        scores -= geometry.alibi_slopes.to(q.dtype)[:, None, None] * distance
+    window = attention.config.window
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    scores.masked_fill_(~visible, -torch.inf)
+    if attention.alpha is None:
+        return scores.softmax(-1), visible.sum(-1)
+    alpha = attention.alpha(q.device, geometry.alpha_progress)
+    return entmax(scores, alpha[:, None, None], dim=-1), visible.sum(-1)

