@@ -3,7 +3,7 @@
 The Triton kernel runs on CUDA where there is one, else in Triton's interpreter (TRITON_INTERPRET=1, at small sizes).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import BlockSparseStats, block_sparse_softmax_attention
+from kernels import BlockSparseStats, block_sparse_softmax_attention, block_sparse_triton, tuning
 from kernels.backends import INTERPRETED
 from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, block_maxima, query_blocks
+from kernels.tuning import Launch
 from tests.kernels.helpers import CUDA, DEVICE, EPS, draw, needs_cuda, needs_triton
 
+# of the Triton kernel: gate by list or by branch, loads by pointers or by tensor descriptors
+DESIGNS = {"list": (False, False), "list TMA": (False, True), "branch": (True, False), "branch TMA": (True, True)}
 BACKENDS = [pytest.param("triton", marks=needs_triton), "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -134,6 +137,30 @@ def test_keeps_the_blocks_of_the_definition_and_loses_what_plain_pytorch_loses(
     shape: Shape, dtype: torch.dtype, backend: str
 ) -> None:
     check(shape, dtype, backend)
+
+
+def use_design(monkeypatch: pytest.MonkeyPatch, fused: bool, descriptors: bool) -> list[bool]:
+    """Makes launches take this design. Returns a list that gets, for each launch, whether TMA could read its inputs."""
+    seen = []
+
+    def launch_for(*arguments: Any, descriptors: bool) -> Launch:
+        seen.append(descriptors)
+        return replace(tuning.launch_for(*arguments, descriptors=descriptors), fused=fused, descriptors=tma)
+
+    tma = descriptors
+    monkeypatch.setattr(block_sparse_triton, "launch_for", launch_for)
+    return seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_designs_of_the_kernel_keep_and_lose_the_same(
+    shape: Shape, design: tuple[bool, bool], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = use_design(monkeypatch, *design)
+    check(shape, torch.bfloat16, backend)
+    assert seen == [True]
 
 
 @needs_cuda
