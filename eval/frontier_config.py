@@ -17,6 +17,8 @@ class FrontierConfig:
     Args:
         policies: Names of model/policies/families.py.
         densities: Shares of the visible keys that each policy is set to keep.
+        thresholds: File of eval.calibrate for the softmax checkpoint: adds the policy bsfa at the density of each of
+            its ks.
         lengths: Context lengths to measure, as multiples of the training length; each divides the next.
         base_length: Length in tokens that counts as 1x. None takes the checkpoints' training length.
         device: "auto" takes CUDA where there is one, else the CPU.
@@ -37,6 +39,7 @@ class FrontierConfig:
 
     policies: list[str] = field(default_factory=lambda: list(FAMILIES))
     densities: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.25, 0.5])
+    thresholds: str | None = None
     lengths: list[int] = field(default_factory=lambda: [1, 4])
     base_length: int | None = None
     device: str = "auto"
@@ -81,7 +84,7 @@ class Cell:
     Args:
         label: The checkpoint's.
         method: A policy's name, or "dense" or "entmax" for the two models as they are.
-        wanted: The density it was set to; None for the models as they are.
+        wanted: The density it was set to, of bsfa the one that its k predicts; None for the models as they are.
         policy: With its settings; empty for the models as they are.
         density, tile_density: (L, H) shares of visible pairs, and of 64 x 64 tiles, on the text that is scored. Tiles
             are None for entmax in decoding, where they are not counted.

@@ -15,17 +15,21 @@ from eval import provenance
 from eval.frontier_config import PHASES, Cell, FrontierConfig, PrefillTime
 from eval.frontier_tasks import Scorer, Tasks, entmax_density, make_tasks, set_density, time_prefill
 from eval.results import result_key, write_json
-from eval.run import HeldOut, Subject, choose_autocast
+from eval.run import HeldOut, Subject, choose_autocast, file_fingerprint
 from eval.scoring import Runtime, Scores
 from model.checkpoint import load_model
-from model.policies.families import policy_at
+from model.policies.bsfa import BlockSparseFlash, load_policy
+from model.policies.families import calibrated_densities, policy_at
 from model.policies.policy import Phase, SparsePolicy
+from model.policies.thresholds import read_thresholds
 from model.transformer import Transformer
 
 MEASURING = (
     "eval/frontier_measure.py", "eval/frontier_tasks.py", "eval/multi_needle.py", "eval/needle.py",
     "eval/perplexity.py", "eval/scoring.py",
 )  # fmt: skip
+
+BSFA = BlockSparseFlash.name
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Measuring:
         self.precision = "float32" if autocast is None else "bfloat16 autocast"
         self.entmax = subject.checkpoint.meta["model"]["attention"]["kind"] in ("entmax", "asentmax")
         self._model: Transformer | None = None
+        if config.thresholds is not None and not self.entmax:  # refuses another model's before anything is measured
+            path = Path(config.thresholds)
+            load_policy(path, read_thresholds(path)[1].ks[0], self.model)
 
     @property
     def model(self) -> Transformer:
@@ -71,9 +78,9 @@ class Measuring:
         for phase in PHASES:
             for multiple in self.held_out.plan.multiples:
                 found.append(self._cell("entmax" if self.entmax else "dense", phase, multiple, None))
-                for name in [] if self.entmax else self.config.policies:
-                    if phase in policy_at(name, 1.0, 1).phases:
-                        found += [self._cell(name, phase, multiple, wanted) for wanted in self.config.densities]
+                for kind, name, densities in self._policies(multiple):
+                    if phase in kind.phases:
+                        found += [self._cell(name, phase, multiple, wanted) for wanted in densities]
         return found
 
     def times(self) -> list[PrefillTime]:
@@ -81,20 +88,33 @@ class Measuring:
         found = []
         for multiple in self.held_out.plan.multiples:
             found.append(self._time("entmax" if self.entmax else "dense", multiple, None))
-            for name in [] if self.entmax else self.config.policies:
-                if policy_at(name, 1.0, 1).faster(self.runtime.device):
-                    found += [self._time(name, multiple, wanted) for wanted in self.config.densities]
+            for kind, name, densities in self._policies(multiple):
+                if kind.faster(self.runtime.device):
+                    found += [self._time(name, multiple, wanted) for wanted in densities]
+        return found
+
+    def _policies(self, multiple: int) -> list[tuple[type[SparsePolicy], str, list[float]]]:
+        """Each policy that is compared, its name, and the densities it is set to at this length."""
+        if self.entmax:
+            return []
+        found = [(type(policy_at(name, 1.0, 1)), name, self.config.densities) for name in self.config.policies]
+        if self.config.thresholds is not None:
+            context = multiple * self.held_out.base_length
+            found.append((BlockSparseFlash, BSFA, list(calibrated_densities(Path(self.config.thresholds), context))))
         return found
 
     def _kept(self, what: str, method: str, phase: str, multiple: int, wanted: float | None) -> Path:
-        left_out = {"policies", "densities", "lengths", "bootstrap_samples"}
+        left_out = {"policies", "densities", "lengths", "bootstrap_samples", "thresholds"}
         config = {name: value for name, value in asdict(self.config).items() if name not in left_out}
         # the longest length decides which documents and windows are scored
         config["longest"] = self.held_out.plan.multiples[-1]
         settings = CellSettings(what, method, phase, multiple, wanted, config)
         kind = provenance.hardware(self.runtime.device)
         base, path = self.held_out.base_length, self.subject.checkpoint.path
-        key = result_key(path, self.held_out.fingerprint, settings, base, kind, MEASURING)
+        read = self.held_out.fingerprint
+        if method == BSFA:
+            read += file_fingerprint(Path(str(self.config.thresholds)))
+        key = result_key(path, read, settings, base, kind, MEASURING)
         return self.output / "results" / f"{self.subject.label}-{what}-{method}-{phase}-{multiple}x-{key}.json"
 
     def _cell(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
@@ -150,7 +170,10 @@ class Measuring:
         )
 
     def _policy(self, name: str, scorer: Scorer, tasks: Tasks, wanted: float) -> SparsePolicy:
-        """Set to the wanted density on the first context."""
+        """Set to the wanted density on the first context; bsfa as it was calibrated."""
+        if name == BSFA:
+            path = Path(str(self.config.thresholds))
+            return load_policy(path, calibrated_densities(path, tasks.context)[wanted], self.model)
         text = tasks.text[0][:1]
 
         def density_of(policy: SparsePolicy) -> float:

@@ -20,7 +20,7 @@ NAMES = {
     "dense": "softmax, dense", "entmax": "entmax", "window": "sliding window", "streaming_llm": "StreamingLLM",
     "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
     "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "snapkv": "SnapKV",
-    "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P",
+    "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P", "bsfa": "BSFA",
 }  # fmt: skip
 ACTS = {
     "prefill": "Policies act on every token of the contexts, questions included. Vertical-Slash and FlexPrefill choose "
@@ -90,9 +90,10 @@ def write_report(study: Study, output: Path) -> Path:
     blocks: list[Block] = [
         Heading(TITLE, 1),
         Paragraph(
-            "One softmax model under policies that were made for trained models, each set to several densities, beside "
-            "the model as it is and its entmax twin. Density: share of the visible pairs of query and key that are "
-            "read, mean over layers and heads; for entmax, the pairs with weight. Intervals are 95 %: bootstrap over "
+            "One softmax model under policies that were made for trained models, each set to several densities (BSFA: "
+            "calibrated to them), beside the model as it is and its entmax twin. Density: share of the visible pairs "
+            "of query and key that are read, mean over layers and heads; for entmax, the pairs with weight. Intervals "
+            "are 95 %: bootstrap over "
             f"{study.documents} documents for perplexity (with few documents they are too narrow), Wilson over samples "
             "for needles."
         ),

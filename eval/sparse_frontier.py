@@ -6,7 +6,7 @@ Every policy of model/policies is set to each density on held-out text (by bisec
 beside the softmax model as it is and the entmax model, which keeps the keys that it gives weight. Policies of the
 prompt (window, MInference and the like) act on every token of the contexts; policies of decoding (Quest, SnapKV and the
 like) on the last tokens, one by one, behind a densely prefilled prompt: they are two comparisons, each with both models
-scored on the same tokens.
+scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as eval.calibrate found it.
 """
 
 import sys

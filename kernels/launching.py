@@ -20,6 +20,12 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator (TMA) can read x: an address and strides of whole 16 bytes."""
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % unit == 0 for step in x.stride()[:-1])
+
+
 def strides(letter: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
 

@@ -256,17 +256,26 @@ def flag_listed(p_list, list_step, p_flags, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def listed_scores(
-    q, p_k, stride_k, tile, slope, first, end, position, n_keys,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+def tile_scores(
+    q, k, tile, slope, first, end, position, BM: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BM] raw scores (bias in the same units) of one tile, -inf where invisible."""
+    """Raw scores (bias in the same units) of one tile of BM keys, -inf where invisible. q: [rows, BD], k: [BM, BD]."""
     key = tile * BM + tl.arange(0, BM)
-    k = load_rows(p_k, tile * BM, stride_k, n_keys, BM, D, BD, MASKED)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if BIAS:
         x = add_position_bias(x, position[:, None], key[None, :], tile * BM, slope)
     if MASKED:
         x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
     return x
+
+
+@triton.jit
+def listed_scores(
+    q, p_k, stride_k, tile, slope, first, end, position, n_keys,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tile_scores of a tile of keys in memory."""
+    k = load_rows(p_k, tile * BM, stride_k, n_keys, BM, D, BD, MASKED)
+    return tile_scores(q, k, tile, slope, first, end, position, BM, BIAS, MASKED, PRECISION)

@@ -25,7 +25,7 @@ def predicted_density(k: int, length: int) -> float:
     for i, block in enumerate(query_blocks(length, length, True)):
         kept[i, : min(k, block.diagonal.start)] = True  # which ones does not matter: they have the same number of pairs
     pairs, visible, _, _ = count_kept(kept[None], length, length)
-    return float(pairs / visible)
+    return int(pairs) / int(visible)
 
 
 class ThresholdCollector(SparsePolicy):
@@ -102,7 +102,8 @@ class BlockSparseFlash(SparsePolicy):
     source: str
     thresholds: Tensor = field(repr=False, compare=False)
 
-    def faster(self, device: torch.device) -> bool:
+    @classmethod
+    def faster(cls, device: torch.device) -> bool:
         return device.type == "cuda"
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:

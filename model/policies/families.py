@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+from model.policies.bsfa import predicted_density
 from model.policies.double_p import DoubleP
 from model.policies.flexprefill import FlexPrefill
 from model.policies.minference import BlockSparse, VerticalSlash
@@ -10,6 +12,7 @@ from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, SnapKV
 from model.policies.sparge import SpargeAttention
+from model.policies.thresholds import read_thresholds
 from model.policies.topk import OracleTopK
 from model.policies.window import SlidingWindow, StreamingLLM
 
@@ -58,3 +61,9 @@ def policy_at(name: str, level: float, n_keys: int) -> SparsePolicy:
     if not 0 < level <= 1:
         raise ValueError(f"level is {level}: expected a number in (0, 1]; 1 is dense")
     return FAMILIES[name](level, n_keys)
+
+
+def calibrated_densities(path: Path, n_keys: int) -> dict[float, int]:
+    """BSFA's curve, whose points are the sets of thresholds in its file: predicted density of a text of n_keys -> k.
+    Raises as `read_thresholds`."""
+    return {predicted_density(k, n_keys): k for k in sorted(read_thresholds(path)[1].ks)}

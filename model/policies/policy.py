@@ -152,7 +152,8 @@ class SparsePolicy(ABC):
         """Attention over what `select` keeps. v: (G, Tk, D)."""
         return masked_attention(q, k, v, view, self.select(q, k, view))
 
-    def faster(self, device: torch.device) -> bool:
+    @classmethod
+    def faster(cls, device: torch.device) -> bool:
         """Whether `attend` skips work that it does not keep there, so that its time says something."""
         return False
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from benchmarks import block_sparse
 from benchmarks.block_sparse import DENSITIES, bsfa, check, kept_share, thresholds_for
 from benchmarks.measure import CheckFailed, Repeats, Timing
+from benchmarks.peers import PEERS, Implementation, Unsupported
 from benchmarks.report import Report
 from benchmarks.suites import SUITES, Bench
-from benchmarks.workloads import gaussian
+from benchmarks.workloads import Workload, gaussian
 from kernels import block_sparse_softmax_attention
 
 CPU: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
@@ -48,12 +49,17 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sparse, "block_sparse_softmax_attention", attention)
     monkeypatch.setattr(block_sparse, "measure_time", lambda *_: Timing(next(times), 0, 0))
     monkeypatch.setattr(block_sparse, "gaussian", lambda *shape, spread, **_: gaussian(*shape, spread=spread, **CPU))
-    bench = Bench(Report(tmp_path, []), Repeats.quick(), ("flash", "varlen"), torch.float32, 0)
+
+    def unsupported(_: Workload) -> None:
+        raise Unsupported("not on this device")
+
+    monkeypatch.setitem(PEERS, "cudnn", Implementation("cuDNN", "softmax", unsupported))
+    bench = Bench(Report(tmp_path, []), Repeats.quick(), ("varlen", "cudnn", "flash"), torch.float32, 0)
     monkeypatch.setattr(block_sparse, "DENSITIES", (0.5, 0.75))
     bsfa(bench)
     rows = {(row["implementation"], round(row["density %"], -1)): row for row in bench.report.rows["bsfa"]}
-    assert [name for name, _ in rows] == ["FA2", "varlen_attn", "ungated", "BSFA", "BSFA"]
-    assert rows["varlen_attn", 100]["ms"] is None and rows["varlen_attn", 100]["note"] == "is for packed documents"
+    assert [name for name, _ in rows] == ["FA2", "cuDNN", "ungated", "BSFA", "BSFA"]
+    assert rows["cuDNN", 100]["ms"] is None and rows["cuDNN", 100]["note"] == "not on this device"
     assert rows["ungated", 100]["FA2 / ms"] == 0.5
     assert rows["BSFA", 50]["ungated / ms"] == 4 / 2.5
     assert (tmp_path / "bsfa.csv").is_file() and (tmp_path / "bsfa.png").is_file()

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import eval.calibrate
 import eval.frontier_measure
 from eval.frontier_config import FrontierConfig
+from eval.frontier_measure import Measuring
 from eval.frontier_tasks import Scorer, decode, entmax_density, make_tasks, set_density
 from eval.run import find_subjects, open_held_out
 from eval.scoring import Context, Runtime, score
@@ -78,6 +80,42 @@ def test_all_policies_beside_both_models(
     assert json.loads((tmp_path / "sparse_frontier.json").read_text())["cells"] == report["cells"]
     with pytest.raises(AssertionError, match="measured again"):
         main([*arguments, "--seed", "1"])
+
+
+def test_bsfa_is_compared_at_the_densities_of_its_thresholds(
+    corpus: Path, runs: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "thresholds.safetensors"
+    calibration = [str(runs["softmax"]), "--data", str(corpus), "--output", str(path), "--device", "cpu"]
+    calibration += ["--length", "256", "--samples", "4", "--measured", "0", "--ks"]
+    assert eval.calibrate.main([*calibration, "1", "2"]) == 0
+    arguments = [*options(corpus, runs, tmp_path), "--lengths", "2", "--densities", "0.5", "--policies", "window"]
+    arguments += ["--thresholds", str(path)]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "sparse_frontier.json").read_text())
+    cells = {(c["method"], c["phase"], c["wanted"]): c for c in report["cells"]}
+    # of 256 tokens the last 128 see two earlier blocks of 64; k = 1 keeps one of them
+    one = 1 - 64 * 128 / (256 * 257 / 2)
+    assert [key for key in cells if key[0] == "bsfa"] == [("bsfa", "prefill", one), ("bsfa", "prefill", 1)]
+    assert cells["bsfa", "prefill", 1]["loss"] == pytest.approx(cells["dense", "prefill", None]["loss"], rel=1e-4)
+    assert np.mean(cells["bsfa", "prefill", 1]["density"]) == 1
+    assert one - 0.1 < np.mean(cells["bsfa", "prefill", one]["density"]) < 1
+    assert "BSFA" in (tmp_path / "sparse_frontier.md").read_text()
+
+    assert eval.calibrate.main([*calibration, "2"]) == 0  # another file of this name: bsfa is measured again, no other
+    measured = []
+    real = Measuring._measure
+
+    def counting(self: Measuring, method: str, *rest: Any) -> Any:
+        measured.append(method)
+        return real(self, method, *rest)
+
+    monkeypatch.setattr(Measuring, "_measure", counting)
+    assert main(arguments) == 0
+    assert measured == ["bsfa"]
+    capsys.readouterr()
+    assert main([*arguments, "--thresholds", str(tmp_path / "none")]) == 2
+    assert "calibrate the checkpoint first" in capsys.readouterr().err
 
 
 def test_decoding_scores_what_one_pass_scores(runs: dict[str, Path]) -> None:
