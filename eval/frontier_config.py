@@ -16,7 +16,7 @@ class FrontierConfig:
 
     Args:
         policies: Names of model/policies/families.py.
-        densities: Shares of the visible keys that each policy is set to keep.
+        densities: Shares of the visible keys that each policy is set to keep, besides the entmax model's own.
         lengths: Context lengths to measure, as multiples of the training length; each divides the next.
         base_length: Length in tokens that counts as 1x. None takes the checkpoints' training length.
         device: "auto" takes CUDA where there is one, else the CPU.

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,25 +66,35 @@ class Measuring:
     def release(self) -> None:
         self._model = None
 
-    def cells(self) -> list[Cell]:
-        found = []
-        for phase in PHASES:
-            for multiple in self.held_out.plan.multiples:
-                found.append(self._cell("entmax" if self.entmax else "dense", phase, multiple, None))
-                for name in [] if self.entmax else self.config.policies:
-                    if phase in policy_at(name, 1.0, 1).phases:
-                        found += [self._cell(name, phase, multiple, wanted) for wanted in self.config.densities]
-        return found
+    def as_they_are(self) -> list[Cell]:
+        """The model without a policy, in each phase and at each length."""
+        method = "entmax" if self.entmax else "dense"
+        return [self._cell(method, phase, m, None) for phase in PHASES for m in self.held_out.plan.multiples]
 
-    def times(self) -> list[PrefillTime]:
+    def under_policies(self, own: Mapping[tuple[Phase, int], float]) -> list[Cell]:
+        """Each policy in its phases. own: a further density of each phase and length, the entmax model's."""
+        return [
+            self._cell(name, phase, multiple, wanted)
+            for phase in PHASES
+            for multiple in self.held_out.plan.multiples
+            for name in self.config.policies
+            if phase in policy_at(name, 1.0, 1).phases
+            for wanted in self._densities(own.get((phase, multiple)))
+        ]
+
+    def times(self, own: Mapping[tuple[Phase, int], float]) -> list[PrefillTime]:
         """Of the model as it is, and of policies whose attention skips what it does not keep."""
         found = []
         for multiple in self.held_out.plan.multiples:
             found.append(self._time("entmax" if self.entmax else "dense", multiple, None))
             for name in [] if self.entmax else self.config.policies:
                 if policy_at(name, 1.0, 1).faster(self.runtime.device):
-                    found += [self._time(name, multiple, wanted) for wanted in self.config.densities]
+                    densities = self._densities(own.get(("prefill", multiple)))
+                    found += [self._time(name, multiple, wanted) for wanted in densities]
         return found
+
+    def _densities(self, own: float | None) -> list[float]:
+        return sorted({*self.config.densities, *([own] if own else [])})
 
     def _kept(self, what: str, method: str, phase: str, multiple: int, wanted: float | None) -> Path:
         left_out = {"policies", "densities", "lengths", "bootstrap_samples"}
