@@ -94,7 +94,7 @@ def write_report(study: Study, output: Path) -> Path:
             "One softmax model under policies that were made for trained models, each set to several densities and to "
             "entmax's own, beside the model as it is and its entmax twin. Density: share of the visible pairs of query "
             "and key that are read, mean over layers and heads; for entmax, the pairs with weight. Intervals are 95 %: "
-            f"bootstrap over {study.documents} documents for perplexity (with few they are too narrow), paired where it "
+            f"bootstrap over {study.documents} documents for perplexity (too narrow with few of them), paired where it "
             "is divided by the dense softmax model's, as in the plots; Wilson over samples for needles."
         ),
     ]
