@@ -5,7 +5,7 @@ Named by class_path in YAML (configs/eval/during_training.yaml); nothing of the 
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ class HeldOutEvaluation(Callback):
         if trainer.global_step == self.evaluated_step:
             return  # a later micro-batch of the same step
         self.evaluated_step = trainer.global_step
-        with _clock_paused(trainer), _undisturbed(module), trainer.precision_plugin.forward_context():
+        with _clock_paused(trainer), undisturbed(module), trainer.precision_plugin.forward_context():
             module.model.set_step(trainer.global_step)  # alpha as of this step, where it is annealed
             runtime = Runtime(trainer.strategy.root_device, None, self.config.row_tokens)
             tally = measure(module.model, self.held_out, self.config, runtime, trainer.global_rank, trainer.world_size)
@@ -228,12 +228,17 @@ def _clock_paused(trainer: Trainer) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _undisturbed(module: Any) -> Any:
-    """No gradients, evaluation mode, and afterwards the same mode and random states as before."""
-    training = module.training
+def undisturbed(module: Any) -> Iterator[None]:
+    """No gradients, evaluation mode, no compilation, and afterwards modes and random states as before."""
+    training, blocks = module.training, module.model.layers()
+    compiled = [block._compiled_call_impl for block in blocks]
     with isolate_rng(), torch.no_grad():
         module.eval()
+        for block in blocks:
+            block._compiled_call_impl = None  # else compiled anew for the lengths of these contexts
         try:
             yield
         finally:
+            for block, call in zip(blocks, compiled, strict=True):
+                block._compiled_call_impl = call
             module.train(training)

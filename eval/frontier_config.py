@@ -16,7 +16,7 @@ class FrontierConfig:
 
     Args:
         policies: Names of model/policies/families.py.
-        densities: Shares of the visible keys that each policy is set to keep.
+        densities: Shares of the visible keys that each policy is set to keep, besides the entmax model's own.
         thresholds: File of eval.calibrate for the softmax checkpoint: adds the policy bsfa at the density of each of
             its ks.
         lengths: Context lengths to measure, as multiples of the training length; each divides the next.

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,31 +73,38 @@ class Measuring:
     def release(self) -> None:
         self._model = None
 
-    def cells(self) -> list[Cell]:
-        found = []
-        for phase in PHASES:
-            for multiple in self.held_out.plan.multiples:
-                found.append(self._cell("entmax" if self.entmax else "dense", phase, multiple, None))
-                for kind, name, densities in self._policies(multiple):
-                    if phase in kind.phases:
-                        found += [self._cell(name, phase, multiple, wanted) for wanted in densities]
-        return found
+    def as_they_are(self) -> list[Cell]:
+        """The model without a policy, in each phase and at each length."""
+        method = "entmax" if self.entmax else "dense"
+        return [self._cell(method, phase, m, None) for phase in PHASES for m in self.held_out.plan.multiples]
 
-    def times(self) -> list[PrefillTime]:
+    def under_policies(self, own: Mapping[tuple[Phase, int], float]) -> list[Cell]:
+        """Each policy in its phases. own: a further density of each phase and length, the entmax model's."""
+        return [
+            self._cell(name, phase, multiple, wanted)
+            for phase in PHASES
+            for multiple in self.held_out.plan.multiples
+            for kind, name, densities in self._policies(multiple, own.get((phase, multiple)))
+            if phase in kind.phases
+            for wanted in densities
+        ]
+
+    def times(self, own: Mapping[tuple[Phase, int], float]) -> list[PrefillTime]:
         """Of the model as it is, and of policies whose attention skips what it does not keep."""
         found = []
         for multiple in self.held_out.plan.multiples:
             found.append(self._time("entmax" if self.entmax else "dense", multiple, None))
-            for kind, name, densities in self._policies(multiple):
+            for kind, name, densities in self._policies(multiple, own.get(("prefill", multiple))):
                 if kind.faster(self.runtime.device):
                     found += [self._time(name, multiple, wanted) for wanted in densities]
         return found
 
-    def _policies(self, multiple: int) -> list[tuple[type[SparsePolicy], str, list[float]]]:
+    def _policies(self, multiple: int, own: float | None) -> list[tuple[type[SparsePolicy], str, list[float]]]:
         """Each policy that is compared, its name, and the densities it is set to at this length."""
         if self.entmax:
             return []
-        found = [(type(policy_at(name, 1.0, 1)), name, self.config.densities) for name in self.config.policies]
+        wanted = sorted({*self.config.densities, *([own] if own else [])})
+        found = [(type(policy_at(name, 1.0, 1)), name, wanted) for name in self.config.policies]
         if self.config.thresholds is not None:
             context = multiple * self.held_out.base_length
             found.append((BlockSparseFlash, BSFA, list(calibrated_densities(Path(self.config.thresholds), context))))

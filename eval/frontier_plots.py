@@ -103,9 +103,9 @@ def density_maps(maps: Mapping[str, Sequence[Sequence[float]]], path: Path) -> P
         grid: Any = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(maps) :]:
             axes.set_visible(False)
-        image = None
+        image, highest = None, 100 * max(float(np.max(values)) for values in maps.values())
         for axes, (title, values) in zip(grid.flat, maps.items(), strict=False):
-            image = axes.imshow(100 * np.array(values), vmin=0, vmax=100, cmap="cividis", aspect="auto")
+            image = axes.imshow(100 * np.array(values), vmin=0, vmax=highest, cmap="cividis", aspect="auto")
             axes.set_title(title, fontsize=10)
             axes.set(xlabel="head", ylabel="layer")
             axes.set_xticks(range(len(values[0])))

@@ -2,8 +2,9 @@
 
     python -m eval.sparse_frontier --softmax RUN --entmax RUN --data FOLDER --output FOLDER
 
-Every policy of model/policies is set to each density on held-out text (by bisection, on one context) and measured there
-beside the softmax model as it is and the entmax model, which keeps the keys that it gives weight. Policies of the
+Every policy of model/policies is set to each density, and to the entmax model's own, on held-out text (by bisection, on
+one context) and measured there beside the softmax model as it is and the entmax model, which keeps the keys that it
+gives weight. Policies of the
 prompt (window, MInference and the like) act on every token of the contexts; policies of decoding (Quest, SnapKV and the
 like) on the last tokens, one by one, behind a densely prefilled prompt: they are two comparisons, each with both models
 scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as eval.calibrate found it.
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
 from eval import provenance
@@ -76,11 +78,13 @@ def evaluate(
             f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
         )
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
-    cells, times = [], []
-    for one in measuring:
-        cells += one.cells()
-        times += one.times()
-        one.release()
+    softmax_model, entmax_model = measuring
+    cells = entmax_model.as_they_are()
+    own = {(cell.phase, cell.multiple): round(float(np.mean(cell.density)), 4) for cell in cells}
+    times = entmax_model.times({})
+    entmax_model.release()
+    cells = [*softmax_model.as_they_are(), *softmax_model.under_policies(own), *cells]
+    times = [*softmax_model.times(own), *times]
     study = Study(
         cells=cells,
         times=times,

@@ -9,8 +9,8 @@ from typing import Any
 from eval.analysis import attention_kind, choose_baseline
 from eval.document import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
 from eval.length_report import percent
-from eval.report import interval_text
 from eval.results import write_json
+from eval.statistics import Interval
 from eval.task_results import TaskResult
 from eval.task_scores import METHODS, Difference, Score, compare, merge, score_metric
 
@@ -124,20 +124,25 @@ def _blocks(study: Study, rows: Sequence[Row], single: Sequence[Row]) -> list[Bl
     return [*blocks, Heading("Made by"), Code(study.command), Items([*facts, f"seed {study.settings['seed']}"])]
 
 
+def number(interval: Interval) -> str:
+    """Four digits of numbers of any size: the perplexity of a word can be huge."""
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
 def score_text(score: Score) -> str:
     if score.value is None:
         return "no sample fits"
     if score.interval is None:
         return f"{score.value:.4g} (no interval)"
-    return percent(score.interval) if score.share else interval_text(score.interval)
+    return percent(score.interval) if score.share else number(score.interval)
 
 
 def difference_text(difference: Difference | None, share: bool) -> str:
     if difference is None:
         return ""
     if difference.ratio:
-        return f"times {interval_text(difference.interval)}"
-    return percent(difference.interval) if share else interval_text(difference.interval)
+        return f"times {number(difference.interval)}"
+    return percent(difference.interval) if share else number(difference.interval)
 
 
 def _others(study: Study) -> tuple[str, list[int]]:

@@ -23,15 +23,16 @@ DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
 
 @dataclass(frozen=True)
 class Clusters:
-    """Clusters of a prompt's keys. of_key: int64 (G, prompt), each key's cluster. centroids: float32 (G, clusters, D).
-    sizes: float32 (G, clusters), numbers of keys."""
+    """Clusters of a prompt's keys, of each key/value head, or with ALiBi of each query head (heads: G or H). of_key:
+    int64 (heads, prompt), each key's cluster. centroids: float32 (heads, clusters, channels). sizes: float32 (heads,
+    clusters), numbers of keys."""
 
     of_key: Tensor
     centroids: Tensor
     sizes: Tensor
 
     def means(self, x: Tensor) -> Tensor:
-        """float32 (G, clusters, D), 0 for clusters without keys; x: (G, prompt, D), of each key."""
+        """float32 (heads, clusters, D), 0 for clusters without keys; x: (heads, prompt, D), of each key."""
         places = self.of_key[..., None].expand_as(x)
         sums = torch.zeros(*self.sizes.shape, x.shape[2], device=x.device).scatter_add_(1, places, x.float())
         return sums / self.sizes[..., None].clamp(min=1)
@@ -44,9 +45,10 @@ class DoubleP(SparsePolicy):
     reach `exact` key by key, the others by their centroid and mean value; the rest of the prompt is dropped. Tokens
     after the prompt are always exact. Dense where both are 1.
 
-    Clusters: k-means (Lloyd's, from evenly spaced keys) of each key/value head's prompt, `cluster` keys on average. The
-    density counts a centroid as one key; estimating costs 1 / cluster of the cache more. Simplified: estimates are
-    softmax-normalised over the clusters alone, and tokens that are generated join no cluster.
+    Clusters: k-means (Lloyd's, from evenly spaced keys) of each key/value head's prompt, `cluster` keys on average;
+    ALiBi, which the paper's models do not have, counts as the channel of the keys that it amounts to, and clusters are
+    of each query head then. The density counts a centroid as one key; estimating costs 1 / cluster of the cache more.
+    Simplified: estimates are softmax-normalised over the clusters alone, and generated tokens join no cluster.
     """
 
     name: ClassVar[str] = "double_p"
@@ -77,8 +79,8 @@ class DoubleP(SparsePolicy):
         p = torch.softmax(torch.cat([by_key, scores[:, None]], -1), -1)
         if "values" not in view.memory:
             clusters = self._clusters(k, view)
-            view.memory["values"] = clusters.means(v[:, : clusters.of_key.shape[1]])
-        values = torch.cat([v.float(), view.memory["values"]], 1)
+            view.memory["values"] = clusters.means(_of_heads(v, clusters)[:, : clusters.of_key.shape[1]])
+        values = torch.cat([_of_heads(v, self._clusters(k, view)).float(), view.memory["values"]], 1)
         kept = mask.sum((-1, -2)) + (scores > -torch.inf).sum(-1)
         tiles, total = count_live_tiles(mask, 0), count_live_tiles(seen, 0)
         return Attended(weigh(p, values).to(q.dtype), kept, seen.sum(), tiles, total)
@@ -86,19 +88,20 @@ class DoubleP(SparsePolicy):
     def _choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Tensor, Tensor]:
         """Bool (H, keys), attended exactly; float32 (H, clusters), scores of the centroids that stand for their
         clusters, -inf for the others. A cluster that a window cuts is exact."""
-        clusters, repeat = self._clusters(k, view), len(q) // len(k)
-        n_prompt = clusters.of_key.shape[1]
-        query = q.float().unflatten(0, (len(k), -1))  # [G, H / G, 1, D]
-        scores = (query @ clusters.centroids[:, None].transpose(-1, -2)).flatten(0, 1)[:, 0] * view.scale
+        clusters = self._clusters(k, view)
+        n_prompt, heads = clusters.of_key.shape[1], len(clusters.of_key)
+        repeat = len(q) // heads
+        query = q.float().unflatten(0, (heads, repeat))  # [heads, repeat, 1, D]
+        centroids = clusters.centroids[:, None, :, : k.shape[2]]
+        scores = (query @ centroids.transpose(-1, -2)).flatten(0, 1)[:, 0] * view.scale
         if view.alibi_slopes is not None:  # linear: the mean of the keys' biases
-            index = torch.arange(n_prompt, device=k.device).expand(len(k), -1)[..., None]
-            distance = view.query_start - clusters.means(index)[..., 0].repeat_interleave(repeat, 0)
-            scores = scores - view.alibi_slopes[:, None] * distance
+            index = torch.arange(n_prompt, device=k.device).expand(heads, -1)[..., None]
+            scores = scores - view.alibi_slopes[:, None] * (view.query_start - clusters.means(index)[..., 0])
         scores = scores + clusters.sizes.log().repeat_interleave(repeat, 0)
         share = scores.softmax(-1)
         taking_part, exact = top_share(share, self.coverage), top_share(share, self.exact)
         if view.window is not None:
-            hidden = ~view.visible(slice(0, 1), n_prompt, q.device).expand(len(k), -1)
+            hidden = ~view.visible(slice(0, 1), n_prompt, q.device).expand(heads, -1)
             cut = torch.zeros_like(clusters.sizes).scatter_add_(1, clusters.of_key, hidden.float()) > 0
             exact = exact | (taking_part & cut.repeat_interleave(repeat, 0))
         keys = exact.gather(1, clusters.of_key.repeat_interleave(repeat, 0))
@@ -110,13 +113,25 @@ class DoubleP(SparsePolicy):
         if view.key_start:
             raise ValueError(f"{self.name} clusters whole prompts: not a cache that a window has cut")
         if "clusters" not in view.memory:
-            view.memory["clusters"] = make_clusters(k[:, : view.query_start], self.cluster, self.iterations)
+            prompt = k[:, : view.query_start].float()
+            if view.alibi_slopes is not None:
+                prompt = prompt.repeat_interleave(len(view.alibi_slopes) // len(k), 0)
+                place = torch.arange(view.query_start, device=k.device)
+                channel = view.alibi_slopes[:, None] * place / view.scale
+                prompt = torch.cat([prompt, channel[..., None]], -1)
+            view.memory["clusters"] = make_clusters(prompt, self.cluster, self.iterations)
         found: Clusters = view.memory["clusters"]
         return found
 
 
+def _of_heads(x: Tensor, clusters: Clusters) -> Tensor:
+    """(G, n, D) -> (heads, n, D)."""
+    repeat = len(clusters.of_key) // len(x)
+    return x if repeat == 1 else x.repeat_interleave(repeat, 0)
+
+
 def make_clusters(k: Tensor, size: int, iterations: int) -> Clusters:
-    """k-means of each head's keys in n / size clusters, rounded up. k: (G, n, D)."""
+    """k-means of each head's keys in n / size clusters, rounded up. k: (heads, n, channels)."""
     n, k = k.shape[1], k.float()
     count = -(-n // size)
     centroids = k[:, torch.arange(count, device=k.device) * size]

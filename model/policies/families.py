@@ -50,7 +50,7 @@ FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "quest": lambda level, n: Quest(_part(level, -(-n // 16)), dense_layers=0),
     "snapkv": lambda level, n: SnapKV(_part(level, n), observed=min(32, _block(n))),
     "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),
-    "double_p": lambda level, n: DoubleP((1 + level) / 2, level),
+    "double_p": lambda level, n: DoubleP(level**0.1, level),
 }
 
 

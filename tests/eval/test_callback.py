@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from data.store import TokenStore
-from eval.callback import HeldOutEvaluation, finished, measure, open_held_out_set
+from eval.callback import HeldOutEvaluation, finished, measure, open_held_out_set, undisturbed
 from eval.config import EvalConfig
 from eval.scoring import Runtime
 from model.checkpoint import load_model, resolve_checkpoint
+from model.config import ModelConfig
+from model.transformer import Transformer
 from tests.training.conftest import (
     ROOT,
     TrainProcess,
@@ -135,3 +137,24 @@ def test_a_model_that_diverged_has_no_perplexity(runs: dict[str, Path], corpus: 
         tally = measure(model, held_out, config, Runtime(torch.device("cpu"), None, config.row_tokens), 0, 1)
     metrics = finished(tally.means(tally.sums))
     assert math.isnan(metrics["eval/perplexity_1x"]) and metrics["eval/live_share_1x"] > 0
+
+
+def test_modes_random_states_and_compiled_blocks_are_as_before() -> None:
+    module = torch.nn.Module()
+    module.model = decoder = Transformer(ModelConfig(vocab_size=50, n_layers=1, d_model=16, n_heads=2, d_ff=16))
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    for block in decoder.layers():
+        block.compile(backend=backend)
+    tokens = torch.arange(8)[None]
+    state = torch.random.get_rng_state()
+    with undisturbed(module):
+        assert not decoder.training and not decoder(tokens).requires_grad
+        torch.rand(3)
+    assert compiled == [] and decoder.training and torch.equal(torch.random.get_rng_state(), state)
+    decoder(tokens)
+    assert compiled

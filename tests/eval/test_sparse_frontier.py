@@ -55,11 +55,13 @@ def test_all_policies_beside_both_models(
     cells = {(c["method"], c["phase"], c["wanted"]): c for c in report["cells"]}
     assert {method for method, _, _ in cells} == {"dense", "entmax", *FAMILIES}
     for phase in ("prefill", "decode"):
+        own = round(float(np.mean(cells["entmax", phase, None]["density"])), 4)
+        assert {wanted for method, where, wanted in cells if (method, where) == ("window", phase)} == {0.5, own, 1.0}
         dense = cells["dense", phase, None]
         assert np.mean(dense["density"]) == 1
         assert 0 < np.mean(cells["entmax", phase, None]["density"]) <= 1
         for (method, where, wanted), cell in cells.items():
-            if where != phase or wanted is None:
+            if where != phase or wanted in (None, own):
                 continue
             if wanted == 1:  # equal to dense attention
                 assert np.mean(cell["density"]) == 1, method

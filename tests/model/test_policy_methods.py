@@ -296,7 +296,7 @@ def test_double_p_drops_and_approximates_by_share() -> None:
     clusters = view.memory["clusters"]
     token_scores = weights_of(q, k, view).log()[:, 0]  # up to a constant of the row, which cancels
     for head in range(4):
-        of_key = clusters.of_key[head // 2]
+        of_key = clusters.of_key[head]
         groups = [(of_key == c).nonzero().flatten() for c in range(10)]
         scores = torch.stack([token_scores[head, g].mean() + math.log(len(g)) for g in groups])
         order, share = scores.argsort(descending=True), scores.softmax(0)
@@ -315,6 +315,16 @@ def test_double_p_drops_and_approximates_by_share() -> None:
             total, mass = total + weight * value, mass + weight
         torch.testing.assert_close(attended.out[head, 0].double(), total / mass, atol=1e-5, rtol=1e-4)
         assert attended.kept[head] == kept
+
+
+def test_double_p_clusters_by_place_where_alibi_decides() -> None:
+    """The channel that ALiBi adds to the keys: under a steep slope clusters are stretches of text, without one not."""
+    q, k, v = draw(1, 65)
+    view = view_of(1, 65, torch.tensor([50.0, 50.0, 0.0, 0.0]))
+    DoubleP(0.9, 0.5, 16).attend(q, k, v, view)
+    of_key = view.memory["clusters"].of_key
+    assert (of_key[:2].diff().abs() > 0).sum(1).tolist() == [3, 3]
+    assert ((of_key[2:].diff().abs() > 0).sum(1) > 10).all()
 
 
 def test_k_means_separates_clusters() -> None:

@@ -1,7 +1,7 @@
 """Processes of train.py without the seconds of an interpreter's start: forked from one that has imported everything.
 
-Each run still is a process of its own: arguments, environment, pipes, signals, exit code and end are those of
-`python train.py`. Ranks that Lightning starts from it are started anew.
+Each run and each of its ranks still is a process of its own: arguments, environment, pipes, signals, exit code and end
+are those of `python train.py`, and rank 0 is the parent of the other ranks.
 """
 
 import atexit
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,8 +96,10 @@ def serve(control: socket.socket) -> list[str]:
         pid = os.fork()
         if pid == 0:
             control.close()
-            become(request["environment"], pipes)
-            return request["arguments"]
+            for standard, pipe in zip((1, 2), pipes, strict=True):
+                os.dup2(pipe, standard)
+                os.close(pipe)
+            return become(request) if (rank := spare_ranks(request["arguments"])) is None else rank
         for pipe in pipes:
             os.close(pipe)
         control.send(json.dumps(pid).encode())
@@ -104,14 +107,60 @@ def serve(control: socket.socket) -> list[str]:
         control.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
 
 
-def become(environment: dict[str, str], pipes: list[int]) -> None:
-    """Take over environment and standard streams of a new process."""
+def become(request: dict[str, Any]) -> list[str]:
+    """Take over environment and standard input of a new process; returns its arguments."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for standard, pipe in zip((1, 2), pipes, strict=True):
-        os.dup2(pipe, standard)
-        os.close(pipe)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(request["environment"])
+    return request["arguments"]
+
+
+def spare_ranks(arguments: list[str]) -> list[str] | None:
+    """Fork what Lightning's launcher will start as further ranks, before this process has done anything.
+
+    Returns None here, and in each forked process, once it is started as a rank, its arguments.
+    """
+    spares: list[tuple[socket.socket, int]] = []
+    devices = dict(zip(arguments, arguments[1:], strict=False)).get("--trainer.devices", "1")
+    for _ in range(1, int(devices)):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            for control in (ours, *(control for control, _ in spares)):
+                control.close()
+            if not (message := theirs.recv(LARGEST_MESSAGE)):
+                os._exit(0)  # rank 0 has ended without any
+            theirs.close()
+            return become(json.loads(message))
+        theirs.close()
+        spares.append((ours, pid))
+    if spares:
+        from lightning.pytorch.strategies.launchers import subprocess_script
+
+        subprocess_script.subprocess = SimpleNamespace(Popen=functools.partial(Rank, spares))  # type: ignore[assignment]
+    return None
+
+
+class Rank:
+    """What Lightning uses of the subprocess.Popen of a rank."""
+
+    returncode: int | None = None
+
+    def __init__(self, spares: list[tuple[socket.socket, int]], command: list[str], env: Any, cwd: None) -> None:
+        control, self.pid = spares.pop(0)
+        control.send(json.dumps({"arguments": command[1:], "environment": dict(env)}).encode())
+        control.close()
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
 
 
 if __name__ == "__main__":
