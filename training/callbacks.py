@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.flops import peak_flops
+from training.engine import engine_of
 from training.guard import StepGuard
 from training.module import LanguageModule
 from training.throughput import StepClock, Work, peak_memory_gib, speed_metrics
@@ -20,7 +21,7 @@ from training.tracking import say
 
 @dataclass
 class StatsConfig:
-    """Statistics of entmax attention on a piece of the current batch.
+    """Statistics of entmax attention on a piece of the current batch, and of gradients.
 
     Args:
         every_n_steps: optimizer steps between them; 0 for never.
@@ -209,6 +210,36 @@ class AttentionStats(Callback):
             if temperature is not None:
                 metrics[f"temperature/layer_{layer:02d}"] = float(temperature.mean())
         return metrics
+
+
+# what a component of a parameter's name makes it
+PARTS = {
+    "alpha_raw": "alpha", "temperature": "temperature", "wq": "query_key", "wk": "query_key", "q_norm": "query_key",
+    "k_norm": "query_key", "wv": "value_output", "wo": "value_output", "feed_forward": "feed_forward",
+    "embedding": "embedding", "head": "embedding",
+}  # fmt: skip
+
+
+class GradientNorms(Callback):
+    """Logs the gradient norm of each kind of parameter (PARTS; "norm" for the rest) before clipping: one kind that
+    grows far beyond the others lets clipping shrink the steps of all. With the statistics of attention, since engines
+    that divide gradients have to gather them."""
+
+    def __init__(self, config: StatsConfig) -> None:
+        self.every_n_steps = config.every_n_steps
+        self.squares: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        if not self.every_n_steps or (trainer.global_step + 1) % self.every_n_steps:
+            return
+        for name, norm in engine_of(trainer).gradient_norms().items():
+            part = next((PARTS[piece] for piece in name.split(".") if piece in PARTS), "norm")
+            self.squares[part] = self.squares.get(part, torch.zeros_like(norm)) + norm**2
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.squares:
+            log(trainer, {f"grad_norm/{part}": math.sqrt(float(square)) for part, square in self.squares.items()})
+            self.squares = {}
 
 
 def first_tokens(tokens: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,14 @@ from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
 from model.redaction import redact
 from model.version import code_version
-from training.callbacks import AttentionStats, MetricsLogger, StatsConfig, StepProgress, ValidationConfig
+from training.callbacks import (
+    AttentionStats,
+    GradientNorms,
+    MetricsLogger,
+    StatsConfig,
+    StepProgress,
+    ValidationConfig,
+)
 from training.checkpointing import (
     CheckpointConfig,
     RunCheckpoint,
@@ -231,6 +238,7 @@ class TrainingCLI(LightningCLI):
             self.interruption,
             metrics,
             AttentionStats(config.stats, clock),
+            GradientNorms(config.stats),
             StepProgress(metrics),
             RunCheckpoint(self.run_dir, config.checkpoint, self.start, self.version, clock),
         ]

@@ -74,6 +74,16 @@ def test_validation_and_statistics(logged: tuple[str, list[dict[str, str]]]) -> 
             assert all(1 < a < 2 for a in column(rows, f"alpha/layer_{layer:02d}/head_{head:02d}").values())
 
 
+def test_gradient_norms_of_all_parts_make_the_whole(logged: tuple[str, list[dict[str, str]]]) -> None:
+    rows = logged[1]
+    parts = ["alpha", "temperature", "query_key", "value_output", "feed_forward", "embedding", "norm"]
+    norms = {part: column(rows, f"grad_norm/{part}") for part in parts}
+    assert all(list(each) == [4, 8] and min(each.values()) > 0 for each in norms.values())
+    assert {name for name in rows[0] if name.startswith("grad_norm/")} == {f"grad_norm/{part}" for part in parts}
+    whole = math.sqrt(sum(each[8] ** 2 for each in norms.values()))
+    assert whole == pytest.approx(column(rows, "train/grad_norm")[8], rel=1e-5)
+
+
 def test_output_that_is_no_terminal_is_one_line_a_log_interval(
     logged: tuple[str, list[dict[str, str]]],
 ) -> None:
