@@ -61,6 +61,8 @@ class GraphedLoss:
             )
         if self._graphed is None:
             self._shape = tokens.shape
+            # capturing leaves the nodes that accumulate gradients on a stream of its own, which backward synchronises with
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             # the cache of casted weights would hold tensors of the graph's memory beyond a replay
             cast = torch.get_autocast_dtype("cuda")
             with torch.autocast("cuda", dtype=cast, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
