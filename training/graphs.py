@@ -61,7 +61,7 @@ class GraphedLoss:
             )
         if self._graphed is None:
             self._shape = tokens.shape
-            # capturing leaves the nodes that accumulate gradients on a stream of its own, which backward synchronises with
+            # capturing leaves the nodes that accumulate gradients on a stream of its own: backward synchronises with it
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             # the cache of casted weights would hold tensors of the graph's memory beyond a replay
             cast = torch.get_autocast_dtype("cuda")
