@@ -1,7 +1,8 @@
 """A tiny prepared corpus and tiny checkpoints of the real formats, and stand-ins with known answers."""
 
 import random
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,14 @@ WORDS = ["def", "return", "value", "import", "class", "index", "for", "range", "
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_left() -> Iterator[None]:
+    """wandb's service outlives a run and is inherited by processes that other tests start."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 class ListStore:

@@ -27,6 +27,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
+GONE = "3-1-tcp-localhost-1"  # a service of wandb that the submitting shell once had
+
+
 def pretrain(cluster: Cluster, *options: object, **variables: str) -> Job:
     return cluster.submit(PRETRAIN, *options, sbatch=TWO_NODES, cwd=ROOT, PYTHON=sys.executable, **variables)
 
@@ -54,7 +57,18 @@ def test_signalled_then_killed_then_finished_with_the_weights_of_an_undisturbed_
     cluster: Cluster, train: TrainProcess, tiny_config: Path, tmp_path: Path
 ) -> None:
     run_dir, steps = tmp_path / "run", ("--trainer.max_steps", 60, "--checkpoint.every_n_steps", 10)
-    job = pretrain(cluster, "--config", tiny_config, "--run_dir", run_dir, *steps, "--wandb.mode", "offline", SLOW)
+    job = pretrain(
+        cluster,
+        "--config",
+        tiny_config,
+        "--run_dir",
+        run_dir,
+        *steps,
+        "--wandb.mode",
+        "offline",
+        SLOW,
+        WANDB_SERVICE=GONE,
+    )
 
     wait_until(lambda: newest_step(run_dir) >= 10, f"a first checkpoint\n{job.output}")
     job.signal("USR1")
