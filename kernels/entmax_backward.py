@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from kernels.threshold import support_distance, support_power, support_power_and_log
-from kernels.tiles import LENGTHS, add_position_bias, append_tiles, list_row_tiles, load_rows, store_rows
+from kernels.tiles import (
+    LENGTHS,
+    add_position_bias,
+    append_tiles,
+    head_offset,
+    head_scales,
+    list_row_tiles,
+    load_rows,
+    query_task,
+    store_rows,
+)
 
 
 @triton.jit
@@ -64,15 +74,9 @@ def entmax_backward_queries(
     p_list += tl.program_id(0) * capacity
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
-        i_bh, i_block = task // n_blocks, n_blocks - 1 - task % n_blocks
-        i_batch, i_head = i_bh // heads, i_bh % heads
-        row = i_block * BM + tl.arange(0, BM)
-        inside = row < n_queries
-        p_block = p_blocks + (i_batch * batch_step * n_blocks + i_block) * FIELDS
-        position = row + tl.load(p_block + 4)
-        o_row = i_batch * batch_step * n_queries + row
-        first = tl.load(p_rows + o_row, mask=inside, other=0)
-        end = tl.load(p_rows + stride_rows + o_row, mask=inside, other=0)
+        i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
+            task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM, FIELDS
+        )
         o_bh = i_bh.to(tl.int64) * n_queries
         p_words = p_bits + (i_bh.to(tl.int64) * n_blocks + i_block) * n_words
         n_inner, n_edge = list_row_tiles(
@@ -80,17 +84,12 @@ def entmax_backward_queries(
             capacity, LIST_CHUNK,
         )  # fmt: skip
 
-        alpha = tl.load(p_alpha + i_head)
-        beta = 1 / (alpha - 1)
-        z_scale = (alpha - 1) * scale
-        slope = 0.0
-        if BIAS:
-            slope = tl.load(p_slopes + i_head) / scale
-        o_k = i_batch.to(tl.int64) * stride_kb + (i_head // repeat).to(tl.int64) * stride_kh
-        o_v = i_batch.to(tl.int64) * stride_vb + (i_head // repeat).to(tl.int64) * stride_vh
-        o_q = i_batch.to(tl.int64) * stride_qb + i_head.to(tl.int64) * stride_qh
-        o_o = i_batch.to(tl.int64) * stride_ob + i_head.to(tl.int64) * stride_oh
-        o_s = i_batch.to(tl.int64) * stride_sb + i_head.to(tl.int64) * stride_sh
+        alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+        o_k = head_offset(i_batch, i_head // repeat, stride_kb, stride_kh)
+        o_v = head_offset(i_batch, i_head // repeat, stride_vb, stride_vh)
+        o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
+        o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
+        o_s = head_offset(i_batch, i_head, stride_sb, stride_sh)
         q = load_rows(p_q + o_q, i_block * BM, stride_qt, n_queries, BM, D, BD, True)
         do = load_rows(p_do + o_o, i_block * BM, stride_ot, n_queries, BM, D, BD, True)
         slope_out = load_rows(p_slope_out + o_s, i_block * BM, stride_st, n_queries, BM, D, BD, True)
@@ -111,7 +110,7 @@ def entmax_backward_queries(
             entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position, n_keys,
             D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, STAGES,
         )  # fmt: skip
-        o_d = i_batch.to(tl.int64) * stride_db + i_head.to(tl.int64) * stride_dh
+        o_d = head_offset(i_batch, i_head, stride_db, stride_dh)
         dq = tl.where((tau != tau)[:, None], float("nan"), dq * scale)
         store_rows(p_dq + o_d, dq, i_block * BM, stride_dt, n_queries, BM, D, BD)
         if DALPHA:
@@ -219,8 +218,8 @@ def entmax_backward_keys(
         groups = heads // repeat
         i_batch, i_group = i_bg // groups, i_bg % groups
         key = i_key_block * BM + tl.arange(0, BM)
-        o_k = i_batch.to(tl.int64) * stride_kb + i_group.to(tl.int64) * stride_kh
-        o_v = i_batch.to(tl.int64) * stride_vb + i_group.to(tl.int64) * stride_vh
+        o_k = head_offset(i_batch, i_group, stride_kb, stride_kh)
+        o_v = head_offset(i_batch, i_group, stride_vb, stride_vh)
         k = load_rows(p_k + o_k, i_key_block * BM, stride_kt, n_keys, BM, D, BD, True)
         v = load_rows(p_v + o_v, i_key_block * BM, stride_vt, n_keys, BM, D, BD, True)
         p_block = p_blocks + i_batch * batch_step * n_blocks * FIELDS
@@ -236,14 +235,9 @@ def entmax_backward_keys(
                 capacity,
                 BM, LIST_CHUNK, FIELDS,
             )  # fmt: skip
-            alpha = tl.load(p_alpha + i_head)
-            beta = 1 / (alpha - 1)
-            z_scale = (alpha - 1) * scale
-            slope = 0.0
-            if BIAS:
-                slope = tl.load(p_slopes + i_head) / scale
-            o_q = i_batch.to(tl.int64) * stride_qb + i_head.to(tl.int64) * stride_qh
-            o_o = i_batch.to(tl.int64) * stride_ob + i_head.to(tl.int64) * stride_oh
+            alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+            o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
+            o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
             dk, dv, broken = key_gradient_tiles(
                 k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                 p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list, 1, n_inner, dk, dv, broken,
@@ -258,8 +252,8 @@ def entmax_backward_keys(
                 STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # the next head overwrites the list
-        o_d = i_batch.to(tl.int64) * stride_db + i_group.to(tl.int64) * stride_dh
-        o_e = i_batch.to(tl.int64) * stride_eb + i_group.to(tl.int64) * stride_eh
+        o_d = head_offset(i_batch, i_group, stride_db, stride_dh)
+        o_e = head_offset(i_batch, i_group, stride_eb, stride_eh)
         spoil = tl.where(tl.max(broken, 0) > 0, float("nan"), 0.0)
         dk, dv = dk * scale + spoil, dv + spoil
         store_rows(p_dk + o_d, dk, i_key_block * BM, stride_dt, n_keys, BM, D, BD)

@@ -7,11 +7,14 @@ from kernels.threshold import newton_step, norm_and_slope, step_limit, support_d
 from kernels.tiles import (
     LENGTHS,
     flag_listed,
+    head_offset,
+    head_scales,
     keep_marked,
     list_row_tiles,
     listed_scores,
     load_rows,
     mark_listed,
+    query_task,
     store_live_bits,
 )
 
@@ -59,26 +62,15 @@ def entmax_refine(
     p_marks += i_program * (capacity // 32 + 2)
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
-        i_bh, i_block = task // n_blocks, n_blocks - 1 - task % n_blocks
-        i_batch, i_head = i_bh // heads, i_bh % heads
-        row = i_block * BM + tl.arange(0, BM)
-        inside = row < n_queries
-        p_block = p_blocks + (i_batch * batch_step * n_blocks + i_block) * FIELDS
+        i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
+            task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM, FIELDS
+        )
         tile_lo, tile_hi = tl.load(p_block), tl.load(p_block + 1)
         inner_lo, inner_hi = tl.load(p_block + 2), tl.load(p_block + 3)
-        position = row + tl.load(p_block + 4)
-        o_row = i_batch * batch_step * n_queries + row
-        first = tl.load(p_rows + o_row, mask=inside, other=0)
-        end = tl.load(p_rows + stride_rows + o_row, mask=inside, other=0)
 
-        alpha = tl.load(p_alpha + i_head)
-        beta = 1 / (alpha - 1)
-        z_scale = (alpha - 1) * scale
-        slope = 0.0
-        if BIAS:
-            slope = tl.load(p_slopes + i_head) / scale
-        o_k = i_batch.to(tl.int64) * stride_kb + (i_head // repeat).to(tl.int64) * stride_kh
-        o_q = i_batch.to(tl.int64) * stride_qb + i_head.to(tl.int64) * stride_qh
+        alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+        o_k = head_offset(i_batch, i_head // repeat, stride_kb, stride_kh)
+        o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
         q = load_rows(p_q + o_q, i_block * BM, stride_qt, n_queries, BM, D, BD, True)  # [BM, BD]
 
         o_bh = i_bh.to(tl.int64) * n_queries

@@ -7,11 +7,14 @@ from kernels.threshold import curved_step, lane_sums, norm_and_slope, support_di
 from kernels.tiles import (
     LENGTHS,
     flag_listed,
+    head_offset,
+    head_scales,
     keep_marked,
     list_row_tiles,
     listed_scores,
     load_rows,
     mark_listed,
+    query_task,
     store_live_bits,
     store_rows,
 )
@@ -68,27 +71,16 @@ def entmax_sum(
     p_marks += i_program * (capacity // 32 + 2)
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
-        i_bh, i_block = task // n_blocks, n_blocks - 1 - task % n_blocks
-        i_batch, i_head = i_bh // heads, i_bh % heads
-        row = i_block * BM + tl.arange(0, BM)
-        inside = row < n_queries
-        p_block = p_blocks + (i_batch * batch_step * n_blocks + i_block) * FIELDS
+        i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
+            task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM, FIELDS
+        )
         tile_lo, tile_hi = tl.load(p_block), tl.load(p_block + 1)
         inner_lo, inner_hi = tl.load(p_block + 2), tl.load(p_block + 3)
-        position = row + tl.load(p_block + 4)
-        o_row = i_batch * batch_step * n_queries + row
-        first = tl.load(p_rows + o_row, mask=inside, other=0)
-        end = tl.load(p_rows + stride_rows + o_row, mask=inside, other=0)
 
-        alpha = tl.load(p_alpha + i_head)
-        beta = 1 / (alpha - 1)
-        z_scale = (alpha - 1) * scale
-        slope = 0.0
-        if BIAS:
-            slope = tl.load(p_slopes + i_head) / scale
-        o_k = i_batch.to(tl.int64) * stride_kb + (i_head // repeat).to(tl.int64) * stride_kh
-        o_v = i_batch.to(tl.int64) * stride_vb + (i_head // repeat).to(tl.int64) * stride_vh
-        o_q = i_batch.to(tl.int64) * stride_qb + i_head.to(tl.int64) * stride_qh
+        alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+        o_k = head_offset(i_batch, i_head // repeat, stride_kb, stride_kh)
+        o_v = head_offset(i_batch, i_head // repeat, stride_vb, stride_vh)
+        o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
         q = load_rows(p_q + o_q, i_block * BM, stride_qt, n_queries, BM, D, BD, True)  # [BM, BD]
 
         o_bh = i_bh.to(tl.int64) * n_queries
@@ -127,7 +119,7 @@ def entmax_sum(
             out -= (beta * step)[:, None] * slope_out
             total -= beta * step * slope_total
             slope_out = slope_out / tl.where(slope_total > 0, slope_total, 1.0)[:, None]
-            o_s = i_batch.to(tl.int64) * stride_sb + i_head.to(tl.int64) * stride_sh
+            o_s = head_offset(i_batch, i_head, stride_sb, stride_sh)
             store_rows(p_slope_out + o_s, slope_out, i_block * BM, stride_st, n_queries, BM, D, BD)
         if STATS:
             n_inner, n_edge = (
@@ -141,7 +133,7 @@ def entmax_sum(
             store_live_bits(p_flags, p_words, tile_lo, tile_hi, n_words, any_nan, p_live + i_bh, True, LIST_CHUNK)
             tl.store(p_support + o_bh + row, support, mask=inside)
         out = tl.where(nan[:, None], float("nan"), out / tl.where(total > 0, total, 1.0)[:, None])
-        o_o = i_batch.to(tl.int64) * stride_ob + i_head.to(tl.int64) * stride_oh
+        o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
         store_rows(p_out + o_o, out, i_block * BM, stride_ot, n_queries, BM, D, BD)
         tl.debug_barrier()  # the next task lists anew
         task = tl.atomic_add(p_counter, 1)

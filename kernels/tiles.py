@@ -45,6 +45,42 @@ def tile_range(first, end, sees, SIZE: tl.constexpr):
     return tile_lo, tile_hi, tl.where(none, tile_lo, inner_lo), tl.where(none, tile_lo, inner_hi)
 
 
+@triton.jit
+def query_task(
+    task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM: tl.constexpr, FIELDS: tl.constexpr
+):  # fmt: skip
+    """Which query tile a task is: long ones come first within a head.
+
+    Returns i_bh, i_batch, i_head, i_block; its rows, which of them are queries, their positions, first and end of their
+    keys, each [BM]; and where its fields of key_intervals' blocks stand."""
+    i_bh, i_block = task // n_blocks, n_blocks - 1 - task % n_blocks
+    i_batch, i_head = i_bh // heads, i_bh % heads
+    row = i_block * BM + tl.arange(0, BM)
+    inside = row < n_queries
+    p_block = p_blocks + (i_batch * batch_step * n_blocks + i_block) * FIELDS
+    position = row + tl.load(p_block + 4)
+    o_row = i_batch * batch_step * n_queries + row
+    first = tl.load(p_rows + o_row, mask=inside, other=0)
+    end = tl.load(p_rows + stride_rows + o_row, mask=inside, other=0)
+    return i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block
+
+
+@triton.jit
+def head_scales(p_alpha, p_slopes, i_head, scale, BIAS: tl.constexpr):
+    """alpha, beta, the factor from q k to z, and the ALiBi slope in units of q k (0 without BIAS) of a head."""
+    alpha = tl.load(p_alpha + i_head)
+    slope = 0.0
+    if BIAS:
+        slope = tl.load(p_slopes + i_head) / scale
+    return alpha, 1 / (alpha - 1), (alpha - 1) * scale, slope
+
+
+@triton.jit
+def head_offset(i_batch, i_head, stride_b, stride_h):
+    """Elements before a head of a tensor (B, H, T, D)."""
+    return i_batch.to(tl.int64) * stride_b + i_head.to(tl.int64) * stride_h
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def key_intervals(
     p_cu_seqlens,
