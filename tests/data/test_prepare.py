@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data import encoding
 from data.corpora import Document
@@ -259,6 +260,23 @@ def test_source_tree_yaml_with_one_package(tmp_path: Path) -> None:
     settings += ["--heldout_groups=[networkx/drawing]", "--tokenizer.vocab_size=1000", "--workers=1"]
     main([f"--config={CONFIGS / 'prepare_source_tree.yaml'}", f"--output={tmp_path / 'tree'}", *settings])
     assert TokenStore(tmp_path / "tree" / "heldout").num_documents > 2
+
+
+def test_linux_yaml_on_a_stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load((CONFIGS / "prepare_linux.yaml").read_text())
+    by_name = {Path(path).name: path for path in config["corpus"]["init_args"]["paths"]}
+    groups = ["/".join((by_name[group.split("/")[0]], group.split("/")[1])) for group in config["heldout_groups"]]
+    for folder in [*groups, *(f"{path}/other" for path in by_name.values())]:
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("a.c", "b.h", "Makefile"):
+            (tmp_path / folder / name).write_text(f"/* {folder} {name} */\nint x;\n")
+    monkeypatch.chdir(tmp_path)
+    settings = [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--output=out", "--workers=1"]
+    main([f"--config={CONFIGS / 'prepare_linux.yaml'}", *settings])
+    tokenizer, heldout = Tokenizer(tmp_path / "out" / "tokenizer.model"), TokenStore(tmp_path / "out" / "heldout")
+    texts = {tokenizer.decode(heldout.document(i).tolist()) for i in range(heldout.num_documents)}
+    assert texts == {"".join(f"/* {one} {name} */\nint x;\n" for name in ("a.c", "b.h")) for one in groups}
+    assert TokenStore(tmp_path / "out" / "train").num_documents == len(by_name)
 
 
 def write_hub_folder(folder: Path, file_name: str, rows: list[dict[str, object]], config: str) -> None:
