@@ -10,17 +10,18 @@ pairs of query and key that is (predicted), and what share the thresholds keep o
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
 from data.store import TokenStore
+from eval.options import check_least, config_of, run_command
 from eval.run import Subject, check_tokenizer, choose_autocast, choose_device
 from eval.scoring import Runtime
 from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint
@@ -52,23 +53,18 @@ class CalibrationConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in {"samples": 1, "length": 128, "measured": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, {"samples": 1, "length": 128, "measured": 0, "seed": 0})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-    try:
-        options = _parser().parse_args(None if arguments is None else list(arguments))
-        config = CalibrationConfig(**{one.name: options[one.name] for one in fields(CalibrationConfig)})
-        for line in calibrate(options.run, Path(options.data), Path(options.output), config):
-            print(line)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        config = config_of(CalibrationConfig, options)
+        return calibrate(options.run, Path(options.data), Path(options.output), config)
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eval.options import check_least
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -72,7 +74,4 @@ class EvalConfig:
             "needle_tokens": 1, "needle_depths": 2, "needle_digits": 1, "needle_count": 2, "profile_documents": 1,
             "profile_queries": 1, "sink_tokens": 1, "bootstrap_samples": 100, "row_tokens": 1, "base_length": 8,
         }  # fmt: skip
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, smallest)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eval.config import EvalConfig
+from eval.options import check_least
 from model.policies.families import FAMILIES
 from model.policies.policy import Phase
 
@@ -63,9 +64,7 @@ class FrontierConfig:
             raise ValueError(f"policies is {self.policies}: expected some of {', '.join(FAMILIES)}")
         if not self.densities or any(not 0 < density <= 1 for density in self.densities):
             raise ValueError(f"densities is {self.densities}: expected shares in (0, 1]; 1 is dense")
-        for name, least in {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1}.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1})
         self.shared()
 
     def shared(self) -> EvalConfig:

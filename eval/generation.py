@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.options import check_least
 from model.incremental import extend, make_cache, prefill
 from model.transformer import Transformer
 
@@ -54,10 +55,7 @@ class GenerationOptions:
             "max_new_tokens": 1, "top_k": 0, "seed": 0, "vocab_size": 1, "max_prompt_tokens": 1, "chunk_tokens": 1,
             "batch_tokens": 1,
         }  # fmt: skip
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, smallest)
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature is {self.temperature}: expected 0 (the likeliest token) or more")
         if not 0 < self.top_p <= 1:

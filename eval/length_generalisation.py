@@ -14,17 +14,18 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from data.length_generalisation import Task, TaskConfig, split_seed
 from eval import provenance
 from eval.length_report import LengthResult, RunResult, Study, result_rows, summary_lines, write_report
+from eval.options import check_least, config_of, run_command
 from eval.results import result_key, write_json
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Context, LanguageModel, Runtime, score
@@ -59,23 +60,18 @@ class LengthConfig:
     def __post_init__(self) -> None:
         if not self.lengths or self.lengths != sorted(set(self.lengths)) or self.lengths[0] <= 0:
             raise ValueError(f"lengths is {self.lengths}: expected different multiples in rising order such as 1 2 4 8")
-        for name, least in {"samples": 1, "seed": 0, "row_tokens": 1}.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, {"samples": 1, "seed": 0, "row_tokens": 1})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = _parser().parse_args(arguments)
-        config = LengthConfig(**{field.name: options[field.name] for field in fields(LengthConfig)})
-        for line in evaluate(options.runs, Path(options.output), config, wandb_config(options), arguments):
-            print(line)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        config = config_of(LengthConfig, options)
+        return evaluate(options.runs, Path(options.output), config, wandb_config(options), given)
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

@@ -13,15 +13,16 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
+from eval.options import check_least, config_of, run_command
 from eval.ruler_files import FORMAT, MANIFEST, PARTIAL, is_whole, write_manifest, write_samples
 from eval.ruler_tasks import NOT_BUILT, RULER_TASKS, Draft, Material, Recipe
 from eval.short_tasks import data_folder, squad_rows
@@ -58,23 +59,18 @@ class RulerConfig:
             raise ValueError(f"tasks is {self.tasks}: expected different ones of {', '.join(RULER_TASKS)}")
         if not self.lengths or self.lengths != sorted(set(self.lengths)) or self.lengths[0] < SHORTEST:
             raise ValueError(f"lengths is {self.lengths}: expected rising numbers of tokens from {SHORTEST} on")
-        for name, least in {"samples": 1, "seed": 0}.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, {"samples": 1, "seed": 0})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-    try:
-        options = _parser().parse_args(None if arguments is None else list(arguments))
-        config = RulerConfig(**{field.name: options[field.name] for field in fields(RulerConfig)})
-        essays = None if options.essays is None else Path(options.essays)
-        for line in build(find_tokenizer(Path(options.tokenizer)), essays, config, Path(options.output)):
-            print(line)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        config, tokenizer = config_of(RulerConfig, options), find_tokenizer(Path(options.tokenizer))
+        return build(tokenizer, None if options.essays is None else Path(options.essays), config, Path(options.output))
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

@@ -4,12 +4,12 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from data.store import TokenStore
@@ -21,6 +21,7 @@ from eval.config import EvalConfig
 from eval.metrics import Series, read_metrics
 from eval.multi_needle import MultiNeedleSample, build_multi_samples, measure_multi_needles
 from eval.needle import NeedleSample, build_samples, measure_needles
+from eval.options import config_of, run_command
 from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity, plan_perplexity
 from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement
@@ -63,17 +64,13 @@ class HeldOut:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = _parser().parse_args(arguments)
-        config = EvalConfig(**{field.name: options[field.name] for field in fields(EvalConfig)})
-        wandb = wandb_config(options)
-        for line in evaluate(options.runs, Path(options.data), Path(options.output), config, wandb, arguments):
-            print(line)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        config, wandb = config_of(EvalConfig, options), wandb_config(options)
+        return evaluate(options.runs, Path(options.data), Path(options.output), config, wandb, given)
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

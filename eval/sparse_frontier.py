@@ -12,33 +12,30 @@ scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as eval
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from eval import provenance
 from eval.frontier_config import FrontierConfig, Study
 from eval.frontier_measure import Measuring
 from eval.frontier_report import summary_lines, write_report
+from eval.options import config_of, run_command
 from eval.run import Subject, choose_device, find_subjects, open_held_out
 from model.version import code_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = _parser().parse_args(arguments)
-        config = FrontierConfig(**{field.name: options[field.name] for field in fields(FrontierConfig)})
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
         folders = (Path(options.data), Path(options.output))
-        for line in evaluate(options.softmax, options.entmax, *folders, config, arguments):
-            print(line)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return evaluate(options.softmax, options.entmax, *folders, config_of(FrontierConfig, options), given)
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eval.options import check_least
+
 OFFLINE, HUB = "offline", "hub"
 
 
@@ -51,7 +53,4 @@ class TasksConfig:
             "limit": 1, "fewshot": 0, "max_length": 2, "seed": 0, "bootstrap_samples": 100, "row_tokens": 1,
             "batch_tokens": 1,
         }  # fmt: skip
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: expected at least {least}")
+        check_least(self, smallest)

@@ -13,18 +13,17 @@ in OUTPUT/results and reused; the same command gives the same numbers.
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from eval.options import config_of, run_command
 from eval.task_config import TasksConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
@@ -33,15 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = str(error.name).split(".")[0]
         print(f"error: {package} is not installed: pip install -r requirements-eval.txt", file=sys.stderr)
         return 2
-    try:
-        options = _parser().parse_args(arguments)
-        config = TasksConfig(**{field.name: options[field.name] for field in fields(TasksConfig)})
-        for line in evaluate(options.runs, Path(options.output), config, arguments):
-            print(line)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        return evaluate(options.runs, Path(options.output), config_of(TasksConfig, options), given)
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

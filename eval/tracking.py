@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from eval import provenance
 from eval.document import Picture
+from eval.options import config_of
 from model.redaction import redact, redact_config
 
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ def add_wandb_arguments(parser: ArgumentParser) -> None:
 
 
 def wandb_config(options: Namespace) -> WandbConfig:
-    return WandbConfig(**{field.name: options.wandb[field.name] for field in fields(WandbConfig)})
+    return config_of(WandbConfig, options.wandb)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from eval.config import EvalConfig
 from eval.metrics import read_metrics
+from eval.options import config_of, run_command
 from eval.run import evaluate
 from eval.tracking import add_wandb_arguments, wandb_config
 from model.version import code_version
@@ -73,24 +74,21 @@ class Stopped(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 after one "error:" line; 75 when training was interrupted and can be continued."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        own, options = split(arguments)
+
+    def work(given: list[str]) -> list[str]:
+        own, options = split(given)
         parsed = _parser().parse_args(own)
-        twins, measured = TwinsConfig(**parsed.twins.as_dict()), EvalConfig(**parsed.eval.as_dict())
+        twins, measured = config_of(TwinsConfig, parsed.twins), config_of(EvalConfig, parsed.eval)
         output = Path(parsed.output)
-        runs = train_twins(twins, options, output, run_training)
-        folders, report = [str(run) for run in runs], output / "report"
+        folders = [str(run) for run in train_twins(twins, options, output, run_training)]
         wandb = wandb_config(parsed)
-        for line in evaluate(folders, Path(parsed.data), report, measured, wandb, arguments, "eval.twins"):
-            print(line)
+        return evaluate(folders, Path(parsed.data), output / "report", measured, wandb, given, "eval.twins")
+
+    try:
+        return run_command(work, arguments)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return INTERRUPTED
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
