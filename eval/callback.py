@@ -27,6 +27,7 @@ from eval.scoring import Context, NotFinite, Runtime, score, shifted
 from model.transformer import Transformer
 
 LENGTHS = [1, 2, 4]
+DEFAULTS = EvalConfig()
 ATTENTION = ("support", "live_share", "entropy", "relative_entropy", "sink_share")
 
 
@@ -91,16 +92,16 @@ class HeldOutEvaluation(Callback):
         data: str | None = None,
         base_length: int | None = None,
         lengths: list[int] = LENGTHS,
-        seed: int = 0,
+        seed: int = DEFAULTS.seed,
         max_documents: int = 2,
         needle_samples: int = 1,
-        needle_tokens: int = 10240,
+        needle_tokens: int = DEFAULTS.needle_tokens,
         needle_depths: int = 3,
-        needle_digits: int = 6,
-        profile_documents: int = 1,
+        needle_digits: int = DEFAULTS.needle_digits,
+        profile_documents: int = DEFAULTS.profile_documents,
         profile_queries: int = 32,
-        sink_tokens: int = 4,
-        row_tokens: int = 8192,
+        sink_tokens: int = DEFAULTS.sink_tokens,
+        row_tokens: int = DEFAULTS.row_tokens,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps of HeldOutEvaluation is {every_n_steps}: expected at least 1")

@@ -1,13 +1,15 @@
 """Forward and backward pass of a training step as two CUDA graphs, for models so small that the host needs longer to
 launch their kernels than the GPU to run them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from training.loss import linear_cross_entropy
+
+LossSum = Callable[[dict[str, Any]], Tensor]
 
 
 def check_graphs(network: ModelConfig, *, device: torch.device, world_size: int, accumulation: int, mode: str) -> None:
@@ -41,12 +43,12 @@ class GraphedLoss:
     Capturing runs the model a few times on the first batch without touching gradients. Autocast is as it was then.
 
     Args:
-        model: training.module.LanguageModule's Transformer.
-        chunk_tokens: as in training.loss.linear_cross_entropy, whose chunked form alone never waits for the host.
+        model: whose parameters get gradients.
+        loss_sum: batch -> scalar; may not wait for the device.
     """
 
-    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
-        self._step = _LossSum(model, chunk_tokens)
+    def __init__(self, model: nn.Module, loss_sum: LossSum) -> None:
+        self._step = _Step(model, loss_sum)
         self._graphed: Any = None
         self._shape = torch.Size()
 
@@ -77,15 +79,12 @@ class GraphedLoss:
         return loss_sum.clone()  # the graph's own output is overwritten by the next step
 
 
-class _LossSum(nn.Module):
-    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
+class _Step(nn.Module):
+    """loss_sum as a function of tensors, and a module, whose parameters torch then knows to be inputs."""
+
+    def __init__(self, model: nn.Module, loss_sum: LossSum) -> None:
         super().__init__()
-        self.model, self.chunk_tokens = model, chunk_tokens
+        self.model, self.loss_sum = model, loss_sum
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        hidden = self.model(tokens, None, tokens.shape[1])  # (B, T, C)
-        head: Any = self.model.head_weight
-        loss_sum, _ = linear_cross_entropy(
-            hidden.flatten(0, 1), head, labels.flatten(), backend="chunked", chunk_tokens=self.chunk_tokens
-        )
-        return loss_sum
+        return self.loss_sum(dict(tokens=tokens, labels=labels, cu_seqlens=None, max_seqlen=tokens.shape[1]))

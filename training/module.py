@@ -72,7 +72,9 @@ class LanguageModule(LightningModule):
         if activation_checkpointing not in (modes := get_args(ActivationCheckpointing)):
             raise ValueError(f"model.activation_checkpointing is {activation_checkpointing!r}: expected one of {modes}")
         self.network_config, self.optimizer_config = network, optimizer
-        self.loss_backend, self.loss_chunk_tokens = "chunked" if cuda_graphs else loss_backend, loss_chunk_tokens
+        self.loss_backend, self.loss_chunk_tokens = loss_backend, loss_chunk_tokens
+        if cuda_graphs:
+            self.loss_backend = "chunked"  # liger waits for the device
         self.model = Transformer(network)
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
         self.step_gradient_norm: Tensor | float = 0.0
@@ -81,7 +83,7 @@ class LanguageModule(LightningModule):
         self.sample_ids: list[int] = []  # global samples of the current micro-batch, on the host
         self.shards: SequenceShards | None = None
         self.checkpointing = activation_checkpointing
-        self.graphed_loss = GraphedLoss(self.model, loss_chunk_tokens) if cuda_graphs else None
+        self.graphed_loss = GraphedLoss(self.model, self.loss_sum) if cuda_graphs else None
         tile_feed_forward(self.model.layers(), mlp_tile_tokens)
         if activation_checkpointing != "none":
             checkpoint_blocks(self.model.blocks)

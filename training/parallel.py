@@ -61,6 +61,8 @@ class ElasticCheckpoints(Strategy):
     """Saves and restores weights and optimizer state by parameter name (training/state.py), so that a checkpoint fits
     any strategy and any number of processes. Lightning's own file keeps loops, schedules and the data's position."""
 
+    _engine: Engine | None = None
+
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         return True  # into engines and optimizers that exist
@@ -68,8 +70,6 @@ class ElasticCheckpoints(Strategy):
     @property
     def lightning_restore_optimizer(self) -> bool:
         return False
-
-    _engine: Engine | None = None
 
     def engine(self) -> Engine:
         """The same one for the whole run, once the network is on its device."""
