@@ -60,9 +60,12 @@ class Measuring:
         self.precision = "float32" if autocast is None else "bfloat16 autocast"
         self.entmax = subject.checkpoint.meta["model"]["attention"]["kind"] in ("entmax", "asentmax")
         self._model: Transformer | None = None
-        if config.thresholds is not None and not self.entmax:  # refuses another model's before anything is measured
+        self.ks: list[int] = []  # that bsfa was calibrated for
+        if config.thresholds is not None and not self.entmax:
             path = Path(config.thresholds)
-            load_policy(path, read_thresholds(path)[1].ks[0], self.model)
+            self.ks = read_thresholds(path)[1].ks
+            self.fingerprint_of_thresholds = file_fingerprint(path)
+            load_policy(path, self.ks[0], self.model)  # refuses another model's before anything is measured
 
     @property
     def model(self) -> Transformer:
@@ -105,9 +108,9 @@ class Measuring:
             return []
         wanted = sorted({*self.config.densities, *([own] if own else [])})
         found = [(type(policy_at(name, 1.0, 1)), name, wanted) for name in self.config.policies]
-        if self.config.thresholds is not None:
+        if self.ks:
             context = multiple * self.held_out.base_length
-            found.append((BlockSparseFlash, BSFA, list(calibrated_densities(Path(self.config.thresholds), context))))
+            found.append((BlockSparseFlash, BSFA, list(calibrated_densities(self.ks, context))))
         return found
 
     def _kept(self, what: str, method: str, phase: str, multiple: int, wanted: float | None) -> Path:
@@ -120,7 +123,7 @@ class Measuring:
         base, path = self.held_out.base_length, self.subject.checkpoint.path
         read = self.held_out.fingerprint
         if method == BSFA:
-            read += file_fingerprint(Path(str(self.config.thresholds)))
+            read += self.fingerprint_of_thresholds
         key = result_key(path, read, settings, base, kind, MEASURING)
         return self.output / "results" / f"{self.subject.label}-{what}-{method}-{phase}-{multiple}x-{key}.json"
 
@@ -180,7 +183,7 @@ class Measuring:
         """Set to the wanted density on the first context; bsfa as it was calibrated."""
         if name == BSFA:
             path = Path(str(self.config.thresholds))
-            return load_policy(path, calibrated_densities(path, tasks.context)[wanted], self.model)
+            return load_policy(path, calibrated_densities(self.ks, tasks.context)[wanted], self.model)
         text = tasks.text[0][:1]
 
         def density_of(policy: SparsePolicy) -> float:

@@ -68,11 +68,7 @@ def entmax_attention(
     heads, device = q.shape[1], q.device
     power = power_of(alpha)
     alpha = _alpha_per_head(alpha, heads, q)
-    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(f"alibi_slopes must be ({heads},), one per query head, got {tuple(alibi_slopes.shape)}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
+    scale = checked_scale(q, scale, alibi_slopes)
     backend = choose_backend(backend, BACKENDS, q, unsupported_by_triton(q))
     visible: dict[str, Any] = dict(causal=causal, cu_seqlens=cu_seqlens, kv_lens=kv_lens, window=window)
     if backend == "reference":
@@ -114,6 +110,18 @@ def unsupported_by_triton(q: Tensor) -> str | None:
     return (
         f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {q.dtype} and {q.shape[3]}"
     )
+
+
+def checked_scale(q: Tensor, scale: float | None, alibi_slopes: Tensor | None) -> float:
+    """The factor of the scores of q (B, H, Tq, D). Raises ValueError for one that is not positive and finite, and for
+    slopes that are not (H,)."""
+    heads = q.shape[1]
+    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
+        raise ValueError(f"alibi_slopes must be ({heads},), one per query head, got {tuple(alibi_slopes.shape)}")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
+    return scale
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -64,6 +64,15 @@ def block_thresholds(thresholds: Tensor, block: QueryBlock) -> Tensor:
     return thresholds[:, min(max(block.index, 0), thresholds.shape[1] - 1)]
 
 
+def kept_blocks(maxima: Tensor, thresholds: Tensor, block: QueryBlock) -> Tensor:
+    """bool (..., H, block.seen): which blocks of keys one block of queries keeps. maxima: (..., H, block.seen), the
+    largest scores; a NaN is kept, and spoils its rows. thresholds: (H, P)."""
+    limit = block_thresholds(thresholds, block)[:, None]
+    keep = ~(maxima <= limit) | (limit == -torch.inf)
+    keep[..., block.diagonal] = True
+    return keep
+
+
 def block_scores(
     q: Tensor, k: Tensor, block: QueryBlock, *, scale: float, causal: bool, alibi_slopes: Tensor | None
 ) -> Tensor:
@@ -137,11 +146,10 @@ def block_sparse_reference(
                 continue
             scores = block_scores(q[:, heads], k[:, g : g + 1], block, scale=scale, causal=causal, alibi_slopes=slopes)
             maxima = maxima_of_blocks(scores)  # [B, R, key blocks]
-            keep = torch.ones_like(maxima, dtype=torch.bool)
-            if thresholds is not None:
-                limit = block_thresholds(thresholds, block)[heads, None]
-                keep = ~(maxima <= limit) | (limit == -torch.inf)  # a NaN is kept and spoils its rows
-                keep[..., block.diagonal] = True
+            if thresholds is None:
+                keep = torch.ones_like(maxima, dtype=torch.bool)
+            else:
+                keep = kept_blocks(maxima, thresholds[heads], block)
             kept[:, heads, i, : block.seen] = keep
             gate = keep.repeat_interleave(KEY_BLOCK, -1)[..., : scores.shape[-1]]  # [B, R, keys]
             scores.masked_fill_(~gate[..., None, :], -torch.inf)

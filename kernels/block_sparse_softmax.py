@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention import check_tensors, unsupported_by_triton
+from kernels.attention import check_tensors, checked_scale, unsupported_by_triton
 from kernels.backends import choose_backend
 from kernels.block_sparse_reference import block_sparse_reference, visible_blocks
 from kernels.block_sparse_triton import block_sparse_triton
@@ -74,11 +74,7 @@ def block_sparse_softmax_attention(
             )
         if thresholds.dtype != torch.float32 or thresholds.device != q.device:
             raise ValueError(f"thresholds must be float32 on {q.device}, got {thresholds.dtype} on {thresholds.device}")
-    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(f"alibi_slopes must be ({heads},), one per query head, got {tuple(alibi_slopes.shape)}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}; put a sign into q")
+    scale = checked_scale(q, scale, alibi_slopes)
     backend = choose_backend(backend, BACKENDS, q, _unsupported(q))
     if backend == "triton":
         out, kept = block_sparse_triton(q, k, v, thresholds, scale, causal, alibi_slopes, return_stats)

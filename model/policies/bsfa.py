@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import KEY_BLOCK, QUERY_BLOCK, block_maxima, block_sparse_softmax_attention
-from kernels.block_sparse_reference import block_thresholds, diagonal_blocks, query_blocks
+from kernels.block_sparse_reference import diagonal_blocks, kept_blocks, query_blocks
 from kernels.visibility import TILE
 from model.checkpoint import model_fingerprint
 from model.policies.policy import Attended, Phase, PolicyRecord, Selection, SequenceView, SparsePolicy, use_policy
@@ -112,9 +112,7 @@ class BlockSparseFlash(SparsePolicy):
         n_blocks = -(-k.shape[1] // KEY_BLOCK)
         kept = []
         for block, maxima in block_maxima(q[None], k[None], scale=view.scale, alibi_slopes=view.alibi_slopes):
-            limit = block_thresholds(limits, block)[:, None]
-            keep = ~(maxima[0] <= limit) | (limit == -torch.inf)
-            keep[:, block.diagonal] = True
+            keep = kept_blocks(maxima[0], limits, block)
             kept.append(torch.nn.functional.pad(keep, (0, n_blocks - keep.shape[1])))
         return KeptBlocks(torch.stack(kept, 1), view.query_start)
 

@@ -1,8 +1,7 @@
 """Every policy by name, as one curve from sparse to dense."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from model.policies.bsfa import predicted_density
 from model.policies.double_p import DoubleP
@@ -12,7 +11,6 @@ from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, SnapKV
 from model.policies.sparge import SpargeAttention
-from model.policies.thresholds import read_thresholds
 from model.policies.topk import OracleTopK
 from model.policies.window import SlidingWindow, StreamingLLM
 
@@ -63,7 +61,7 @@ def policy_at(name: str, level: float, n_keys: int) -> SparsePolicy:
     return FAMILIES[name](level, n_keys)
 
 
-def calibrated_densities(path: Path, n_keys: int) -> dict[float, int]:
-    """BSFA's curve, whose points are the sets of thresholds in its file: predicted density of a text of n_keys -> k.
-    Raises as `read_thresholds`."""
-    return {predicted_density(k, n_keys): k for k in sorted(read_thresholds(path)[1].ks)}
+def calibrated_densities(ks: Sequence[int], n_keys: int) -> dict[float, int]:
+    """BSFA's curve, whose points are the sets of thresholds that were calibrated: predicted density of a text of
+    n_keys -> k."""
+    return {predicted_density(k, n_keys): k for k in sorted(ks)}
