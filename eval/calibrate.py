@@ -3,7 +3,7 @@
     python -m eval.calibrate RUN --data FOLDER --ks 8 16 32 --samples 16 --length 32768 --output thresholds.safetensors
 
 For each layer, head and block of 128 query positions, the threshold that keeps the k best of the earlier blocks of 64
-keys beside the diagonal ones, averaged over windows of the corpus's train split; several k at once. What share of the
+keys beside the diagonal ones, over windows of the corpus's train split; several k at once. What share of the
 pairs of query and key that is (predicted), and what share the thresholds keep on windows of the held-out split
 (measured), stands in the output and in the file. eval.run and eval.generate take it by --thresholds and --keep_blocks.
 """
@@ -27,7 +27,7 @@ from eval.scoring import Runtime
 from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
 from model.policies.policy import use_policy
-from model.policies.thresholds import Calibration, save_thresholds
+from model.policies.thresholds import Calibration, Estimator, save_thresholds
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class CalibrationConfig:
 
     Args:
         ks: Blocks of 64 earlier keys that each block of 128 queries shall keep.
-        samples: Windows whose thresholds are averaged.
+        samples: Windows that are looked at.
         length: Tokens of a window. None takes the checkpoint's training length.
+        estimator: "mean" averages the windows' thresholds, as in the paper; "pooled" finds the one threshold that keeps
+            k blocks on average over the windows, and comes closer to the predicted density where scores differ much
+            between texts.
         measured: Most held-out windows on which the density is measured; 0 leaves that out.
         seed: Of the choice of windows.
         device: "auto" takes CUDA where there is one, else the CPU.
@@ -47,6 +50,7 @@ class CalibrationConfig:
     ks: list[int] = field(default_factory=lambda: [8, 16, 32])
     samples: int = 16
     length: int | None = None
+    estimator: Estimator = "mean"
     measured: int = 4
     seed: int = 0
     device: str = "auto"
@@ -89,7 +93,7 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
     subject = Subject(found.path.name, found)
     loaded = load_model(found.path, device)
     length = config.length or loaded.training_length
-    collector = ThresholdCollector(config.ks, loaded.config.n_layers)
+    collector = ThresholdCollector(config.ks, loaded.config.n_layers, config.estimator)
     stores = {name: TokenStore(data / name, verify="size") for name in ("train", "heldout")}
     check_tokenizer(subject, data, stores["train"])
     runtime = Runtime(device, choose_autocast(config.precision, subject, device), length)
@@ -118,6 +122,7 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
         ks=config.ks,
         length=length,
         samples=config.samples,
+        estimator=config.estimator,
         predicted=[predicted_density(k, length) for k in config.ks],
         measured=measured or None,
     )
@@ -131,7 +136,9 @@ def table(calibration: Calibration, n_heldout: int, output: Path) -> list[str]:
         measured = "       -" if calibration.measured is None else f"{calibration.measured[i]:8.3f}"
         lines.append(f"{k:>6}  {predicted:17.3f}  {measured}")
     where = f"measured on {n_heldout} held-out windows" if n_heldout else "not measured: no held-out window"
-    lines.append(f"{output}: {calibration.length} tokens, {calibration.samples} samples; {where}")
+    lines.append(
+        f"{output}: {calibration.length} tokens, {calibration.samples} samples, {calibration.estimator}; {where}"
+    )
     return lines
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from kernels.block_sparse_reference import diagonal_blocks, kept_blocks, query_b
 from kernels.visibility import TILE
 from model.checkpoint import model_fingerprint
 from model.policies.policy import Attended, Phase, PolicyRecord, Selection, SequenceView, SparsePolicy, use_policy
-from model.policies.thresholds import read_thresholds
+from model.policies.thresholds import Estimator, read_thresholds
 from model.transformer import Transformer
 
 
@@ -30,8 +30,13 @@ def predicted_density(k: int, length: int) -> float:
 
 class ThresholdCollector(SparsePolicy):
     """Leaves attention as it is and finds the thresholds that keep the k best off-diagonal blocks, for several k, of
-    each layer, head and block of query positions: midway between the k-th and the next largest score of a block,
-    averaged over the texts seen. -inf where there are no more than k blocks.
+    each layer, head and block of query positions. -inf where there are no more than k blocks.
+
+    estimator: "mean", the paper's, is the threshold of each text, midway between its k-th and its next largest score of
+    a block, averaged over the texts. "pooled" is midway between the (k n)-th and the next largest score of the blocks
+    of all n texts together: it keeps k blocks a text on average, where a mean of thresholds keeps more, because texts
+    whose scores lie above it gain more blocks than the others lose. It holds every score of a block in CPU memory:
+    4 bytes x L x H x texts x length ** 2 / 16384.
 
     Whole blocks of queries only: fewer queries reach lower scores.
     """
@@ -39,11 +44,14 @@ class ThresholdCollector(SparsePolicy):
     name: ClassVar[str] = "bsfa_calibration"
     phases: ClassVar[frozenset[Phase]] = frozenset()
 
-    def __init__(self, ks: Sequence[int], n_layers: int) -> None:
+    def __init__(self, ks: Sequence[int], n_layers: int, estimator: Estimator) -> None:
         if not ks or min(ks) < 1 or len(set(ks)) != len(ks):
             raise ValueError(f"ks is {list(ks)}: expected different numbers of blocks of at least 1, such as 8 16 32")
-        self.ks, self.sums = list(ks), [torch.zeros(0)] * n_layers
-        self.samples = [0] * n_layers
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"estimator is {estimator!r}: expected one of {get_args(Estimator)}")
+        self.ks, self.estimator = list(ks), estimator
+        # of each layer, text and block of query positions: (H, off-diagonal blocks), or for means (ks, H)
+        self.found: list[list[list[Tensor]]] = [[] for _ in range(n_layers)]
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         raise NotImplementedError("collects thresholds, selects no keys")
@@ -51,27 +59,36 @@ class ThresholdCollector(SparsePolicy):
     def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:
         """q: (H, Tq, D), k: (G, Tk, D), a whole text. Raises ValueError for another length than before."""
         refuse_window(view)
-        columns = []
+        positions = []
         for block, maxima in block_maxima(q[None], k[None], scale=view.scale, alibi_slopes=view.alibi_slopes):
-            if block.rows.stop - block.rows.start < QUERY_BLOCK:
-                continue
-            best = maxima[0, :, : block.diagonal.start].sort(-1, descending=True).values  # [H, off-diagonal blocks]
-            enough = [best[:, n - 1 : n + 1].mean(-1) if n < best.shape[1] else None for n in self.ks]
-            endless = torch.full_like(maxima[0, :, 0], -torch.inf)
-            columns.append(torch.stack([endless if x is None else x for x in enough]))
-        found = torch.stack(columns, -1).double().cpu() if columns else torch.zeros(0)  # [ks, H, P]
-        held = self.sums[view.layer]
-        if self.samples[view.layer] and held.shape != found.shape:
-            raise ValueError(f"texts have thresholds of {tuple(held.shape)} and {tuple(found.shape)}: of one length")
-        self.sums[view.layer] = found if not self.samples[view.layer] else held + found
-        self.samples[view.layer] += 1
+            if block.rows.stop - block.rows.start == QUERY_BLOCK:
+                earlier = maxima[0, :, : block.diagonal.start]
+                positions.append((self._cut(earlier, 1) if self.estimator == "mean" else earlier.clone()).cpu())
+        texts = self.found[view.layer]
+        if texts and len(texts[0]) != len(positions):
+            raise ValueError(
+                f"texts have {len(texts[0])} and {len(positions)} whole blocks of queries: expected all of one length"
+            )
+        texts.append(positions)
+
+    def _cut(self, maxima: Tensor, n_texts: int) -> Tensor:
+        """Float32 (ks, H): midway between the (k n_texts)-th and the next largest. maxima: (H, blocks)."""
+        best = maxima.float().sort(-1, descending=True).values
+        endless = best.new_full((len(best),), -torch.inf)
+        ranks = [n * n_texts for n in self.ks]
+        return torch.stack([best[:, n - 1 : n + 1].mean(-1) if n < best.shape[1] else endless for n in ranks])
 
     def thresholds(self) -> Tensor:
         """float32 (ks, L, H, P). Raises ValueError before any text was seen."""
-        if not all(self.samples):
+        if not all(texts and texts[0] for texts in self.found):
             raise ValueError(f"no text of at least {QUERY_BLOCK} tokens was seen")
-        parts = [total / count for total, count in zip(self.sums, self.samples, strict=True)]
-        return torch.stack(parts, 1).float()
+        return torch.stack([torch.stack(self._thresholds_of(texts), -1) for texts in self.found], 1).float()
+
+    def _thresholds_of(self, texts: list[list[Tensor]]) -> list[Tensor]:
+        """(ks, H) of each block of query positions."""
+        if self.estimator == "mean":
+            return [torch.stack(position).double().mean(0) for position in zip(*texts, strict=True)]
+        return [self._cut(torch.cat(position, -1), len(texts)) for position in zip(*texts, strict=True)]
 
 
 @dataclass(frozen=True)

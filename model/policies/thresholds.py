@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -11,7 +12,8 @@ from torch import Tensor
 from kernels import KEY_BLOCK, QUERY_BLOCK
 from model.checkpoint import share
 
-FORMAT = 1
+FORMAT = 2
+Estimator = Literal["mean", "pooled"]  # of ThresholdCollector
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class Calibration:
     """What stands beside the thresholds in their file.
 
     model: fingerprint of the model they belong to (model.checkpoint.model_fingerprint). checkpoint, step: where it was.
-    ks: off-diagonal blocks that each set of thresholds keeps. length, samples: of the texts. predicted: density of each
-    k at that length. measured: on held-out text, mean over layers and heads; None where that has no such length.
+    ks: off-diagonal blocks that each set of thresholds keeps. length, samples: of the texts. estimator: how their
+    thresholds became one. predicted: density of each k at that length. measured: on held-out text, mean over layers and
+    heads; None where that has no such length.
     """
 
     model: str
@@ -29,6 +32,7 @@ class Calibration:
     ks: list[int]
     length: int
     samples: int
+    estimator: Estimator
     predicted: list[float]
     measured: list[float] | None
     query_block: int = QUERY_BLOCK

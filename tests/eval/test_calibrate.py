@@ -122,12 +122,12 @@ def test_held_out_density_is_within_5_percent_of_the_predicted(thresholds: Path)
 def test_the_table_and_the_file(run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options of a YAML file, a length off the blocks' grid, no measuring."""
     config = tmp_path / "calibrate.yaml"
-    config.write_text("ks: [1, 3]\nlength: 700\nsamples: 2\nmeasured: 0\n")
+    config.write_text("ks: [1, 3]\nlength: 700\nsamples: 2\nmeasured: 0\nestimator: pooled\n")
     path = tmp_path / "deep" / "thresholds.safetensors"
     assert eval.calibrate.main(options(run, texts, path, "--config", config)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r" +1 +0\.\d{3} +-", lines[1]) and re.fullmatch(r" +3 +0\.\d{3} +-", lines[2])
-    assert lines[3] == f"{path}: 700 tokens, 2 samples; not measured: no held-out window"
+    assert lines[3] == f"{path}: 700 tokens, 2 samples, pooled; not measured: no held-out window"
     assert {name: tuple(one.shape) for name, one in load_file(path).items()} == {"thresholds": (2, 2, 4, 5)}
 
 

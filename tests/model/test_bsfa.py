@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from model.checkpoint import model_fingerprint
 from model.incremental import extend, make_cache, prefill
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, load_policy, predicted_density, use_thresholds
 from model.policies.policy import SequenceView, masked_attention, use_policy
-from model.policies.thresholds import Calibration, save_thresholds
+from model.policies.thresholds import Calibration, Estimator, save_thresholds
 from tests.model.test_transformer import make, tiny, tokens
 
 LENGTH = 700
@@ -58,7 +59,7 @@ def test_without_thresholds_the_model_is_dense() -> None:
 def test_prefill_in_chunks_decides_as_one_pass() -> None:
     model = make(tiny("softmax", "nape"))
     text = tokens(LENGTH)
-    collector = ThresholdCollector([1], 2)
+    collector = ThresholdCollector([1], 2, "mean")
     with use_policy(model, collector), torch.no_grad():
         model(tokens(640))
     policy = policy_of(collector.thresholds()[0])
@@ -91,14 +92,15 @@ def test_attends_and_counts_as_the_masked_definition(
         assert torch.equal(getattr(ours, field), getattr(truth, field)), field
 
 
+@pytest.mark.parametrize("estimator", ["mean", "pooled"])
 @pytest.mark.parametrize("length", [640, 700, 1024])
-def test_calibrated_on_one_text_it_keeps_exactly_k(length: int) -> None:
+def test_calibrated_on_one_text_it_keeps_exactly_k(length: int, estimator: Estimator) -> None:
     """Of every whole block of queries; the density is then the predicted one (700: the last block, of 60 queries, has
     the threshold of a whole one)."""
     ks = [1, 3, 5]
     q, k, v = draw(4, length, 0), draw(2, length, 1), draw(2, length, 2)
     view = view_of(length, length, SLOPES)
-    collector = ThresholdCollector(ks, 1)
+    collector = ThresholdCollector(ks, 1, estimator)
     collector.observe(q, k, view)
     thresholds = collector.thresholds()
     assert thresholds.shape == (3, 1, 4, length // 128)
@@ -124,24 +126,41 @@ def test_predicted_density_counts_pairs() -> None:
 def test_averages_over_texts() -> None:
     found = []
     for seeds in ([0], [5], [0, 5]):
-        collector = ThresholdCollector([2], 1)
+        collector = ThresholdCollector([2], 1, "mean")
         for seed in seeds:
             collector.observe(draw(4, 512, seed), draw(2, 512, seed + 1), view_of(512, 512))
         found.append(collector.thresholds())
     torch.testing.assert_close(found[2], (found[0] + found[1]) / 2)
     assert (found[0][..., :2] == -torch.inf).all() and found[0][..., 2:].isfinite().all()
-    with pytest.raises(ValueError, match="of one length"):
+    with pytest.raises(ValueError, match="4 and 5 whole blocks of queries: expected all of one length"):
         collector.observe(draw(4, 640, 0), draw(2, 640, 1), view_of(640, 640))
+
+
+def test_pooled_thresholds_keep_k_blocks_on_average() -> None:
+    """Of texts that differ in how large their scores are, where the mean threshold keeps more."""
+    texts = [(scale * draw(4, 1024, seed), draw(2, 1024, seed + 1)) for seed, scale in ((0, 0.5), (2, 1.0), (4, 4.0))]
+    kept: dict[str, Tensor] = {}
+    for estimator in get_args(Estimator):
+        collector = ThresholdCollector([3], 1, estimator)
+        for q, k in texts:
+            collector.observe(q, k, view_of(1024, 1024))
+        policy = policy_of(collector.thresholds()[0])
+        selections = [policy.select(q, k, view_of(1024, 1024)).blocks for q, k in texts]  # type: ignore[attr-defined]
+        kept[estimator] = torch.stack([one[:, i, : 2 * i].sum(-1) for one in selections for i in range(4, 8)])
+    assert torch.equal(kept["pooled"].unflatten(0, (3, 4)).sum(0), torch.full((4, 4), 9))
+    assert kept["mean"].float().mean() > 3
 
 
 def test_what_cannot_be_collected_is_an_error() -> None:
     for ks in ([], [0], [2, 2]):
         with pytest.raises(ValueError, match="expected different numbers of blocks"):
-            ThresholdCollector(ks, 1)
+            ThresholdCollector(ks, 1, "mean")
+    with pytest.raises(ValueError, match="estimator is 'median': expected one of"):
+        ThresholdCollector([1], 1, "median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no text of at least 128 tokens"):
-        ThresholdCollector([1], 1).thresholds()
+        ThresholdCollector([1], 1, "mean").thresholds()
     view = dataclasses.replace(view_of(200, 200), window=50)
-    for policy in (ThresholdCollector([1], 1), policy_of(torch.zeros(1, 4, 1))):
+    for policy in (ThresholdCollector([1], 1, "mean"), policy_of(torch.zeros(1, 4, 1))):
         with pytest.raises(ValueError, match="no sliding window, and this model has one of 50 tokens"):
             (policy.observe if isinstance(policy, ThresholdCollector) else policy.select)(
                 draw(4, 200, 0), draw(2, 200, 1), view
@@ -152,7 +171,7 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
     model, other = make(tiny("softmax")), make(tiny("softmax"), seed=1)
     path = tmp_path / "deep" / "thresholds.safetensors"
     thresholds = torch.randn(2, 2, 4, 5)
-    calibration = Calibration(model_fingerprint(model), "runs/x", 7, [4, 8], 640, 16, [0.3, 0.5], None)
+    calibration = Calibration(model_fingerprint(model), "runs/x", 7, [4, 8], 640, 16, "pooled", [0.3, 0.5], None)
     save_thresholds(path, thresholds, calibration)
     policy = load_policy(path, 8, model)
     assert torch.equal(policy.thresholds, thresholds[1]) and "k=8" in str(policy)
@@ -172,7 +191,7 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no thresholds of eval.calibrate"):
         load_policy(tmp_path / "broken", 4, model)
     save_thresholds(path, thresholds, dataclasses.replace(calibration, key_block=128))
-    with pytest.raises(ValueError, match=r"format and blocks \(1, 128, 128\), expected \(1, 128, 64\)"):
+    with pytest.raises(ValueError, match=r"format and blocks \(2, 128, 128\), expected \(2, 128, 64\)"):
         load_policy(path, 4, model)
 
 
