@@ -14,7 +14,7 @@ from kernels import entmax_attention
 from tests.kernels.conftest import ALPHAS, CASES, DOCUMENTS, HEADS, SLOPES, Case
 
 ROOT = Path(__file__).parents[2]
-FAST_BACKENDS = ["torch"]  # that take float64; test_triton.py has the Triton kernels
+FAST_BACKENDS = ["torch"]  # that take float64; test_triton_accuracy.py has the Triton kernels
 case_parameters = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
