@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from eval.config import EvalConfig
 from eval.options import check_least
+from eval.ruler_tasks import RULER_TASKS
 from model.policies.families import FAMILIES
 from model.policies.policy import Phase
 
@@ -20,6 +21,9 @@ class FrontierConfig:
         densities: Shares of the visible keys that each policy is set to keep, besides the entmax model's own.
         thresholds: File of eval.calibrate for the softmax checkpoint: adds the policy bsfa at the density of each of
             its ks.
+        ruler: Folder of python -m eval.ruler: adds its samples whose length is that of a measured context.
+        ruler_tasks: Names of eval.ruler_tasks.RULER_TASKS; empty for all that the folder has.
+        ruler_samples: Most samples of each RULER task and length, the first ones; None for all.
         lengths: Context lengths to measure, as multiples of the training length; each divides the next.
         base_length: Length in tokens that counts as 1x. None takes the checkpoints' training length.
         device: "auto" takes CUDA where there is one, else the CPU.
@@ -41,6 +45,9 @@ class FrontierConfig:
     policies: list[str] = field(default_factory=lambda: list(FAMILIES))
     densities: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.25, 0.5])
     thresholds: str | None = None
+    ruler: str | None = None
+    ruler_tasks: list[str] = field(default_factory=list)
+    ruler_samples: int | None = None
     lengths: list[int] = field(default_factory=lambda: [1, 4])
     base_length: int | None = None
     device: str = "auto"
@@ -64,7 +71,15 @@ class FrontierConfig:
             raise ValueError(f"policies is {self.policies}: expected some of {', '.join(FAMILIES)}")
         if not self.densities or any(not 0 < density <= 1 for density in self.densities):
             raise ValueError(f"densities is {self.densities}: expected shares in (0, 1]; 1 is dense")
-        check_least(self, {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1})
+        strange = [name for name in self.ruler_tasks if name not in RULER_TASKS]
+        if strange or len(set(self.ruler_tasks)) < len(self.ruler_tasks):
+            raise ValueError(f"ruler_tasks is {self.ruler_tasks}: expected different ones of {', '.join(RULER_TASKS)}")
+        if self.ruler is None and (self.ruler_tasks or self.ruler_samples is not None):
+            raise ValueError(
+                f"ruler_tasks is {self.ruler_tasks} and ruler_samples is {self.ruler_samples}, but ruler is not set: "
+                "build RULER with python -m eval.ruler and pass its folder with --ruler"
+            )
+        check_least(self, {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1, "ruler_samples": 1})
         self.shared()
 
     def shared(self) -> EvalConfig:
@@ -115,6 +130,34 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class RulerCell:
+    """One RULER task under the attention of a Cell; what is not described here is as there.
+
+    Args:
+        sha256: Of the frozen file.
+        density: Share of the visible keys that was read on these samples, in the phase; mean over layers and heads.
+        scores: RULER's score of each sample, in [0, 1].
+        texts: The answers, each up to where it holds all that was asked for.
+    """
+
+    label: str
+    method: str
+    phase: Phase
+    multiple: int
+    context: int
+    wanted: float | None
+    policy: str
+    task: str
+    sha256: str
+    density: float
+    scores: list[float]
+    texts: list[str]
+    hardware: str
+    date: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PrefillTime:
     """Time to the first token of a prompt: seconds of each timed run, after an untimed one. Others as in Cell."""
 
@@ -131,6 +174,7 @@ class Study:
     """All cells of one comparison, and where the numbers come from. settings: FrontierConfig as a mapping."""
 
     cells: list[Cell]
+    ruler: list[RulerCell]
     times: list[PrefillTime]
     settings: dict[str, Any]
     base_length: int

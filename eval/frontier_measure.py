@@ -12,9 +12,11 @@ import torch
 from tqdm import tqdm
 
 from eval import provenance
-from eval.frontier_config import PHASES, Cell, FrontierConfig, PrefillTime
+from eval.frontier_config import PHASES, Cell, FrontierConfig, PrefillTime, RulerCell
+from eval.frontier_ruler import write_answers
 from eval.frontier_tasks import Scorer, Tasks, entmax_density, make_tasks, set_density, time_prefill
 from eval.results import result_key, write_json
+from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_autocast, file_fingerprint
 from eval.scoring import Runtime, Scores
 from model.checkpoint import load_model
@@ -28,6 +30,8 @@ MEASURING = (
     "eval/frontier_measure.py", "eval/frontier_tasks.py", "eval/multi_needle.py", "eval/needle.py",
     "eval/perplexity.py", "eval/scoring.py",
 )  # fmt: skip
+# RULER's results apart, so that a change of its code leaves the others
+RULER_MEASURING = (*MEASURING, "eval/frontier_ruler.py", "eval/generation.py", "eval/ruler_tasks.py")
 
 BSFA = BlockSparseFlash.name
 
@@ -60,6 +64,7 @@ class Measuring:
         self.precision = "float32" if autocast is None else "bfloat16 autocast"
         self.entmax = subject.checkpoint.meta["model"]["attention"]["kind"] in ("entmax", "asentmax")
         self._model: Transformer | None = None
+        self._found: dict[tuple[str, Phase, int, float], SparsePolicy] = {}
         self.ks: list[int] = []  # that bsfa was calibrated for
         if config.thresholds is not None and not self.entmax:
             path = Path(config.thresholds)
@@ -92,6 +97,10 @@ class Measuring:
             for wanted in densities
         ]
 
+    def on_ruler(self, cells: Sequence[Cell], sets: Sequence[FrozenTask]) -> list[RulerCell]:
+        """The files of each cell's length under its attention. cells: of this checkpoint."""
+        return [self._ruler_cell(cell, one) for cell in cells for one in sets if one.length == cell.context]
+
     def times(self, own: Mapping[tuple[Phase, int], float]) -> list[PrefillTime]:
         """Of the model as it is, and of policies whose attention skips what it does not keep."""
         found = []
@@ -113,8 +122,19 @@ class Measuring:
             found.append((BlockSparseFlash, BSFA, list(calibrated_densities(self.ks, context))))
         return found
 
-    def _kept(self, what: str, method: str, phase: str, multiple: int, wanted: float | None) -> Path:
-        left_out = {"policies", "densities", "lengths", "bootstrap_samples", "thresholds"}
+    def _kept(
+        self,
+        what: str,
+        method: str,
+        phase: str,
+        multiple: int,
+        wanted: float | None,
+        frozen: FrozenTask | None = None,
+    ) -> Path:
+        left_out = {
+            "policies", "densities", "lengths", "bootstrap_samples", "thresholds", "ruler", "ruler_tasks",
+            "ruler_samples",
+        }  # fmt: skip
         config = {name: value for name, value in asdict(self.config).items() if name not in left_out}
         # the longest length decides which documents and windows are scored
         config["longest"] = self.held_out.plan.multiples[-1]
@@ -124,7 +144,9 @@ class Measuring:
         read = self.held_out.fingerprint
         if method == BSFA:
             read += self.fingerprint_of_thresholds
-        key = result_key(path, read, settings, base, kind, MEASURING)
+        if frozen is not None:
+            read += f"{frozen.sha256}:{len(frozen.samples)}"
+        key = result_key(path, read, settings, base, kind, MEASURING if frozen is None else RULER_MEASURING)
         return self.output / "results" / f"{self.subject.label}-{what}-{method}-{phase}-{multiple}x-{key}.json"
 
     def _cell(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
@@ -141,8 +163,7 @@ class Measuring:
     def _measure(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
         started = time.monotonic()
         tasks = make_tasks(self.held_out, multiple, phase, self.config.decode_tokens)
-        label = f"{self.subject.label}: {method}" + (f" at {wanted:g}" if wanted else "") + f", {phase}, {multiple}x"
-        scorer = Scorer(self.model, phase, self.runtime, self.config.chunk_tokens, label)
+        scorer = self._scorer(method, phase, multiple, wanted)
         policy = None if wanted is None else self._policy(method, scorer, tasks, wanted)
         scores, record = scorer([context for windows in tasks.text for context in windows], policy)
         of_document = [index for index, windows in enumerate(tasks.text) for _ in windows]
@@ -179,8 +200,40 @@ class Measuring:
             seconds=round(time.monotonic() - started, 2),
         )
 
+    def _ruler_cell(self, cell: Cell, frozen: FrozenTask) -> RulerCell:
+        place = (cell.method, cell.phase, cell.multiple, cell.wanted)
+        path = self._kept(f"ruler-{frozen.task}", *place, frozen)
+        if path.is_file():
+            tqdm.write(f"reusing {path}", file=sys.stderr)
+        else:
+            started = time.monotonic()
+            scorer, policy = self._scorer(*place), None
+            if cell.wanted is not None:
+                tasks = make_tasks(self.held_out, cell.multiple, cell.phase, self.config.decode_tokens)
+                policy = self._policy(cell.method, scorer, tasks, cell.wanted)
+            answers = write_answers(scorer, self.held_out.tokenizer, frozen, policy)
+            made = RulerCell(
+                cell.label, cell.method, cell.phase, cell.multiple, cell.context, cell.wanted,
+                "" if policy is None else str(policy), frozen.task, frozen.sha256, answers.density, answers.scores,
+                answers.texts,
+                hardware=provenance.hardware(self.runtime.device), date=provenance.now(),
+                seconds=round(time.monotonic() - started, 2),
+            )  # fmt: skip
+            write_json(path, asdict(made))
+        return RulerCell(**json.loads(path.read_text()))
+
+    def _scorer(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Scorer:
+        label = f"{self.subject.label}: {method}" + (f" at {wanted:g}" if wanted else "") + f", {phase}, {multiple}x"
+        return Scorer(self.model, phase, self.runtime, self.config.chunk_tokens, label)
+
     def _policy(self, name: str, scorer: Scorer, tasks: Tasks, wanted: float) -> SparsePolicy:
-        """Set to the wanted density on the first context; bsfa as it was calibrated."""
+        """Set to the wanted density on the first context, once; bsfa as it was calibrated."""
+        key = (name, tasks.phase, tasks.context, wanted)
+        if key not in self._found:
+            self._found[key] = self._set_policy(name, scorer, tasks, wanted)
+        return self._found[key]
+
+    def _set_policy(self, name: str, scorer: Scorer, tasks: Tasks, wanted: float) -> SparsePolicy:
         if name == BSFA:
             path = Path(str(self.config.thresholds))
             return load_policy(path, calibrated_densities(self.ks, tasks.context)[wanted], self.model)

@@ -9,20 +9,15 @@ import numpy as np
 
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.frontier_config import PHASES, Cell, PrefillTime, Study
+from eval.frontier_names import AS_THEY_ARE, density_text, method_name
 from eval.frontier_plots import Panel, Point, density_maps, over_density
+from eval.frontier_ruler_report import RulerSummary, ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.frontier_tasks import CLOSE
 from eval.report import interval_text, percent_text
 from eval.results import write_json
 from eval.statistics import Interval, bootstrap_paired, bootstrap_ratio, wilson
 
 TITLE = "Sparse attention: trained or pruned"
-AS_THEY_ARE = ("dense", "entmax")
-NAMES = {
-    "dense": "softmax, dense", "entmax": "entmax", "window": "sliding window", "streaming_llm": "StreamingLLM",
-    "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
-    "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "snapkv": "SnapKV",
-    "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P", "bsfa": "BSFA",
-}  # fmt: skip
 ACTS = {
     "prefill": "Policies act on every token of the contexts, questions included. Vertical-Slash and FlexPrefill choose "
     "for all tokens from the last queries of a context, which have seen all of it.",
@@ -86,7 +81,7 @@ def _share(count: int, trials: int) -> Interval | None:
 def write_report(study: Study, output: Path) -> Path:
     """Writes sparse_frontier.md, .html, .json and plots into `output`; returns the HTML page's path."""
     output.mkdir(parents=True, exist_ok=True)
-    summaries = summarise(study)
+    summaries, ruler = summarise(study), summarise_ruler(study)
     page = output / "sparse_frontier.html"
     blocks: list[Block] = [
         Heading(TITLE, 1),
@@ -100,12 +95,21 @@ def write_report(study: Study, output: Path) -> Path:
         ),
     ]
     for phase in PHASES:
-        blocks += _phase(study, [one for one in summaries if one.cell.phase == phase], phase, output)
+        of_phase = [one for one in summaries if one.cell.phase == phase]
+        blocks += _phase(of_phase, [one for one in ruler if one.phase == phase], phase, output)
     blocks += [*_times(study.times), *_method(study)]
     page.with_suffix(".md").write_text(to_markdown(blocks, output))
     page.write_text(to_html(TITLE, blocks))
-    write_json(page.with_suffix(".json"), asdict(study) | {"summaries": [_without_cell(one) for one in summaries]})
+    write_json(page.with_suffix(".json"), _as_json(study, summaries, ruler))
     return page
+
+
+def _as_json(study: Study, summaries: list[Summary], ruler: list[RulerSummary]) -> dict[str, object]:
+    """Every number; the texts that were written to RULER's samples stay in results/."""
+    raw = asdict(study)
+    raw["ruler"] = [{name: value for name, value in cell.items() if name != "texts"} for cell in raw["ruler"]]
+    found = {"summaries": [_without_cell(one) for one in summaries], "ruler_summaries": [asdict(one) for one in ruler]}
+    return raw | found
 
 
 def _without_cell(summary: Summary) -> dict[str, object]:
@@ -113,13 +117,14 @@ def _without_cell(summary: Summary) -> dict[str, object]:
     return facts | {name: value for name, value in asdict(summary).items() if name != "cell"}
 
 
-def _phase(study: Study, summaries: list[Summary], phase: str, output: Path) -> list[Block]:
+def _phase(summaries: list[Summary], ruler: list[RulerSummary], phase: str, output: Path) -> list[Block]:
     blocks: list[Block] = [Heading("The prompt" if phase == "prefill" else "Decoding"), Paragraph(ACTS[phase])]
-    path = over_density(_panels(summaries), output / f"plots/{phase}_over_density.png")
-    blocks.append(Picture(path, f"Perplexity and needles over density, {phase}."))
+    path = over_density(_panels(summaries, ruler), output / f"plots/{phase}_over_density.png")
+    blocks.append(Picture(path, f"Perplexity{', RULER' if ruler else ''} and needles over density, {phase}."))
     for multiple in sorted({one.cell.multiple for one in summaries}):
         rows = [one for one in summaries if one.cell.multiple == multiple]
         blocks += [Heading(f"{rows[0].cell.context:,} tokens ({multiple}x)", 3), _table(rows)]
+    blocks += ruler_blocks(ruler, phase, output)
     path = density_maps(_maps(summaries), output / f"plots/{phase}_density_by_head.png")
     shown = (
         f"at {max(one.cell.context for one in summaries):,} tokens, each policy where it is nearest to entmax's density"
@@ -128,7 +133,7 @@ def _phase(study: Study, summaries: list[Summary], phase: str, output: Path) -> 
     return blocks
 
 
-def _panels(summaries: list[Summary]) -> list[list[Panel]]:
+def _panels(summaries: list[Summary], ruler: list[RulerSummary]) -> list[list[Panel]]:
     """A row of panels for each length."""
     rows = []
     for multiple in sorted({one.cell.multiple for one in summaries}):
@@ -139,9 +144,11 @@ def _panels(summaries: list[Summary]) -> list[list[Panel]]:
                 Panel(f"{title}: perplexity", "times dense softmax's", _points(here, "ratio", 1), log_y=True),
                 Panel(f"{title}: one needle", "value tokens right (%)", _points(here, "needles", 100)),
                 Panel(f"{title}: several needles", "value tokens right (%)", _points(here, "several", 100)),
+                ruler_panel(ruler, multiple),
             ]
         )
-    shown = [any(row[column].points for row in rows) for column in range(3)]  # short texts hold no several needles
+    # short texts hold no several needles, and RULER need not be there
+    shown = [any(row[column].points for row in rows) for column in range(len(rows[0]))]
     return [[panel for panel, keep in zip(row, shown, strict=True) if keep] for row in rows]
 
 
@@ -151,7 +158,7 @@ def _points(summaries: list[Summary], field: str, factor: float) -> list[Point]:
         interval: Interval | None = getattr(one, field)
         if interval is not None:
             scaled = interval.map(lambda value: factor * value)
-            points.append(Point(_name(one), one.cell.method, one.density, scaled))
+            points.append(Point(method_name(one.cell.method), one.cell.method, one.density, scaled))
     return points
 
 
@@ -164,7 +171,7 @@ def _maps(summaries: list[Summary]) -> dict[str, list[list[float]]]:
     for method in dict.fromkeys(["entmax", *(one.cell.method for one in here)]):
         of_method = [one for one in here if one.cell.method == method]
         nearest = min(of_method, key=lambda one: abs(math.log(one.density / entmax.density)))
-        maps[f"{_name(nearest)}: {_percent(nearest.density)}"] = nearest.cell.density
+        maps[f"{method_name(nearest.cell.method)}: {density_text(nearest.density)}"] = nearest.cell.density
     return maps
 
 
@@ -175,28 +182,19 @@ def _table(summaries: list[Summary]) -> Table:
     ]  # fmt: skip
     rows = []
     for one in summaries:
-        wanted = "" if one.cell.wanted is None else _percent(one.cell.wanted)
-        tiles = "" if one.tile_density is None else _percent(one.tile_density)
         shares = ["" if part is None else percent_text(part) for part in (one.needles, one.exact, one.several)]
         if one.chance is not None:
             shares[0] += f", without it {percent_text(one.chance)}"
         ratio = "" if one.cell.method == "dense" else interval_text(one.ratio, 3)
-        rows.append([_name(one), wanted, _percent(one.density), tiles, interval_text(one.perplexity), ratio, *shares])
+        densities = [density_text(share) for share in (one.cell.wanted, one.density, one.tile_density)]
+        rows.append([method_name(one.cell.method), *densities, interval_text(one.perplexity), ratio, *shares])
     return Table(header, rows)
-
-
-def _name(summary: Summary) -> str:
-    return NAMES.get(summary.cell.method, summary.cell.method)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _times(times: list[PrefillTime]) -> list[Block]:
     rows = []
     for one in times:
-        name = NAMES.get(one.method, one.method) + (f" at {_percent(one.wanted)}" if one.wanted else "")
+        name = method_name(one.method) + (f" at {density_text(one.wanted)}" if one.wanted else "")
         spread = f"[{1e3 * min(one.seconds):.1f}, {1e3 * max(one.seconds):.1f}]"
         rows.append([f"{one.context:,}", name, f"{1e3 * median(one.seconds):.1f} {spread}"])
     said = (
@@ -209,7 +207,7 @@ def _times(times: list[PrefillTime]) -> list[Block]:
 
 def _method(study: Study) -> list[Block]:
     settings = [
-        f"{one.context:,} tokens, {one.phase}, {_percent(one.wanted)}: {one.policy}"
+        f"{one.context:,} tokens, {one.phase}, {density_text(one.wanted)}: {one.policy}"
         for one in study.cells
         if one.wanted
     ]
@@ -241,7 +239,8 @@ def summary_lines(study: Study, page: Path) -> list[str]:
             rivals = [one for one in here if one not in shown and one.density <= (1 + CLOSE) * entmax.density]
             shown += sorted(rivals, key=lambda one: one.perplexity.value)[:1]
             cells = "; ".join(
-                f"{_name(one)} {interval_text(one.perplexity)} at {_percent(one.density)}" for one in shown
+                f"{method_name(one.cell.method)} {interval_text(one.perplexity)} at {density_text(one.density)}"
+                for one in shown
             )
             lines.append(f"{phase}, {here[0].cell.context:,} tokens, perplexity: {cells}")
-    return [*lines, f"report: {page}"]
+    return [*lines, *ruler_lines(summarise_ruler(study)), f"report: {page}"]

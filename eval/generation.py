@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.options import check_least
+from model.cache import KVCache
 from model.incremental import extend, make_cache, prefill
 from model.transformer import Transformer
 
@@ -32,6 +33,8 @@ class GenerationOptions:
             these tokens: for stop strings, which may end inside a token and be spelled by several sequences.
         vocab_size: Ids from here on are never chosen: for embeddings with more rows than the tokenizer has tokens.
         max_prompt_tokens: Longer prompts are an error; None takes any.
+        decode_last_prompt_token: Feed the last token of each prompt behind the others as new tokens are fed, so that
+            what acts on decoding (a policy of model/policies) acts on the first new token too.
         chunk_tokens: Most prompt tokens of one forward pass, which bounds the memory of activations.
         batch_tokens: Most tokens of prompts and texts, with padding, that are cached at once; a longer one has a batch
             of its own.
@@ -47,6 +50,7 @@ class GenerationOptions:
     stop_when: Callable[[Sequence[int]], bool] | None = None
     vocab_size: int | None = None
     max_prompt_tokens: int | None = None
+    decode_last_prompt_token: bool = False
     chunk_tokens: int = 8192
     batch_tokens: int = 65536
 
@@ -109,6 +113,8 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], options: Genera
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty: give at least one token, for example bos")
+        if options.decode_last_prompt_token and len(prompt) == 1:
+            raise ValueError(f"prompt {index} has one token: decode_last_prompt_token needs one before it, such as bos")
         if options.max_prompt_tokens is not None and len(prompt) > options.max_prompt_tokens:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens, max_prompt_tokens is {options.max_prompt_tokens}: shorten "
@@ -170,7 +176,12 @@ class _Row:
 def _decode(model: Transformer, rows: list[_Row], options: GenerationOptions) -> Iterator[Piece]:
     """rows: longest prompt first."""
     cache = make_cache(model, len(rows), len(rows[0].prompt) + options.max_new_tokens - 1)
-    hidden = prefill(model, [row.prompt for row in rows], cache, options.chunk_tokens)  # [B, C]
+    prompts = [row.prompt for row in rows]
+    if options.decode_last_prompt_token:
+        prefill(model, [prompt[:-1] for prompt in prompts], cache, options.chunk_tokens)
+        hidden = _feed(model, [prompt[-1] for prompt in prompts], cache)  # [B, C]
+    else:
+        hidden = prefill(model, prompts, cache, options.chunk_tokens)
     while True:
         tokens = _choose(model, hidden, rows, options)
         pieces = [row.add(token) for row, token in zip(rows, tokens, strict=True)]
@@ -183,8 +194,12 @@ def _decode(model: Transformer, rows: list[_Row], options: GenerationOptions) ->
                 rows.pop()
         if not rows:
             return
-        newest = torch.tensor([[row.tokens[-1]] for row in rows], device=hidden.device)
-        hidden = extend(model, newest, cache)[:, 0]
+        hidden = _feed(model, [row.tokens[-1] for row in rows], cache)
+
+
+def _feed(model: Transformer, tokens: Sequence[int], cache: KVCache) -> Tensor:
+    """Hidden states (b, C) of one more token of each of the first b rows."""
+    return extend(model, torch.tensor(tokens, device=model.embedding.weight.device)[:, None], cache)[:, 0]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.store import to_json, write_file
+from model.checkpoint import CheckpointInfo
 
 FORMAT = 1
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
@@ -65,6 +66,19 @@ def write_manifest(folder: Path, manifest: dict[str, Any], name: str) -> None:
 def is_whole(folder: Path, record: dict[str, Any]) -> bool:
     path = folder / file_name(record["task"], record["length"])
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+
+
+def check_tokenizer(folder: Path, checkpoints: Sequence[CheckpointInfo]) -> None:
+    """Raises ValueError where samples were built with another tokenizer than a checkpoint's."""
+    built = read_manifest(folder)["tokenizer"]["fingerprint"]
+    for checkpoint in checkpoints:
+        trained = checkpoint.meta["tokenizer"]["fingerprint"]
+        if trained != built:
+            raise ValueError(
+                f"--ruler {folder} was built with tokenizer {built[:12]}, but {checkpoint.path} was trained with "
+                f"{trained[:12]}, in which its lengths are other ones: python -m eval.ruler --tokenizer "
+                f"{checkpoint.path} builds it anew"
+            )
 
 
 def open_frozen(folder: Path, task: str | None, lengths: Sequence[int]) -> list[FrozenTask]:

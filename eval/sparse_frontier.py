@@ -7,7 +7,8 @@ one context) and measured there beside the softmax model as it is and the entmax
 gives weight. Policies of the
 prompt (window, MInference and the like) act on every token of the contexts; policies of decoding (Quest, SnapKV and the
 like) on the last tokens, one by one, behind a densely prefilled prompt: they are two comparisons, each with both models
-scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as eval.calibrate found it.
+scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as eval.calibrate found it, --ruler the samples
+that eval.ruler built for the lengths that are measured.
 """
 
 import sys
@@ -22,8 +23,10 @@ from eval import provenance
 from eval.frontier_config import FrontierConfig, Study
 from eval.frontier_measure import Measuring
 from eval.frontier_report import summary_lines, write_report
+from eval.frontier_ruler import open_sets
 from eval.options import config_of, run_command
-from eval.run import Subject, choose_device, find_subjects, open_held_out
+from eval.ruler_files import FrozenTask
+from eval.run import HeldOut, Subject, choose_device, find_subjects, open_held_out
 from model.version import code_version
 
 
@@ -51,9 +54,10 @@ def _parser() -> ArgumentParser:
         ("policies", str, "names of model/policies/families.py"),
         ("densities", float, "shares of the visible keys"),
         ("lengths", int, "multiples of the training length"),
+        ("ruler_tasks", str, "names of eval.ruler_tasks.RULER_TASKS; all that --ruler has if none is named"),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=kind, default=getattr(default, name), help=text)
-    parser.add_class_arguments(FrontierConfig, skip={"policies", "densities", "lengths"})
+    parser.add_class_arguments(FrontierConfig, skip={"policies", "densities", "lengths", "ruler_tasks"})
     return parser
 
 
@@ -74,17 +78,19 @@ def evaluate(
         raise ValueError(
             f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
         )
+    sets, notes = _ruler_sets(subjects, held_out, config)
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
     softmax_model, entmax_model = measuring
-    cells = entmax_model.as_they_are()
-    own = {(cell.phase, cell.multiple): round(float(np.mean(cell.density)), 4) for cell in cells}
-    times = entmax_model.times({})
+    cells_of_entmax = entmax_model.as_they_are()
+    own = {(cell.phase, cell.multiple): round(float(np.mean(cell.density)), 4) for cell in cells_of_entmax}
+    ruler_of_entmax = entmax_model.on_ruler(cells_of_entmax, sets)
+    times_of_entmax = entmax_model.times({})
     entmax_model.release()
-    cells = [*softmax_model.as_they_are(), *softmax_model.under_policies(own), *cells]
-    times = [*softmax_model.times(own), *times]
+    cells = [*softmax_model.as_they_are(), *softmax_model.under_policies(own)]
     study = Study(
-        cells=cells,
-        times=times,
+        cells=[*cells, *cells_of_entmax],
+        ruler=[*softmax_model.on_ruler(cells, sets), *ruler_of_entmax],
+        times=[*softmax_model.times(own), *times_of_entmax],
         settings=asdict(config),
         base_length=held_out.base_length,
         documents=len(held_out.plan.documents),
@@ -92,13 +98,23 @@ def evaluate(
         data=str(data),
         data_fingerprint=held_out.fingerprint,
         precision={one.subject.label: one.precision for one in measuring},
-        notes=[*held_out.plan.notes, *held_out.needle_notes],
+        notes=[*held_out.plan.notes, *held_out.needle_notes, *notes],
         code_version=code_version(),
         command=provenance.command_line(arguments, "eval.sparse_frontier"),
         hardware=provenance.hardware(device),
         date=provenance.now(),
     )
     return summary_lines(study, write_report(study, output))
+
+
+def _ruler_sets(
+    subjects: Sequence[Subject], held_out: HeldOut, config: FrontierConfig
+) -> tuple[list[FrozenTask], list[str]]:
+    if config.ruler is None:
+        return [], []
+    contexts = [multiple * held_out.base_length for multiple in held_out.plan.multiples]
+    checkpoints = [subject.checkpoint for subject in subjects]
+    return open_sets(Path(config.ruler), config.ruler_tasks, config.ruler_samples, contexts, checkpoints)
 
 
 def check_kind(subject: Subject, entmax: bool) -> None:

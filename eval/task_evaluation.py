@@ -14,7 +14,7 @@ from eval import provenance
 from eval.generate import open_tokenizer
 from eval.harness import HarnessModel
 from eval.results import result_key, write_json
-from eval.ruler_files import read_manifest
+from eval.ruler_files import check_tokenizer
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Runtime
 from eval.task_config import TasksConfig
@@ -41,7 +41,7 @@ def evaluate(runs: Sequence[str], output: Path, config: TasksConfig, arguments: 
     ruler = None if config.ruler is None else Path(config.ruler)
     tasks = load_tasks(config.tasks, config.source, ruler, config.lengths, config.limit)
     if ruler is not None and any(task.length for task in tasks):
-        _check_tokenizers(subjects, ruler)
+        check_tokenizer(ruler, [subject.checkpoint for subject in subjects])
     results = [_measure_or_reuse(subject, tasks, output, config, device) for subject in subjects]
     study = Study(
         runs=results,
@@ -53,18 +53,6 @@ def evaluate(runs: Sequence[str], output: Path, config: TasksConfig, arguments: 
         seconds=round(time.monotonic() - started, 1),
     )
     return summary_lines(study, write_report(study, output))
-
-
-def _check_tokenizers(subjects: Sequence[Subject], ruler: Path) -> None:
-    built = read_manifest(ruler)["tokenizer"]["fingerprint"]
-    for subject in subjects:
-        trained = subject.checkpoint.meta["tokenizer"]["fingerprint"]
-        if trained != built:
-            raise ValueError(
-                f"--ruler {ruler} was built with tokenizer {built[:12]}, but {subject.checkpoint.path} was trained "
-                f"with {trained[:12]}, in which its lengths are other ones: python -m eval.ruler --tokenizer "
-                f"{subject.checkpoint.path} builds it anew"
-            )
 
 
 def choose_window(config: TasksConfig, subject: Subject) -> int | None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import eval.generation
 from eval.generation import (
     Generated,
     GenerationOptions,
@@ -13,6 +14,7 @@ from eval.generation import (
     generate,
     stream,
 )
+from model.cache import KVCache
 from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
 
@@ -45,6 +47,26 @@ def test_greedy_equals_full_passes_in_batches_of_any_size(kind: str) -> None:
     assert any(len(set(one.tokens)) > 2 for one in expected)
     for options in (dict(), dict(batch_tokens=50), dict(chunk_tokens=7)):
         assert generate(model, texts, max_new_tokens=6, **options) == expected
+
+
+def test_prompts_whose_last_token_is_decoded_are_continued_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    texts = prompts(3, 40, 2, 17, 60)
+    expected = generate(model, texts, max_new_tokens=4)
+    fed: list[tuple[int, ...]] = []
+    real = eval.generation.extend
+
+    def caught(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+        fed.append(tuple(tokens.flatten().tolist()))
+        return real(model, tokens, cache)
+
+    monkeypatch.setattr(eval.generation, "extend", caught)
+    for options in (dict(), dict(batch_tokens=1), dict(chunk_tokens=7)):
+        fed.clear()
+        assert generate(model, texts, max_new_tokens=4, decode_last_prompt_token=True, **options) == expected
+        assert fed[0] == tuple(text[-1] for text in sorted(texts, key=len)[::-1])[: len(fed[0])]
+    with pytest.raises(ValueError, match="prompt 1 has one token: decode_last_prompt_token needs one before it"):
+        generate(model, [[1, 2], [1]], max_new_tokens=1, decode_last_prompt_token=True)
 
 
 def test_64_prompts_at_once_equal_one_by_one() -> None:
