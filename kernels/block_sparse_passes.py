@@ -34,12 +34,31 @@ def scores_above(x, threshold, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def list_blocks(
+def append_blocks(p_list, count, block, kept):
+    """Appends those of `block` where kept is 1, in order, to the list, which has count entries. Returns its length."""
+    tl.store(p_list + count + tl.cumsum(kept, 0) - kept, block, mask=kept != 0)
+    return count + tl.sum(kept, 0)
+
+
+@triton.jit
+def list_given(p_list, p_given, lo, hi, n_before, CHUNK: tl.constexpr):
+    """Appends the given ones of blocks [lo, hi) to the list, which has n_before entries. Returns its length. p_given:
+    a byte for each block, 1 or 0."""
+    count = n_before
+    for start in range(lo, hi, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        given = tl.load(p_given + block, mask=block < hi, other=0)
+        count = append_blocks(p_list, count, block, given.to(tl.int32))
+    return count
+
+
+@triton.jit
+def list_above(
     p_list, p_bits, q, keys, i_batch, i_group, stride_k, lo, hi, n_before, threshold, limit, slope, first, end,
     position, n_keys, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Appends the kept ones of blocks [lo, hi) to the list, which has n_before entries. Returns its length.
+    """Appends those of blocks [lo, hi) above the threshold to the list, which has n_before entries. Returns its length.
 
     threshold: [BM], in units of the raw scores; +inf for rows that do not count. limit: the same as a scalar; at -inf
     every block is kept and no score is computed. p_bits: words that get the bits of kept blocks (if STATS), zeros
@@ -58,12 +77,36 @@ def list_blocks(
                 marks |= scores_above(x, threshold, BM, BN) << m
             word = tl.reduce(tl.reduce(marks, 1, bit_or), 0, bit_or)
         kept = (word >> n) & 1
-        tl.store(p_list + count + tl.cumsum(kept, 0) - kept, start + n, mask=kept != 0)
-        count += tl.sum(kept, 0)
+        count = append_blocks(p_list, count, start + n, kept)
         if STATS:
             block = start + n
             tl.atomic_or(p_bits + block // 32, 1 << (block % 32), mask=kept != 0)
     return count
+
+
+@triton.jit
+def list_off_diagonal(
+    p_list, p_bits, q, keys, i_batch, i_group, stride_k, before, after, full, hi, threshold, limit, slope, first, end,
+    position, n_keys, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    TMA: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Lists those of blocks [0, before) and, unless CAUSAL, [after, hi) above the threshold. Returns how many of them
+    are below `full`, where all rows see them whole, and how many there are."""
+    n_full = list_above(
+        p_list, p_bits, q, keys, i_batch, i_group, stride_k, 0, before, 0, threshold, limit, slope,
+        first, end, position, n_keys, D, BD, BM, BN, TMA, BIAS, False, STATS, PRECISION, STAGES,
+    )  # fmt: skip
+    n_kept = n_full
+    if not CAUSAL:
+        n_full = list_above(
+            p_list, p_bits, q, keys, i_batch, i_group, stride_k, after, full, n_full, threshold, limit, slope,
+            first, end, position, n_keys, D, BD, BM, BN, TMA, BIAS, False, STATS, PRECISION, STAGES,
+        )  # fmt: skip
+        n_kept = list_above(
+            p_list, p_bits, q, keys, i_batch, i_group, stride_k, full, hi, n_full, threshold, limit, slope,
+            first, end, position, n_keys, D, BD, BM, BN, TMA, BIAS, True, STATS, PRECISION, STAGES,
+        )  # fmt: skip
+    return n_full, n_kept
 
 
 @triton.jit
@@ -89,7 +132,7 @@ def attend(
     MASKED: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds entries [lo, hi) of the list (if LISTED), or those of blocks [lo, hi) that have a score above the threshold
-    (if FUSED), or all of these. threshold, limit, p_bits: of FUSED, as in list_blocks."""
+    (if FUSED), or all of these. threshold, limit, p_bits: of FUSED, as in list_above."""
     for n in tl.range(lo, hi, num_stages=STAGES):
         block = n
         if LISTED:
