@@ -56,9 +56,10 @@ def visible_blocks(
     n_queries: int, n_keys: int, causal: bool, device: torch.device | str = "cpu", size: int = QUERY_BLOCK
 ) -> Tensor:
     """bool (query blocks, key blocks), as in BlockSparseStats."""
-    blocks = query_blocks(n_queries, n_keys, causal, size)
-    seen = torch.tensor([block.seen for block in blocks], dtype=torch.int64, device=device)
-    return torch.arange(max((block.seen for block in blocks), default=0), device=device) < seen[:, None]
+    n_blocks, n_key_blocks = grid_of_blocks(n_queries, n_keys, size)
+    stop = (torch.arange(1, n_blocks + 1, device=device) + (n_keys - n_queries) // size) * size
+    key = torch.arange(n_key_blocks, device=device) * KEY_BLOCK
+    return key < (stop[:, None] if causal else torch.full_like(stop, n_keys)[:, None])
 
 
 def diagonal_blocks(n_queries: int, n_keys: int, causal: bool, device: torch.device | str = "cpu") -> Tensor:
