@@ -18,6 +18,7 @@ from kernels.block_sparse_reference import (
 from kernels.block_sparse_triton import block_sparse_triton
 
 BACKENDS = ("auto", "triton", "torch")
+FLOAT32_HEAD_DIM = 128  # the largest that the Triton kernel takes in float32
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,6 @@ def _check_gate(q: Tensor, k: Tensor, thresholds: Tensor | None, blocks: Tensor 
 
 def _unsupported(q: Tensor) -> str | None:
     """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
-    if q.dtype == torch.float32 and q.shape[3] > 128:
-        return f"takes float32 with head dims up to 128, got {q.shape[3]}"
+    if q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM:
+        return f"takes float32 with head dims up to {FLOAT32_HEAD_DIM}, got {q.shape[3]}"
     return unsupported_by_triton(q)
