@@ -20,6 +20,7 @@ from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_autocast, file_fingerprint
 from eval.scoring import Runtime, Scores
 from model.checkpoint import load_model
+from model.config import config_from_dict
 from model.policies.bsfa import BlockSparseFlash, load_policy
 from model.policies.families import calibrated_densities, policy_at
 from model.policies.policy import Phase, SparsePolicy
@@ -70,7 +71,8 @@ class Measuring:
             path = Path(config.thresholds)
             self.ks = read_thresholds(path)[1].ks
             self.fingerprint_of_thresholds = file_fingerprint(path)
-            load_policy(path, self.ks[0], self.model)  # refuses another model's before anything is measured
+            # refuses another model's before anything is measured
+            self.bsfa = load_policy(path, self.ks[0], self.model)
 
     @property
     def model(self) -> Transformer:
@@ -92,8 +94,8 @@ class Measuring:
             self._cell(name, phase, multiple, wanted)
             for phase in PHASES
             for multiple in self.held_out.plan.multiples
-            for kind, name, densities in self._policies(multiple, own.get((phase, multiple)))
-            if phase in kind.phases
+            for policy, name, densities in self._policies(multiple, own.get((phase, multiple)))
+            if phase in policy.phases
             for wanted in densities
         ]
 
@@ -104,22 +106,24 @@ class Measuring:
     def times(self, own: Mapping[tuple[Phase, int], float]) -> list[PrefillTime]:
         """Of the model as it is, and of policies whose attention skips what it does not keep."""
         found = []
+        config = config_from_dict(self.subject.checkpoint.meta["model"])
         for multiple in self.held_out.plan.multiples:
             found.append(self._time("entmax" if self.entmax else "dense", multiple, None))
-            for kind, name, densities in self._policies(multiple, own.get(("prefill", multiple))):
-                if kind.faster(self.runtime.device):
+            for policy, name, densities in self._policies(multiple, own.get(("prefill", multiple))):
+                if "prefill" in policy.phases and policy.faster(self.runtime.device, config):
                     found += [self._time(name, multiple, wanted) for wanted in densities]
         return found
 
-    def _policies(self, multiple: int, own: float | None) -> list[tuple[type[SparsePolicy], str, list[float]]]:
-        """Each policy that is compared, its name, and the densities it is set to at this length."""
+    def _policies(self, multiple: int, own: float | None) -> list[tuple[SparsePolicy, str, list[float]]]:
+        """Each policy that is compared, at some sparse setting, its name, and the densities it is set to at this
+        length."""
         if self.entmax:
             return []
         wanted = sorted({*self.config.densities, *([own] if own else [])})
-        found = [(type(policy_at(name, 1.0, 1)), name, wanted) for name in self.config.policies]
+        context = multiple * self.held_out.base_length
+        found = [(policy_at(name, 0.5, context), name, wanted) for name in self.config.policies]
         if self.ks:
-            context = multiple * self.held_out.base_length
-            found.append((BlockSparseFlash, BSFA, list(calibrated_densities(self.ks, context))))
+            found.append((self.bsfa, BSFA, list(calibrated_densities(self.ks, context))))
         return found
 
     def _kept(

@@ -198,9 +198,9 @@ def _times(times: list[PrefillTime]) -> list[Block]:
         spread = f"[{1e3 * min(one.seconds):.1f}, {1e3 * max(one.seconds):.1f}]"
         rows.append([f"{one.context:,}", name, f"{1e3 * median(one.seconds):.1f} {spread}"])
     said = (
-        "Prefill of one prompt in one chunk: median, shortest and longest. Of policies only those whose attention "
-        "skips what it does not keep; the others select keys exactly as described but compute dense scores, so that "
-        "their time says nothing of the method."
+        "Prefill of one prompt in one chunk: median, shortest and longest. Of policies only those whose selection is "
+        "cheaper than attention and fits a kernel that skips what it does not keep; the others select keys exactly as "
+        "described but compute dense scores, so that their time says nothing of the method."
     )
     return [Heading("Time to the first token"), Paragraph(said), Table(["tokens", "", "milliseconds"], rows)]
 

@@ -2,7 +2,8 @@
 
 Queries are taken in blocks of QUERY_BLOCK positions, keys in blocks of KEY_BLOCK. Block (i, j) is kept where its
 largest score exceeds the threshold of its head and query block, or where it is diagonal: holds keys at the positions of
-the queries. Attention is softmax over the keys of kept blocks; scores are exact.
+the queries. Or the kept blocks are given, without a diagonal of their own and also in blocks of QUERY_BLOCKS positions.
+Attention is softmax over the keys of kept blocks; scores are exact.
 """
 
 from collections.abc import Iterator
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 QUERY_BLOCK, KEY_BLOCK = 128, 64  # of the paper's released code
+QUERY_BLOCKS = (QUERY_BLOCK, 64)  # that kept blocks may be given in
 
 
 @dataclass(frozen=True)
 class QueryBlock:
     """Queries whose positions lie in one block. The last query stands at the last key.
 
-    index: the positions are QUERY_BLOCK * index and on (below 0 where there are more queries than keys). rows: of the
-    queries. position: of the first of them. diagonal: of the key blocks that are always kept. seen: key blocks that any
-    of the queries sees are 0 ... seen - 1.
+    index: the positions are size * index and on (below 0 where there are more queries than keys). rows: of the queries.
+    position: of the first of them. diagonal: key blocks that hold positions of the block, which thresholds always keep.
+    seen: key blocks that any of the queries sees are 0 ... seen - 1.
     """
 
     index: int
@@ -30,25 +32,34 @@ class QueryBlock:
     seen: int
 
 
-def query_blocks(n_queries: int, n_keys: int, causal: bool) -> list[QueryBlock]:
-    """All blocks of queries, in order. Empty without queries."""
+def query_blocks(n_queries: int, n_keys: int, causal: bool, size: int = QUERY_BLOCK) -> list[QueryBlock]:
+    """All blocks of queries, in order, each `size` positions. Empty without queries."""
     offset, blocks = n_keys - n_queries, []
-    for index in range(offset // QUERY_BLOCK, -(-n_keys // QUERY_BLOCK)):
-        start = max(index * QUERY_BLOCK, offset)
-        stop = min((index + 1) * QUERY_BLOCK, n_keys)
+    for index in range(offset // size, -(-n_keys // size)):
+        start = max(index * size, offset)
+        stop = min((index + 1) * size, n_keys)
         if stop <= start:
             continue
         seen = max(-(-(stop if causal else n_keys) // KEY_BLOCK), 0)
-        diagonal = slice(max(index * QUERY_BLOCK, 0) // KEY_BLOCK, max(-(-stop // KEY_BLOCK), 0))
+        diagonal = slice(max(index * size, 0) // KEY_BLOCK, max(-(-stop // KEY_BLOCK), 0))
         blocks.append(QueryBlock(index, slice(start - offset, stop - offset), start, diagonal, seen))
     return blocks
 
 
-def visible_blocks(n_queries: int, n_keys: int, causal: bool, device: torch.device | str = "cpu") -> Tensor:
+def grid_of_blocks(n_queries: int, n_keys: int, size: int) -> tuple[int, int]:
+    """How many blocks of queries, each `size` positions, and how many of keys."""
+    n_blocks = -(-n_keys // size) - (n_keys - n_queries) // size if n_queries else 0
+    return n_blocks, -(-n_keys // KEY_BLOCK)
+
+
+def visible_blocks(
+    n_queries: int, n_keys: int, causal: bool, device: torch.device | str = "cpu", size: int = QUERY_BLOCK
+) -> Tensor:
     """bool (query blocks, key blocks), as in BlockSparseStats."""
-    blocks = query_blocks(n_queries, n_keys, causal)
-    seen = torch.tensor([block.seen for block in blocks], dtype=torch.int64, device=device)
-    return torch.arange(max((block.seen for block in blocks), default=0), device=device) < seen[:, None]
+    n_blocks, n_key_blocks = grid_of_blocks(n_queries, n_keys, size)
+    stop = (torch.arange(1, n_blocks + 1, device=device) + (n_keys - n_queries) // size) * size
+    key = torch.arange(n_key_blocks, device=device) * KEY_BLOCK
+    return key < (stop[:, None] if causal else torch.full_like(stop, n_keys)[:, None])
 
 
 def diagonal_blocks(n_queries: int, n_keys: int, causal: bool, device: torch.device | str = "cpu") -> Tensor:
@@ -129,27 +140,28 @@ def block_sparse_reference(
     k: Tensor,
     v: Tensor,
     thresholds: Tensor | None,
+    blocks: Tensor | None,
+    query_block: int,
     scale: float,
     causal: bool,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in `block_sparse_softmax_attention`; nothing is checked here.
 
-    Returns: out (B, H, Tq, D); kept: bool (B, H, query blocks, key blocks), diagonal blocks included.
+    Returns: out (B, H, Tq, D); kept: bool (B, H, query blocks, key blocks), as in BlockSparseStats.
     """
-    blocks = query_blocks(q.shape[2], k.shape[2], causal)
     out = torch.zeros_like(q)
-    kept = torch.zeros(*q.shape[:2], len(blocks), -(-k.shape[2] // KEY_BLOCK), dtype=torch.bool, device=q.device)
+    grid = (*q.shape[:2], *grid_of_blocks(q.shape[2], k.shape[2], query_block))
+    kept = torch.zeros(grid, dtype=torch.bool, device=q.device)
+    given = torch.ones_like(kept) if blocks is None else blocks.expand(grid)
     for g, heads, slopes in _groups(q, k, alibi_slopes):
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(query_blocks(q.shape[2], k.shape[2], causal, query_block)):
             if block.seen == 0:
                 continue
             scores = block_scores(q[:, heads], k[:, g : g + 1], block, scale=scale, causal=causal, alibi_slopes=slopes)
-            maxima = maxima_of_blocks(scores)  # [B, R, key blocks]
-            if thresholds is None:
-                keep = torch.ones_like(maxima, dtype=torch.bool)
-            else:
-                keep = kept_blocks(maxima, thresholds[heads], block)
+            keep = given[:, heads, i, : block.seen]  # [B, R, key blocks]
+            if thresholds is not None:
+                keep = kept_blocks(maxima_of_blocks(scores), thresholds[heads], block)
             kept[:, heads, i, : block.seen] = keep
             gate = keep.repeat_interleave(KEY_BLOCK, -1)[..., : scores.shape[-1]]  # [B, R, keys]
             scores.masked_fill_(~gate[..., None, :], -torch.inf)

@@ -7,16 +7,24 @@ from torch import Tensor
 
 from kernels.attention import check_tensors, checked_scale, unsupported_by_triton
 from kernels.backends import choose_backend
-from kernels.block_sparse_reference import block_sparse_reference, visible_blocks
+from kernels.block_sparse_reference import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    QUERY_BLOCKS,
+    block_sparse_reference,
+    grid_of_blocks,
+    visible_blocks,
+)
 from kernels.block_sparse_triton import block_sparse_triton
 
 BACKENDS = ("auto", "triton", "torch")
+FLOAT32_HEAD_DIM = 128  # the largest that the Triton kernel takes in float32
 
 
 @dataclass(frozen=True)
 class BlockSparseStats:
-    """kept: bool (B, H, query blocks, key blocks), diagonal blocks included. visible: bool (query blocks, key blocks),
-    blocks in which some query sees some key."""
+    """kept: bool (B, H, query blocks, key blocks), those that were read; under thresholds the diagonal ones included.
+    visible: bool (query blocks, key blocks), blocks in which some query sees some key."""
 
     kept: Tensor
     visible: Tensor
@@ -32,7 +40,9 @@ def block_sparse_softmax_attention(
     k: Tensor,
     v: Tensor,
     *,
-    thresholds: Tensor | None,
+    thresholds: Tensor | None = None,
+    blocks: Tensor | None = None,
+    query_block: int = QUERY_BLOCK,
     scale: float | None = None,
     causal: bool = True,
     alibi_slopes: Tensor | None = None,
@@ -40,16 +50,21 @@ def block_sparse_softmax_attention(
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BlockSparseStats]:
     """Softmax attention over the blocks of keys that hold a score above a threshold (arXiv:2512.07011): all scores are
-    computed, but of the other blocks neither exponentials nor values. Inference only.
+    computed, but of the other blocks neither exponentials nor values. Or over given blocks of keys: nothing is computed
+    of the others. Dense without either. Inference only.
 
     Args:
         q: (B, H, Tq, D), float64, float32, bfloat16 or float16. The last query stands at the last key.
         k, v: (B, G, Tk, D), dtype and device of q, H a multiple of G (grouped-query heads).
         thresholds: float32 (H, P) on q's device: [h, i] is that of head h for queries at positions 128 i ... 128 i +
             127, the last one also that of all later positions. A block of 64 keys is kept where one of its scores
-            (scaled, with bias) exceeds it; blocks with keys at those positions are always kept. -inf keeps all. None
-            is dense attention. A chunk of a longer sequence decides as the whole does where it starts at a multiple
-            of 128.
+            (scaled, with bias) exceeds it; blocks with keys at those positions are always kept. -inf keeps all. A
+            chunk of a longer sequence decides as the whole does where it starts at a multiple of 128.
+        blocks: bool (B or 1, H or 1, query blocks, key blocks) on q's device, not with thresholds: [b, h, i, j] says
+            whether queries of block i read block j of 64 keys. A block of queries has those at positions query_block *
+            n ... query_block * (n + 1) - 1, block 0 those of query 0's n = (Tk - Tq) // query_block. No block is kept
+            that is not given, the diagonal no more than others; what a query does not see, it does not read.
+        query_block: 128 or 64, of blocks; thresholds have 128.
         scale: positive, multiplies the scores; None is D ** -0.5.
         causal: a query sees no later key.
         alibi_slopes: (H,) non-negative; adds -slope * (query position - key position) to the scaled scores.
@@ -63,10 +78,37 @@ def block_sparse_softmax_attention(
     Raises: ValueError naming the argument, its value and what was expected; RuntimeError where a gradient is asked for.
     """
     check_tensors(q, k, v)
+    _check_gate(q, k, thresholds, blocks, query_block)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("block_sparse_softmax_attention has no backward pass: call it under torch.no_grad()")
-    heads = q.shape[1]
+    scale = checked_scale(q, scale, alibi_slopes)
+    backend = choose_backend(backend, BACKENDS, q, _unsupported(q))
+    if backend == "triton":
+        out, kept = block_sparse_triton(
+            q, k, v, thresholds, blocks, query_block, scale, causal, alibi_slopes, return_stats
+        )
+    else:
+        out, kept = block_sparse_reference(q, k, v, thresholds, blocks, query_block, scale, causal, alibi_slopes)
+    if not return_stats:
+        return out
+    assert kept is not None
+    return out, BlockSparseStats(kept, visible_blocks(q.shape[2], k.shape[2], causal, q.device, query_block))
+
+
+def runs_on_triton(q: Tensor) -> bool:
+    """Whether backend "auto" takes the Triton kernel for q (B, H, Tq, D)."""
+    return choose_backend("auto", BACKENDS, q, _unsupported(q)) == "triton"
+
+
+def _check_gate(q: Tensor, k: Tensor, thresholds: Tensor | None, blocks: Tensor | None, query_block: int) -> None:
+    batch, heads, n_queries, _ = q.shape
+    if query_block not in (QUERY_BLOCKS if blocks is not None else (QUERY_BLOCK,)):
+        raise ValueError(
+            f"query_block must be one of {QUERY_BLOCKS} with blocks and {QUERY_BLOCK} without, got {query_block}"
+        )
     if thresholds is not None:
+        if blocks is not None:
+            raise ValueError("got thresholds and blocks: blocks say themselves what is kept, leave thresholds out")
         if thresholds.dim() != 2 or thresholds.shape[0] != heads or thresholds.shape[1] < 1:
             raise ValueError(
                 f"thresholds must be ({heads}, P): a row for each query head and a column for each block of query "
@@ -74,20 +116,21 @@ def block_sparse_softmax_attention(
             )
         if thresholds.dtype != torch.float32 or thresholds.device != q.device:
             raise ValueError(f"thresholds must be float32 on {q.device}, got {thresholds.dtype} on {thresholds.device}")
-    scale = checked_scale(q, scale, alibi_slopes)
-    backend = choose_backend(backend, BACKENDS, q, _unsupported(q))
-    if backend == "triton":
-        out, kept = block_sparse_triton(q, k, v, thresholds, scale, causal, alibi_slopes, return_stats)
-    else:
-        out, kept = block_sparse_reference(q, k, v, thresholds, scale, causal, alibi_slopes)
-    if not return_stats:
-        return out
-    assert kept is not None
-    return out, BlockSparseStats(kept, visible_blocks(q.shape[2], k.shape[2], causal, q.device))
+    if blocks is not None:
+        grid = grid_of_blocks(n_queries, k.shape[2], query_block)
+        if blocks.dim() != 4 or blocks.shape[0] not in (1, batch) or blocks.shape[1] not in (1, heads):
+            raise ValueError(f"blocks must be ({batch} or 1, {heads} or 1, *{grid}), got {tuple(blocks.shape)}")
+        if blocks.shape[2:] != grid:
+            raise ValueError(
+                f"blocks must end in {grid}: blocks of {query_block} query positions (the last query stands at the "
+                f"last key) and of {KEY_BLOCK} keys, got {tuple(blocks.shape)}"
+            )
+        if blocks.dtype != torch.bool or blocks.device != q.device:
+            raise ValueError(f"blocks must be bool on {q.device}, got {blocks.dtype} on {blocks.device}")
 
 
 def _unsupported(q: Tensor) -> str | None:
     """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
-    if q.dtype == torch.float32 and q.shape[3] > 128:
-        return f"takes float32 with head dims up to 128, got {q.shape[3]}"
+    if q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM:
+        return f"takes float32 with head dims up to {FLOAT32_HEAD_DIM}, got {q.shape[3]}"
     return unsupported_by_triton(q)

@@ -2,6 +2,7 @@
 
 Two designs of the gate: *listed*, a dense scan of the scores lists the kept blocks of keys, then attention over the
 list; *fused*, attention over all blocks with a branch around the rest of each. tuning.py says where which is faster.
+Blocks that are given are listed without a scan.
 """
 
 import torch
@@ -10,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, diagonal_blocks, visible_blocks
-from kernels.entmax_scan import nan_maximum
+from kernels.block_sparse_passes import attend, list_given, list_off_diagonal
+from kernels.block_sparse_reference import KEY_BLOCK, diagonal_blocks, grid_of_blocks, visible_blocks
 from kernels.launching import (
     ceil_div,
     describable,
@@ -21,131 +22,31 @@ from kernels.launching import (
     strides,
     unit_stride,
 )
-from kernels.tiles import bit_or, load_rows, tile_scores
+from kernels.tiles import LIST_CHUNK
 from kernels.tuning import launch_for, program_count
 
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_tasks", "n_blocks", "first_block", "offset", "n_words", "capacity", "n_positions"]
-
-
-@triton.jit
-def load_block(
-    rows, i_batch, i_head, block, stride, n_rows,
-    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """[BN, BD] of keys or values, 0 past D; past n_rows 0 (if MASKED or TMA).
-
-    rows: a descriptor of the whole (B, G, Tk, D) (if TMA), else a pointer to the head's first row.
-    """
-    if TMA:
-        return tl.reshape(rows.load([i_batch, i_head, block * BN, 0]), (BN, BD))
-    else:
-        return load_rows(rows, block * BN, stride, n_rows, BN, D, BD, MASKED)
-
-
-@triton.jit
-def scores_above(x, threshold, BM: tl.constexpr, BN: tl.constexpr):
-    """int32 [BM, 4]: whether any score of a quarter of the row is above the row's threshold, or NaN. x: [BM, BN].
-
-    Maxima stay within a thread: the dot gives it columns 2 i and 2 i + 1 of every eight, for i one of four lanes.
-    """
-    pairs = tl.reduce(tl.reshape(x, (BM, BN // 8, 4, 2)), 3, nan_maximum)
-    lanes = tl.reduce(pairs, 1, nan_maximum)  # [BM, 4]
-    return ((lanes > threshold[:, None]) | (lanes != lanes)).to(tl.int32)
-
-
-@triton.jit
-def list_blocks(
-    p_list, p_bits, q, keys, i_batch, i_group, stride_k, lo, hi, n_before, threshold, limit, slope, first, end,
-    position, n_keys, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
-    BIAS: tl.constexpr, MASKED: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Appends the kept ones of blocks [lo, hi) to the list, which has n_before entries. Returns its length.
-
-    threshold: [BM], in units of the raw scores; +inf for rows that do not count. limit: the same as a scalar; at -inf
-    every block is kept and no score is computed. p_bits: words that get the bits of kept blocks (if STATS), zeros
-    before.
-    """
-    count = n_before
-    n = tl.arange(0, 32)
-    for start in range(lo, hi, 32):
-        stop = tl.minimum(start + 32, hi)
-        word = tl.where(stop - start == 32, -1, (1 << (stop - start)) - 1)
-        if limit > float("-inf"):
-            marks = tl.zeros([BM, 4], tl.int32)  # bit m: of block start + m; no reduction over rows until 32 are done
-            for m in tl.range(0, stop - start, num_stages=STAGES):
-                k = load_block(keys, i_batch, i_group, start + m, stride_k, n_keys, BN, D, BD, TMA, MASKED)
-                x = tile_scores(q, k, start + m, slope, first, end, position, BN, BIAS, MASKED, PRECISION)
-                marks |= scores_above(x, threshold, BM, BN) << m
-            word = tl.reduce(tl.reduce(marks, 1, bit_or), 0, bit_or)
-        kept = (word >> n) & 1
-        tl.store(p_list + count + tl.cumsum(kept, 0) - kept, start + n, mask=kept != 0)
-        count += tl.sum(kept, 0)
-        if STATS:
-            block = start + n
-            tl.atomic_or(p_bits + block // 32, 1 << (block % 32), mask=kept != 0)
-    return count
-
-
-@triton.jit
-def add_block(x, v, out, total, top, exp2_scale, PRECISION: tl.constexpr):
-    """One block of FlashAttention-2 (arXiv:2307.08691), x its raw scores [BM, BN], v its values [BN, BD].
-
-    out: [BM, BD], sum of p v; total: [BM], sum of p; top: [BM], running maximum of the raw scores.
-    """
-    new_top = tl.maximum(top, tl.max(x, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top * exp2_scale)  # rows that have seen no score yet
-    p = tl.exp2(x * exp2_scale - shift[:, None])
-    shrink = tl.exp2(top * exp2_scale - shift)
-    total = total * shrink + tl.sum(p, 1)
-    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-    return out, total, new_top
-
-
-@triton.jit
-def attend(
-    q, keys, values, i_batch, i_group, stride_k, stride_v, p_list, p_bits, lo, hi, out, total, top, exp2_scale,
-    threshold, limit, slope, first, end, position, n_keys, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, TMA: tl.constexpr, LISTED: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr,
-    MASKED: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Adds entries [lo, hi) of the list (if LISTED), or those of blocks [lo, hi) that have a score above the threshold
-    (if FUSED), or all of these. threshold, limit, p_bits: of FUSED, as in list_blocks."""
-    for n in tl.range(lo, hi, num_stages=STAGES):
-        block = n
-        if LISTED:
-            block = tl.load(p_list + n)
-        k = load_block(keys, i_batch, i_group, block, stride_k, n_keys, BN, D, BD, TMA, MASKED)
-        x = tile_scores(q, k, block, slope, first, end, position, BN, BIAS, MASKED, PRECISION)
-        if FUSED:
-            above = tl.reduce(tl.reduce(scores_above(x, threshold, BM, BN), 1, bit_or), 0, bit_or)
-            if (above != 0) | (limit == float("-inf")):
-                v = load_block(values, i_batch, i_group, block, stride_v, n_keys, BN, D, BD, TMA, MASKED)
-                out, total, top = add_block(x, v, out, total, top, exp2_scale, PRECISION)
-                if STATS:
-                    tl.atomic_or(p_bits + block // 32, 1 << (block % 32))
-        else:
-            v = load_block(values, i_batch, i_group, block, stride_v, n_keys, BN, D, BD, TMA, MASKED)
-            out, total, top = add_block(x, v, out, total, top, exp2_scale, PRECISION)
-    return out, total, top
+LENGTHS += ["stride_gb", "stride_gh", "stride_gt"]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def block_sparse_softmax(
-    p_q, p_k, p_v, p_thresholds, p_slopes, p_list, p_bits, p_counter, p_out,
+    p_q, p_k, p_v, p_thresholds, p_given, p_slopes, p_list, p_bits, p_counter, p_out,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, first_block, offset, n_words, capacity, n_positions,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, LISTED: tl.constexpr, FUSED: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
-    SCAN_STAGES: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, LISTED: tl.constexpr, GIVEN: tl.constexpr, FUSED: tl.constexpr, STATS: tl.constexpr,
+    PRECISION: tl.constexpr, SCAN_STAGES: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Programs take blocks of queries from a counter until none is left, long ones first within a head.
 
-    LISTED, FUSED: the two designs of the gate, at most one of them; without both there is none. p_q, p_k, p_v:
-    descriptors (if TMA). p_thresholds: float32 (H, n_positions), under a gate. p_list: int32 (programs, capacity) (if
-    LISTED). p_bits: int32 (B, H, n_blocks, n_words), zeros (if STATS). first_block: index, on the grid of positions, of
-    the block of the first query. offset: position of query 0.
+    LISTED, FUSED: the two designs of the gate, at most one of them; without both there is none. GIVEN: the list is of
+    given blocks, the diagonal no exception. p_q, p_k, p_v: descriptors (if TMA). p_thresholds: float32 (H, n_positions)
+    (if LISTED or FUSED, unless GIVEN). p_given: bytes (B, H, n_blocks, capacity), 1 or 0 (if GIVEN). p_list: int32
+    (programs, capacity) (if LISTED). p_bits: int32 (B, H, n_blocks, n_words), zeros (if STATS). first_block: index, on
+    the grid of positions, of the block of the first query. offset: position of query 0.
     """
     p_list += tl.program_id(0) * capacity
     task = tl.atomic_add(p_counter, 1)
@@ -175,14 +76,14 @@ def block_sparse_softmax(
             keys = p_k + i_batch.to(tl.int64) * stride_kb + i_group.to(tl.int64) * stride_kh
             values = p_v + i_batch.to(tl.int64) * stride_vb + i_group.to(tl.int64) * stride_vh
 
-        # blocks of keys: [0, before) and, unless causal, [after, hi) stand under the gate; all rows see those up to
-        # `full` whole (the last query stands at the last key, so that this holds for all of [0, before))
+        # blocks of keys: [0, before) and, unless causal, [after, hi) stand under the gate (if GIVEN all); all rows see
+        # those up to `full` whole (the last query stands at the last key, so that this holds for all of [0, before))
         hi = (tl.maximum(tl.max(end, 0), 0) + BN - 1) // BN
         before = tl.minimum(tl.maximum(block_start, 0) // BN, hi)
         after = tl.minimum((tl.maximum(block_start + BM, 0) + BN - 1) // BN, hi)
         full = tl.maximum(n_keys // BN, after)
         limit = float("-inf")
-        if LISTED or FUSED:
+        if (LISTED or FUSED) and not GIVEN:
             i_position = tl.minimum(tl.maximum(first_block + i_block, 0), n_positions - 1)
             limit = tl.load(p_thresholds + i_head * n_positions + i_position) / scale
         threshold = tl.where(inside, limit, float("inf"))
@@ -190,37 +91,35 @@ def block_sparse_softmax(
         if STATS:
             p_words += (i_bh.to(tl.int64) * n_blocks + i_block) * n_words
         n_full, n_kept = before, before
-        if LISTED:
-            n_full = list_blocks(
-                p_list, p_words, q, keys, i_batch, i_group, stride_kt, 0, before, 0, threshold, limit, slope,
-                first, end, position, n_keys, D, BD, BM, BN, TMA, BIAS, False, STATS, PRECISION, SCAN_STAGES,
+        if GIVEN:
+            p_row = p_given + i_batch.to(tl.int64) * stride_gb + i_head.to(tl.int64) * stride_gh + i_block * stride_gt
+            whole = before if CAUSAL else n_keys // BN
+            n_full = list_given(p_list, p_row, 0, whole, 0, CHUNK)
+            n_kept = list_given(p_list, p_row, whole, hi, n_full, CHUNK)
+        elif LISTED:
+            n_full, n_kept = list_off_diagonal(
+                p_list, p_words, q, keys, i_batch, i_group, stride_kt, before, after, full, hi, threshold, limit, slope,
+                first, end, position, n_keys, D, BD, BM, BN, CAUSAL, TMA, BIAS, STATS, PRECISION, SCAN_STAGES,
             )  # fmt: skip
-            if not CAUSAL:
-                n_full = list_blocks(
-                    p_list, p_words, q, keys, i_batch, i_group, stride_kt, after, full, n_full, threshold, limit, slope,
-                    first, end, position, n_keys, D, BD, BM, BN, TMA, BIAS, False, STATS, PRECISION, SCAN_STAGES,
-                )  # fmt: skip
-                n_kept = list_blocks(
-                    p_list, p_words, q, keys, i_batch, i_group, stride_kt, full, hi, n_full, threshold, limit, slope,
-                    first, end, position, n_keys, D, BD, BM, BN, TMA, BIAS, True, STATS, PRECISION, SCAN_STAGES,
-                )  # fmt: skip
+        if LISTED:
             tl.debug_barrier()  # the whole program reads the list next
 
         out = tl.zeros([BM, BD], tl.float32)
         total = tl.zeros([BM], tl.float32)
         top = tl.full([BM], float("-inf"), tl.float32)
         exp2_scale = scale * 1.4426950408889634
-        out, total, top = attend(
-            q, keys, values, i_batch, i_group, stride_kt, stride_vt, p_list, p_words, before, after, out, total, top,
-            exp2_scale, threshold, limit, slope, first, end, position, n_keys, D, BD, BM, BN, TMA, False, False, BIAS,
-            True, False, PRECISION, 1 if FUSED else STAGES,
-        )  # fmt: skip
+        if not GIVEN:
+            out, total, top = attend(
+                q, keys, values, i_batch, i_group, stride_kt, stride_vt, p_list, p_words, before, after, out, total,
+                top, exp2_scale, threshold, limit, slope, first, end, position, n_keys, D, BD, BM, BN, TMA, False,
+                False, BIAS, True, False, PRECISION, 1 if FUSED else STAGES,
+            )  # fmt: skip
         out, total, top = attend(
             q, keys, values, i_batch, i_group, stride_kt, stride_vt, p_list, p_words, 0, n_full, out, total, top,
             exp2_scale, threshold, limit, slope, first, end, position, n_keys, D, BD, BM, BN, TMA, LISTED, FUSED, BIAS,
             False, STATS, PRECISION, STAGES,
         )  # fmt: skip
-        if not CAUSAL:
+        if GIVEN or not CAUSAL:
             if not LISTED:
                 out, total, top = attend(
                     q, keys, values, i_batch, i_group, stride_kt, stride_vt, p_list, p_words, after, full, out, total,
@@ -248,6 +147,8 @@ def block_sparse_triton(
     k: Tensor,
     v: Tensor,
     thresholds: Tensor | None,
+    blocks: Tensor | None,
+    query_block: int,
     scale: float,
     causal: bool,
     alibi_slopes: Tensor | None,
@@ -261,31 +162,32 @@ def block_sparse_triton(
     batch, heads, n_queries, head_dim = q.shape
     n_keys, offset = k.shape[2], k.shape[2] - n_queries
     out = torch.empty_like(q)
-    first_block = offset // QUERY_BLOCK
-    n_blocks, n_key_blocks = ceil_div(n_keys, QUERY_BLOCK) - first_block, ceil_div(n_keys, KEY_BLOCK)
     kept = None
     if with_kept:
-        kept = visible_blocks(n_queries, n_keys, causal, q.device).repeat(batch, heads, 1, 1)
+        kept = visible_blocks(n_queries, n_keys, causal, q.device, query_block).repeat(batch, heads, 1, 1)
+        kept = kept if blocks is None else kept & blocks
     if out.numel() == 0 or n_keys == 0:
         return out.zero_(), kept
+    n_blocks, n_key_blocks = grid_of_blocks(n_queries, n_keys, query_block)
     gated, padded_dim = thresholds is not None, padded_head_dim(head_dim)
-    launch = launch_for(
-        "block_sparse" if gated else "block_sparse_ungated",
-        padded_dim,
-        q.dtype,
-        q.device,
-        descriptors=all(describable(x) for x in (q, k, v)),
-    )
+    kernel = "block_sparse" if gated else "block_sparse_ungated"
+    if blocks is not None:
+        kernel = f"block_sparse_given_{query_block}"
+    descriptors = all(describable(x) for x in (q, k, v))
+    launch = launch_for(kernel, padded_dim, q.dtype, q.device, descriptors=descriptors)
     n_tasks, n_words = batch * heads * n_blocks, ceil_div(n_key_blocks, 32)
     n_programs = program_count(launch, q.device, n_tasks)
-    listed, fused, stats = gated and not launch.fused, gated and launch.fused, gated and with_kept
+    fused, stats = gated and launch.fused, gated and with_kept
+    listed = blocks is not None or (gated and not fused)
     bits = torch.zeros((batch, heads, n_blocks, n_words) if stats else 0, dtype=torch.int32, device=q.device)
+    given = None if blocks is None else unit_stride(blocks).view(torch.uint8).expand(batch, heads, -1, -1)
     with on_device(q):
         block_sparse_softmax[(n_programs,)](
-            p_q=_descriptor(q, QUERY_BLOCK) if launch.descriptors else q,
+            p_q=_descriptor(q, query_block) if launch.descriptors else q,
             p_k=_descriptor(k, KEY_BLOCK) if launch.descriptors else k,
             p_v=_descriptor(v, KEY_BLOCK) if launch.descriptors else v,
             p_thresholds=None if thresholds is None else thresholds.contiguous(),
+            p_given=given,
             p_slopes=None if alibi_slopes is None else alibi_slopes.float().contiguous(),
             p_list=torch.empty(n_programs * n_key_blocks if listed else 0, dtype=torch.int32, device=q.device),
             p_bits=bits,
@@ -298,29 +200,32 @@ def block_sparse_triton(
             n_keys=n_keys,
             n_tasks=n_tasks,
             n_blocks=n_blocks,
-            first_block=first_block,
+            first_block=offset // query_block,
             offset=offset,
             n_words=n_words,
             capacity=n_key_blocks,
             n_positions=0 if thresholds is None else thresholds.shape[1],
             D=head_dim,
             BD=padded_dim,
-            BM=QUERY_BLOCK,
+            BM=query_block,
             BN=KEY_BLOCK,
             CAUSAL=causal,
             BIAS=alibi_slopes is not None,
             TMA=launch.descriptors,
             LISTED=listed,
+            GIVEN=given is not None,
             FUSED=fused,
             STATS=stats,
             PRECISION=dot_precision(q),
             SCAN_STAGES=launch.scan_stages,
             STAGES=launch.stages,
+            CHUNK=LIST_CHUNK,
             **launch.options,
             **strides("q", q),
             **strides("k", k),
             **strides("v", v),
             **strides("o", out),
+            **(dict(stride_gb=0, stride_gh=0, stride_gt=0) if given is None else strides("g", given)),
         )
     if stats and kept is not None:
         word = torch.arange(n_key_blocks, device=q.device)

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from kernels import KEY_BLOCK, QUERY_BLOCK, block_maxima, block_sparse_softmax_attention
+from kernels import KEY_BLOCK, QUERY_BLOCK, block_maxima
 from kernels.block_sparse_reference import diagonal_blocks, kept_blocks, query_blocks
-from kernels.visibility import TILE
 from model.checkpoint import model_fingerprint
+from model.config import ModelConfig
+from model.policies.block_attention import block_attention, count_kept
 from model.policies.policy import Attended, Phase, PolicyRecord, Selection, SequenceView, SparsePolicy, use_policy
 from model.policies.thresholds import Estimator, read_thresholds
 from model.transformer import Transformer
@@ -24,7 +25,7 @@ def predicted_density(k: int, length: int) -> float:
     kept = diagonal_blocks(length, length, True)
     for i, block in enumerate(query_blocks(length, length, True)):
         kept[i, : min(k, block.diagonal.start)] = True  # which ones does not matter: they have the same number of pairs
-    pairs, visible, _, _ = count_kept(kept[None], length, length)
+    pairs, visible, _, _ = count_kept(kept[None], length, length, QUERY_BLOCK)
     return int(pairs) / int(visible)
 
 
@@ -119,8 +120,7 @@ class BlockSparseFlash(SparsePolicy):
     source: str
     thresholds: Tensor = field(repr=False, compare=False)
 
-    @classmethod
-    def faster(cls, device: torch.device) -> bool:
+    def faster(self, device: torch.device, config: ModelConfig) -> bool:
         return device.type == "cuda"
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
@@ -136,46 +136,12 @@ class BlockSparseFlash(SparsePolicy):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
         refuse_window(view)
         limits = self.thresholds[view.layer].to(q.device)
-        options: dict[str, Any] = dict(scale=view.scale, alibi_slopes=view.alibi_slopes)
-        result = block_sparse_softmax_attention(
-            q[None], k[None], v[None], thresholds=limits, return_stats=True, **options
-        )
-        assert isinstance(result, tuple)
-        out, stats = result
-        return Attended(out[0], *count_kept(stats.kept[0], q.shape[1], k.shape[1]))
+        return block_attention(q, k, v, view, QUERY_BLOCK, thresholds=limits)
 
 
 def refuse_window(view: SequenceView) -> None:
     if view.window is not None:
         raise ValueError(f"BSFA's blocks know no sliding window, and this model has one of {view.window} tokens")
-
-
-def count_kept(kept: Tensor, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kept pairs (H,), visible pairs (), live tiles (H,), all tiles (), as in Attended. kept: bool (H, query blocks,
-    key blocks) of causal attention."""
-    device = kept.device
-    offset, n_blocks = n_keys - n_queries, kept.shape[2]
-    first = torch.arange(n_blocks, device=device) * KEY_BLOCK
-    width = (n_keys - first).clamp(max=KEY_BLOCK)
-
-    def pairs_before(position: Tensor) -> Tensor:
-        """Visible pairs of queries at positions below `position` (n,) with each block of keys: (n, key blocks)."""
-        seen = (position[:, None] - first).clamp(min=0)
-        ramp = torch.minimum(seen, width)
-        return ramp * (ramp + 1) // 2 + (seen - ramp) * width
-
-    edges = (torch.arange(kept.shape[1] + 1, device=device) + offset // QUERY_BLOCK) * QUERY_BLOCK
-    edges = edges.clamp(offset, n_keys)
-    pairs = pairs_before(edges).diff(dim=0)  # [query blocks, key blocks]
-
-    start = torch.arange(0, n_queries, TILE, device=device) + offset  # position of a tile's first query
-    stop = (start + TILE).clamp(max=n_keys)
-    end_of_block = (start // QUERY_BLOCK + 1) * QUERY_BLOCK  # a tile off the grid lies in two blocks of queries
-    live = torch.zeros(kept.shape[0], len(start), n_blocks, dtype=torch.bool, device=device)
-    for last in (torch.minimum(end_of_block, stop) - 1, stop - 1):
-        live |= kept[:, last // QUERY_BLOCK - offset // QUERY_BLOCK] & (first <= last[:, None])
-    total = (first < stop[:, None]).sum()
-    return (kept * pairs).sum((1, 2)), pairs.sum(), live.sum((1, 2)), total
 
 
 def load_policy(path: Path, k: int, model: Transformer) -> BlockSparseFlash:

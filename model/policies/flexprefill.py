@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import (
     block_edges,
     check_least,
@@ -17,11 +18,11 @@ from model.policies.blocks import (
     top_count,
     top_share,
 )
-from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+from model.policies.policy import BlockSelection, Phase, SequenceView
 
 
 @dataclass(frozen=True)
-class FlexPrefill(SparsePolicy):
+class FlexPrefill(BlockPolicy):
     """Blocks from the exact attention of the last block of queries (FlexPrefill, arXiv:2502.20766).
 
     Algorithm 1: a head whose pooled estimate of that attention, softmax over mean keys, lies within a Jensen-Shannon
@@ -31,7 +32,8 @@ class FlexPrefill(SparsePolicy):
     they cover `coverage` of it. All heads keep the first key block, their own, and lines of at least `least_keys` keys.
     Dense at coverage 1, and up to two blocks or least_keys of text.
 
-    Simplified: block maps in place of index lists. Counts, and what is always kept, are the authors' code's.
+    Simplified: block maps in place of index lists. Counts, and what is always kept, are the authors' code's. Blocks of
+    128, the default, or 64 run on the kernel (BlockPolicy).
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -47,8 +49,12 @@ class FlexPrefill(SparsePolicy):
         if not self.tau >= 0:
             raise ValueError(f"tau is {self.tau}: expected a distance of at least 0 (0: no head is query-aware)")
 
-    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        sizes, lengths = (self.block, self.block), (q.shape[1], k.shape[1])
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.block, self.block
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection:
+        sizes, lengths = self.sizes, (q.shape[1], k.shape[1])
         own = own_blocks(view, sizes, lengths, q.device)
         if self.coverage >= 1 or k.shape[1] <= max(2 * self.block, self.least_keys):
             return BlockSelection(torch.ones_like(own)[None], *sizes)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, last_weights, line_weights, mean_scores, own_blocks, top_count
 from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
 
@@ -53,11 +54,12 @@ class VerticalSlash(SparsePolicy):
 
 
 @dataclass(frozen=True)
-class BlockSparse(SparsePolicy):
+class BlockSparse(BlockPolicy):
     """Of each block of queries the `blocks` key blocks with the largest score of mean query and mean key (MInference,
     arXiv:2407.02490, Algorithm 3), its own ones among them. Dense where blocks cover all keys.
 
-    Own blocks are kept so that every query sees a key, which the paper leaves to their score.
+    Own blocks are kept so that every query sees a key, which the paper leaves to their score. Blocks of 64, the
+    default, and multiples run on the kernel (BlockPolicy).
     """
 
     name: ClassVar[str] = "block_sparse"
@@ -68,8 +70,11 @@ class BlockSparse(SparsePolicy):
     def __post_init__(self) -> None:
         check_least(1, blocks=self.blocks, block=self.block)
 
-    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        sizes = (self.block, self.block)
-        own = own_blocks(view, sizes, (q.shape[1], k.shape[1]), q.device)
-        scores = mean_scores(q, k, view, sizes).masked_fill_(own, torch.inf)
-        return BlockSelection(top_count(scores, self.blocks) | own, *sizes)
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.block, self.block
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection:
+        own = own_blocks(view, self.sizes, (q.shape[1], k.shape[1]), q.device)
+        scores = mean_scores(q, k, view, self.sizes).masked_fill_(own, torch.inf)
+        return BlockSelection(top_count(scores, self.blocks) | own, *self.sizes)

@@ -23,6 +23,7 @@ from kernels.stats import count_live_tiles
 from kernels.visibility import TILE
 from model.attention import Geometry
 from model.cache import Extension
+from model.config import ModelConfig
 from model.transformer import Transformer
 
 Phase = Literal["prefill", "decode"]
@@ -152,9 +153,9 @@ class SparsePolicy(ABC):
         """Attention over what `select` keeps. v: (G, Tk, D)."""
         return masked_attention(q, k, v, view, self.select(q, k, view))
 
-    @classmethod
-    def faster(cls, device: torch.device) -> bool:
-        """Whether `attend` skips work that it does not keep there, so that its time says something."""
+    def faster(self, device: torch.device, config: ModelConfig) -> bool:
+        """Whether over whole prompts `select` and `attend` skip work that is not kept there, so that their time says
+        something."""
         return False
 
     def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:  # noqa: B027

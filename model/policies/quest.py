@@ -6,19 +6,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import block_edges, check_least, top_count
-from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+from model.policies.policy import BlockSelection, Phase, SequenceView
 
 
 @dataclass(frozen=True)
-class Quest(SparsePolicy):
+class Quest(BlockPolicy):
     """Decoding reads the `pages` pages of keys whose scores have the largest upper bound (Quest, arXiv:2406.10774): the
     sum over channels of the larger of q * min and q * max, with the least and largest value of each channel in the page
     (eq. 1 and 2); the newest page always; everything in the first `dense_layers` layers. Dense where pages cover all
     keys.
 
     ALiBi's bias enters the bound at the page's nearest key. Simplified: bounds are computed anew at each step, where
-    the paper keeps them; the density does not count what reading them costs, 2 / page of the cache.
+    the paper keeps them; the density does not count what reading them costs, 2 / page of the cache. The kernel
+    (BlockPolicy) takes pages of multiples of 64, not the default.
     """
 
     name: ClassVar[str] = "quest"
@@ -31,16 +33,20 @@ class Quest(SparsePolicy):
         check_least(1, pages=self.pages, page=self.page)
         check_least(0, dense_layers=self.dense_layers)
 
-    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return 1, self.page
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection:
         n_keys = k.shape[1]
         nearest = block_edges(n_keys, self.page, k.device)[1]
         if view.layer < self.dense_layers:
-            return BlockSelection(torch.ones(1, 1, len(nearest), dtype=torch.bool, device=k.device), 1, self.page)
+            return BlockSelection(torch.ones(1, 1, len(nearest), dtype=torch.bool, device=k.device), *self.sizes)
         bound = self.bounds(q, k, view)
         if view.window is not None:
             bound = bound.masked_fill(view.query_start - nearest >= view.window, -torch.inf)
         bound[..., -1] = torch.inf
-        return BlockSelection(top_count(bound, self.pages)[:, None], 1, self.page)
+        return BlockSelection(top_count(bound, self.pages)[:, None], *self.sizes)
 
     def bounds(self, q: Tensor, k: Tensor, view: SequenceView) -> Tensor:
         """Upper bounds of the scores of one query, (H, 1, D), in each page: float32 (H, pages)."""

@@ -8,20 +8,14 @@ import torch
 from torch import Tensor
 
 from kernels.visibility import TILE
+from model.config import ModelConfig
+from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, check_share, in_blocks, mean_scores, own_blocks, top_share
-from model.policies.policy import (
-    Attended,
-    BlockSelection,
-    Phase,
-    Selection,
-    SequenceView,
-    SparsePolicy,
-    masked_attention,
-)
+from model.policies.policy import Attended, BlockSelection, Phase, SequenceView, masked_attention
 
 
 @dataclass(frozen=True)
-class SpargeAttention(SparsePolicy):
+class SpargeAttention(BlockPolicy):
     """Two filters (SpargeAttn, arXiv:2502.18137, Algorithm 1), without the paper's INT8 products.
 
     First: of each block of queries the key blocks with most weight in the softmax of block means, until they cover
@@ -31,7 +25,8 @@ class SpargeAttention(SparsePolicy):
     softmax stays normalised with their weights (lines 15 and 16). Dense at coverage 1 and margin -inf.
 
     margin: lambda, in nats, negative. The density counts what passes both filters; scores are computed for all that
-    passes the first. Own blocks are kept so that every query sees a key, which the paper leaves to their score.
+    passes the first. Own blocks are kept so that every query sees a key, which the paper leaves to their score. Without
+    a margin blocks of 128 and 64, the defaults, run on the kernel (BlockPolicy), which has no second filter.
     """
 
     name: ClassVar[str] = "sparge"
@@ -51,8 +46,12 @@ class SpargeAttention(SparsePolicy):
         if TILE % self.warp_rows:
             raise ValueError(f"warp_rows is {self.warp_rows}: expected a divisor of {TILE}")
 
-    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        sizes = (self.query_block, self.key_block)
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.query_block, self.key_block
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection:
+        sizes = self.sizes
         own = own_blocks(view, sizes, (q.shape[1], k.shape[1]), q.device)
         if self.coverage >= 1:
             return BlockSelection(torch.ones_like(own)[None], *sizes)
@@ -64,7 +63,12 @@ class SpargeAttention(SparsePolicy):
         return BlockSelection(kept | unlike_q[..., None] | unlike_k | own, *sizes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
+        if self.margin == -math.inf:
+            return super().attend(q, k, v, view)
         return masked_attention(q, k, v, view, self.select(q, k, view), self._dropped)
+
+    def faster(self, device: torch.device, config: ModelConfig) -> bool:
+        return self.margin == -math.inf and super().faster(device, config)
 
     def _dropped(self, scores: Tensor, rows: slice) -> Tensor:
         """Bool like scores: the second filter."""

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from kernels.visibility import TILE
+from model.config import ModelConfig
+from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, own_blocks, top_count
-from model.policies.policy import BlockSelection, Selection, SequenceView, SparsePolicy
+from model.policies.policy import BlockSelection, SequenceView
 
 
 @dataclass(frozen=True)
-class OracleTopK(SparsePolicy):
+class OracleTopK(BlockPolicy):
     """Of each block of queries the `blocks` key blocks with most exact attention weight, its own ones among them.
 
     What every method that estimates block weights aims at (an upper bound of theirs at equal density, though not of
-    methods that choose by key or by head); computing it costs dense attention. Dense where blocks cover all keys.
+    methods that choose by key or by head); computing it costs dense attention. Dense where blocks cover all keys. Only
+    attention over the blocks of 64, the default, runs on the kernel (BlockPolicy).
     """
 
     name: ClassVar[str] = "oracle"
@@ -28,8 +31,15 @@ class OracleTopK(SparsePolicy):
         if TILE % self.block:
             raise ValueError(f"block is {self.block}: expected a divisor of {TILE}")
 
-    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        sizes, lengths = (self.block, self.block), (q.shape[1], k.shape[1])
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.block, self.block
+
+    def faster(self, device: torch.device, config: ModelConfig) -> bool:
+        return False  # `select` computes dense attention
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection:
+        sizes, lengths = self.sizes, (q.shape[1], k.shape[1])
         own = own_blocks(view, sizes, lengths, q.device)
         weights = torch.zeros(len(q), *own.shape, device=q.device)
         for rows in view.row_blocks(q, k.shape[1]):

@@ -19,7 +19,10 @@ from eval.scoring import Context, Runtime, score
 from eval.sparse_frontier import main
 from kernels import entmax_attention
 from model.checkpoint import load_model
-from model.policies.families import FAMILIES
+from model.config import ModelConfig
+from model.policies.families import FAMILIES, policy_at
+from model.policies.minference import BlockSparse
+from model.policies.quest import Quest
 from model.policies.window import SlidingWindow
 from model.transformer import Transformer
 from tests.eval.conftest import BASE_LENGTH, MakeRun
@@ -118,6 +121,30 @@ def test_bsfa_is_compared_at_the_densities_of_its_thresholds(
     capsys.readouterr()
     assert main([*arguments, "--thresholds", str(tmp_path / "none")]) == 2
     assert "calibrate the checkpoint first" in capsys.readouterr().err
+
+
+def test_times_are_of_policies_that_skip_work_at_their_setting(
+    corpus: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of the policy as it is at the length of the text, and of its device and model; those of decoding never."""
+    asked = []
+
+    def faster(self: Any, device: torch.device, config: ModelConfig) -> bool:
+        asked.append((self, device.type, config.window))
+        return True
+
+    for kind in (BlockSparse, Quest):
+        monkeypatch.setattr(kind, "faster", faster)
+    timed: list[Any] = []
+    monkeypatch.setattr(Measuring, "_time", lambda self, *cell: timed.append(cell))
+    config = FrontierConfig(policies=["window", "block_sparse", "quest"], densities=[0.25, 0.5], lengths=[1, 2])
+    subject = find_subjects([str(runs["softmax"])])[0]
+    held_out = open_held_out(corpus, [subject], config.shared())
+    Measuring(subject, held_out, tmp_path, config, torch.device("cpu")).times({("prefill", 2): 0.3})
+    lengths = [(1, [0.25, 0.5]), (2, [0.25, 0.3, 0.5])]
+    expected = [[("dense", n, None), *(("block_sparse", n, wanted) for wanted in found)] for n, found in lengths]
+    assert timed == sum(expected, [])
+    assert asked == [(policy_at("block_sparse", 0.5, n * BASE_LENGTH), "cpu", None) for n in (1, 2)]
 
 
 def test_decoding_scores_what_one_pass_scores(runs: dict[str, Path]) -> None:

@@ -80,7 +80,9 @@ def test_what_tma_cannot_read_goes_by_pointers(backend: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("table", [tuning.HEAD_DIM_64, tuning.HEAD_DIM_128], ids=["64", "128"])
-@pytest.mark.parametrize("kernel", ["block_sparse", "block_sparse_ungated"])
+@pytest.mark.parametrize(
+    "kernel", ["block_sparse", "block_sparse_ungated", "block_sparse_given_64", "block_sparse_given_128"]
+)
 @pytest.mark.parametrize(("readable", "generation"), [(True, 9), (False, 9), (True, 8)])
 def test_launches_use_tma_where_it_is(
     table: dict[str, Launch], kernel: str, readable: bool, generation: int, monkeypatch: pytest.MonkeyPatch

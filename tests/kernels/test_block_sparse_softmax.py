@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import BlockSparseStats, block_sparse_softmax_attention
 from kernels.backends import INTERPRETED
-from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, block_maxima, query_blocks
+from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, block_maxima
 from tests.kernels.helpers import CUDA, DEVICE, EPS, draw, needs_cuda, needs_triton
 
 BACKENDS = [pytest.param("triton", marks=needs_triton), "torch"]
@@ -93,7 +93,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, BlockS
     return result
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, causal: bool, alibi_slopes: Tensor | None) -> Tensor:
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    causal: bool,
+    alibi_slopes: Tensor | None,
+    query_block: int = QUERY_BLOCK,
+) -> Tensor:
     """What plain PyTorch gives in the inputs' dtype for these kept blocks: products and weights rounded to it."""
     n_queries, n_keys, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
@@ -105,8 +113,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, causal: bool, alibi_slo
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
     gate = kept.repeat_interleave(KEY_BLOCK, -1)[..., :n_keys]
-    blocks = query_blocks(n_queries, n_keys, causal)
-    index = torch.cat([torch.full((b.rows.stop - b.rows.start,), i) for i, b in enumerate(blocks)]).to(q.device)
+    offset = n_keys - n_queries
+    index = torch.arange(offset, n_keys, device=q.device) // query_block - offset // query_block
     mask = gate[:, :, index] & (distance >= 0) if causal else gate[:, :, index]
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
     return p.to(v.dtype) @ v
