@@ -77,6 +77,20 @@ def test_every_task_composes_with_every_attention(task: TaskName, kind: str, res
     assert config["trainer"]["gradient_clip_val"] == pytest.approx(labelled, rel=0.05)  # as the file's comment says
 
 
+def test_the_small_form_holds_the_samples_of_the_tasks_it_names(resolved: Callable[..., str]) -> None:
+    longest = 0
+    for task in ("copy", "reverse", "sort", "flip_flop", "two_back"):
+        names = (f"length_generalisation/{task}.yaml", "length_generalisation/small.yaml", "cluster/cpu.yaml")
+        config = yaml.safe_load(resolved(*(CONFIGS / name for name in names)))
+        assert config["data"]["task"]["name"] == task
+        config_from_dict(config["model"]["network"])
+        samples = TaskConfig(**config["data"]["task"])
+        longest = max(longest, samples.task.row_length(samples.max_length))
+        rows = TaskSequences(samples, config["data"]["sequence_length"], 0, "train")
+        assert (rows.sequence(0).labels >= 0).any()
+    assert config["data"]["sequence_length"] == longest
+
+
 def test_folders_are_the_ones_that_readme_lists() -> None:
     assert {path.name for path in CONFIGS.iterdir()} == {
         "models",
