@@ -78,8 +78,9 @@ def _share(count: int, trials: int) -> Interval | None:
     return wilson(count / trials, trials) if trials else None
 
 
-def write_report(study: Study, output: Path) -> Path:
-    """Writes sparse_frontier.md, .html, .json and plots into `output`; returns the HTML page's path."""
+def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
+    """Writes sparse_frontier.md, .html, .json and plots into `output`; returns the HTML page's path and what is
+    pictured there."""
     output.mkdir(parents=True, exist_ok=True)
     summaries, ruler = summarise(study), summarise_ruler(study)
     page = output / "sparse_frontier.html"
@@ -101,7 +102,7 @@ def write_report(study: Study, output: Path) -> Path:
     page.with_suffix(".md").write_text(to_markdown(blocks, output))
     page.write_text(to_html(TITLE, blocks))
     write_json(page.with_suffix(".json"), _as_json(study, summaries, ruler))
-    return page
+    return page, [block for block in blocks if isinstance(block, Picture)]
 
 
 def _as_json(study: Study, summaries: list[Summary], ruler: list[RulerSummary]) -> dict[str, object]:

@@ -20,13 +20,15 @@ import numpy as np
 from jsonargparse import ArgumentParser
 
 from eval import provenance
-from eval.frontier_config import FrontierConfig, Study
+from eval.frontier_config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
 from eval.frontier_measure import Measuring
 from eval.frontier_report import summary_lines, write_report
 from eval.frontier_ruler import open_sets
+from eval.frontier_tables import study_records
 from eval.options import config_of, run_command
 from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_device, find_subjects, open_held_out
+from eval.tracking import WandbConfig, add_wandb_arguments, open_tracker, wandb_config
 from model.version import code_version
 
 
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work(given: list[str]) -> list[str]:
         options = _parser().parse_args(given)
         folders = (Path(options.data), Path(options.output))
-        return evaluate(options.softmax, options.entmax, *folders, config_of(FrontierConfig, options), given)
+        config = config_of(FrontierConfig, options)
+        return evaluate(options.softmax, options.entmax, *folders, config, wandb_config(options), given)
 
     return run_command(work, arguments)
 
@@ -58,11 +61,18 @@ def _parser() -> ArgumentParser:
     ):
         parser.add_argument(f"--{name}", nargs="+", type=kind, default=getattr(default, name), help=text)
     parser.add_class_arguments(FrontierConfig, skip={"policies", "densities", "lengths", "ruler_tasks"})
+    add_wandb_arguments(parser)
     return parser
 
 
 def evaluate(
-    softmax: str, entmax: str, data: Path, output: Path, config: FrontierConfig, arguments: list[str]
+    softmax: str,
+    entmax: str,
+    data: Path,
+    output: Path,
+    config: FrontierConfig,
+    wandb: WandbConfig,
+    arguments: list[str],
 ) -> list[str]:
     """Measures every cell, or reuses what is kept in output/results, and writes the report.
 
@@ -72,6 +82,7 @@ def evaluate(
     subjects = find_subjects([softmax, entmax])
     for subject, wanted in zip(subjects, (False, True), strict=True):
         check_kind(subject, wanted)
+    tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     held_out = open_held_out(data, subjects, config.shared())
     shortest = held_out.plan.multiples[0] * held_out.base_length
     if config.decode_tokens >= shortest:
@@ -80,17 +91,11 @@ def evaluate(
         )
     sets, notes = _ruler_sets(subjects, held_out, config)
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
-    softmax_model, entmax_model = measuring
-    cells_of_entmax = entmax_model.as_they_are()
-    own = {(cell.phase, cell.multiple): round(float(np.mean(cell.density)), 4) for cell in cells_of_entmax}
-    ruler_of_entmax = entmax_model.on_ruler(cells_of_entmax, sets)
-    times_of_entmax = entmax_model.times({})
-    entmax_model.release()
-    cells = [*softmax_model.as_they_are(), *softmax_model.under_policies(own)]
+    cells, ruler, times = _measure(measuring, sets)
     study = Study(
-        cells=[*cells, *cells_of_entmax],
-        ruler=[*softmax_model.on_ruler(cells, sets), *ruler_of_entmax],
-        times=[*softmax_model.times(own), *times_of_entmax],
+        cells=cells,
+        ruler=ruler,
+        times=times,
         settings=asdict(config),
         base_length=held_out.base_length,
         documents=len(held_out.plan.documents),
@@ -104,7 +109,27 @@ def evaluate(
         hardware=provenance.hardware(device),
         date=provenance.now(),
     )
-    return summary_lines(study, write_report(study, output))
+    page, pictures = write_report(study, output)
+    tracker.log("eval.sparse_frontier", study_records(study, pictures))
+    return summary_lines(study, page)
+
+
+def _measure(
+    measuring: Sequence[Measuring], sets: Sequence[FrozenTask]
+) -> tuple[list[Cell], list[RulerCell], list[PrefillTime]]:
+    """measuring: of the softmax model and of entmax, which comes first here: policies are also set to its density."""
+    softmax_model, entmax_model = measuring
+    cells_of_entmax = entmax_model.as_they_are()
+    own = {(cell.phase, cell.multiple): round(float(np.mean(cell.density)), 4) for cell in cells_of_entmax}
+    ruler_of_entmax = entmax_model.on_ruler(cells_of_entmax, sets)
+    times_of_entmax = entmax_model.times({})
+    entmax_model.release()
+    cells = [*softmax_model.as_they_are(), *softmax_model.under_policies(own)]
+    return (
+        [*cells, *cells_of_entmax],
+        [*softmax_model.on_ruler(cells, sets), *ruler_of_entmax],
+        [*softmax_model.times(own), *times_of_entmax],
+    )
 
 
 def _ruler_sets(

@@ -16,20 +16,21 @@ def study_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
         "pairs": [
             {
                 "run": one.label, "baseline": one.baseline, "multiple": length.multiple,
-                **_interval("perplexity_ratio", length.perplexity_ratio),
-                **_interval("bits_per_byte_difference", length.bits_per_byte_difference),
+                **interval_columns("perplexity_ratio", length.perplexity_ratio),
+                **interval_columns("bits_per_byte_difference", length.bits_per_byte_difference),
             }
             for one in study.pairs for length in one.lengths
         ],
         "perplexity_over_length": [
             {
                 "run": run.label, "multiple": one.multiple, "tokens": one.tokens,
-                **_interval("perplexity", one.perplexity), **_interval("bits_per_byte", one.bits_per_byte),
+                **interval_columns("perplexity", one.perplexity),
+                **interval_columns("bits_per_byte", one.bits_per_byte),
             }
             for run in study.runs for one in run.lengths
         ],
         "perplexity_by_position": [
-            {"run": run.label, "start": one.start, "stop": one.stop, **_interval("perplexity", one.perplexity)}
+            {"run": run.label, "start": one.start, "stop": one.stop, **interval_columns("perplexity", one.perplexity)}
             for run in study.runs for one in run.positions
         ],
         "needles": [row for run in study.runs for row in _needles(run)],
@@ -37,15 +38,17 @@ def study_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     }  # fmt: skip
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def interval_columns(name: str, interval: Interval | None) -> dict[str, float | None]:
+    """The columns NAME, NAME_low and NAME_high; None in all of them where there is no interval."""
+    value, low, high = (None, None, None) if interval is None else (interval.value, interval.low, interval.high)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _run(run: RunSummary, measurement: Measurement) -> dict[str, Any]:
     return {
         "run": run.label, "attention": attention_kind(measurement), "parameters": measurement.parameters,
         "step": measurement.step, "training_length": measurement.training_length, "scored_tokens": run.tokens,
-        **_interval("bits_per_byte", run.bits_per_byte), **_interval("perplexity", run.perplexity),
+        **interval_columns("bits_per_byte", run.bits_per_byte), **interval_columns("perplexity", run.perplexity),
     }  # fmt: skip
 
 
@@ -56,7 +59,8 @@ def _needles(run: RunSummary) -> list[dict[str, Any]]:
         return {
             "run": run.label, "kind": kind, "multiple": one.multiple,
             "depth": one.depth if isinstance(one.depth, float) else None, "samples": one.samples,
-            **_interval("token_accuracy", one.token_accuracy), **_interval("exact_match", one.exact_match),
+            **interval_columns("token_accuracy", one.token_accuracy),
+            **interval_columns("exact_match", one.exact_match),
         }  # fmt: skip
 
     single = [row("single" if one.depth is not None else "without needle", one) for one in run.needles]

@@ -19,14 +19,18 @@ from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Runtime
 from eval.task_config import TasksConfig
 from eval.task_loading import LoadedTask, load_tasks
-from eval.task_report import RunResult, Study, summary_lines, write_report
+from eval.task_report import RunResult, Study, score_rows, summary_lines, write_report
 from eval.task_results import MEASURING, TaskResult, TaskSettings, measure, result_from_json
+from eval.task_tables import study_records
+from eval.tracking import WandbConfig, open_tracker
 from model.checkpoint import load_model
 from model.config import config_from_dict
 from model.version import code_version
 
 
-def evaluate(runs: Sequence[str], output: Path, config: TasksConfig, arguments: list[str]) -> list[str]:
+def evaluate(
+    runs: Sequence[str], output: Path, config: TasksConfig, wandb: WandbConfig, arguments: list[str]
+) -> list[str]:
     """Measures every run on every task, or reuses what is kept in output/results, and writes the tables.
 
     Returns:
@@ -38,6 +42,7 @@ def evaluate(runs: Sequence[str], output: Path, config: TasksConfig, arguments: 
     started = time.monotonic()
     device = choose_device(config.device)
     subjects = find_subjects(runs)
+    tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     ruler = None if config.ruler is None else Path(config.ruler)
     tasks = load_tasks(config.tasks, config.source, ruler, config.lengths, config.limit)
     if ruler is not None and any(task.length for task in tasks):
@@ -52,7 +57,10 @@ def evaluate(runs: Sequence[str], output: Path, config: TasksConfig, arguments: 
         date=provenance.now(),
         seconds=round(time.monotonic() - started, 1),
     )
-    return summary_lines(study, write_report(study, output))
+    rows = score_rows(study)
+    page = write_report(study, rows, output)
+    tracker.log("eval.tasks", study_records(study, rows))
+    return summary_lines(study, rows, page)
 
 
 def choose_window(config: TasksConfig, subject: Subject) -> int | None:

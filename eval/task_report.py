@@ -47,7 +47,8 @@ class Study:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task. scores: one a run. differences: one a run, None for the baseline and where none is."""
+    """One metric of one task. scores: one a run. differences: one a run, None for the baseline and where none is.
+    left_out: of each run, how many samples do not fit."""
 
     task: str
     group: str
@@ -55,6 +56,15 @@ class Row:
     chance: float | None
     scores: list[Score]
     differences: list[Difference | None]
+    left_out: list[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """groups: the tasks of a group together. single: every task by itself; empty where no group has several."""
+
+    groups: list[Row]
+    single: list[Row]
 
 
 def make_rows(study: Study, tasks: Sequence[Sequence[TaskResult]]) -> list[Row]:
@@ -74,8 +84,8 @@ def make_rows(study: Study, tasks: Sequence[Sequence[TaskResult]]) -> list[Row]:
                 None if i == baseline else compare(result, results[baseline], name, resamples, seed)
                 for i, result in enumerate(results)
             ]
-            first = results[0]
-            rows.append(Row(first.task, first.group, first.length, first.chance, scores, differences))
+            first, left = results[0], [len(result.too_long) for result in results]
+            rows.append(Row(first.task, first.group, first.length, first.chance, scores, differences, left))
     return rows
 
 
@@ -94,16 +104,20 @@ def by_group(study: Study) -> list[list[TaskResult]]:
     return [list(results) for results in zip(*merged, strict=True)]
 
 
-def write_report(study: Study, output: Path) -> Path:
+def score_rows(study: Study) -> Rows:
+    """Computed once for report, tables and summary: bootstrapping large tasks takes seconds."""
+    groups, tasks = by_group(study), by_task(study)
+    return Rows(make_rows(study, groups), make_rows(study, tasks) if len(groups) < len(tasks) else [])
+
+
+def write_report(study: Study, rows: Rows, output: Path) -> Path:
     """Writes tasks.md, tasks.html and tasks.json into `output`; returns the HTML page's path."""
     output.mkdir(parents=True, exist_ok=True)
-    rows = make_rows(study, by_group(study))
-    single = make_rows(study, by_task(study)) if len(by_group(study)) < len(by_task(study)) else []
-    blocks = _blocks(study, rows, single)
+    blocks = _blocks(study, rows.groups, rows.single)
     (output / "tasks.md").write_text(to_markdown(blocks, output))
     page = output / "tasks.html"
     page.write_text(to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks))
-    write_json(output / "tasks.json", _as_json(study, rows, single))
+    write_json(output / "tasks.json", _as_json(study, [*rows.groups, *rows.single]))
     return page
 
 
@@ -212,7 +226,7 @@ def _data_table(study: Study) -> Table:
     return Table(["task", "source", "samples", "sha256 of the data", "of the requests"], rows, numeric=False)
 
 
-def _as_json(study: Study, rows: Sequence[Row], single: Sequence[Row]) -> dict[str, Any]:
+def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     """The scores and where they come from; the samples' values stay in results/."""
     facts = {key: value for key, value in vars(study).items() if key != "runs"}
     dropped = {"metrics", "texts", "scored"}
@@ -228,14 +242,14 @@ def _as_json(study: Study, rows: Sequence[Row], single: Sequence[Row]) -> dict[s
         "lm_eval": version("lm_eval"),
         "baseline": choose_baseline(study.runs).label,
         "runs": runs,
-        "scores": [asdict(row) for row in [*rows, *single]],
+        "scores": [asdict(row) for row in rows],
     }
 
 
-def summary_lines(study: Study, page: Path) -> list[str]:
+def summary_lines(study: Study, rows: Rows, page: Path) -> list[str]:
     """One line for each task and metric, what does not fit, and where the tables are."""
     lines = []
-    for row in make_rows(study, by_group(study)):
+    for row in rows.groups:
         scores = zip(study.runs, row.scores, strict=True)
         cells = "; ".join(f"{run.label} {score_text(score)}" for run, score in scores)
         lines.append(f"{row.task} {row.scores[0].metric}: {cells}")

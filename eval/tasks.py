@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser
 
 from eval.options import config_of, run_command
 from eval.task_config import TasksConfig
+from eval.tracking import add_wandb_arguments, wandb_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(given: list[str]) -> list[str]:
         options = _parser().parse_args(given)
-        return evaluate(options.runs, Path(options.output), config_of(TasksConfig, options), given)
+        config = config_of(TasksConfig, options)
+        return evaluate(options.runs, Path(options.output), config, wandb_config(options), given)
 
     return run_command(work, arguments)
 
@@ -48,6 +50,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks", nargs="+", type=str, default=[], help="names of tasks and groups")
     parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of the RULER tasks, in tokens")
     parser.add_class_arguments(TasksConfig, skip={"tasks", "lengths"})
+    add_wandb_arguments(parser)
     return parser
 
 

@@ -1,10 +1,12 @@
 """A tiny prepared corpus and tiny checkpoints of the real formats, and stand-ins with known answers."""
 
+import json
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,3 +155,15 @@ def write_metrics(run: Path, start: int, rows: list[dict[str, object]]) -> None:
     session.mkdir(parents=True)
     lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
     (session / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def tracked_tables(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by table name of the one evaluation that was tracked offline in this folder."""
+    sys.modules["wandb"].teardown()  # its service may still be writing the run's files
+    (folder,) = (output / "wandb").glob("offline-run-*")
+    found = {}
+    for path in folder.rglob("*.table.json"):
+        table = json.loads(path.read_text())
+        # wandb's file name ends in its step and a hash
+        found[path.name.rsplit("_", 2)[0]] = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    return found

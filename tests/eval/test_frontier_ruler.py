@@ -14,6 +14,7 @@ import torch
 import eval.frontier_measure
 import eval.sparse_frontier
 from data.tokenizer import Tokenizer
+from eval.document import Picture
 from eval.frontier_config import Study
 from eval.frontier_ruler import open_sets, write_answers
 from eval.frontier_tasks import Scorer
@@ -100,9 +101,9 @@ def without_plots(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
     """Instead of reports, which take longer than tiny models: what they would show."""
     studies: list[Study] = []
 
-    def keep(study: Study, output: Path) -> Path:
+    def keep(study: Study, output: Path) -> tuple[Path, list[Picture]]:
         studies.append(study)
-        return output
+        return output, []
 
     monkeypatch.setattr(eval.sparse_frontier, "write_report", keep)
     return studies

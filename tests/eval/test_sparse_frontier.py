@@ -11,7 +11,7 @@ import torch
 
 import eval.calibrate
 import eval.frontier_measure
-from eval.frontier_config import FrontierConfig
+from eval.frontier_config import PHASES, FrontierConfig
 from eval.frontier_measure import Measuring
 from eval.frontier_tasks import Scorer, decode, entmax_density, make_tasks, set_density
 from eval.run import find_subjects, open_held_out
@@ -25,7 +25,7 @@ from model.policies.minference import BlockSparse
 from model.policies.quest import Quest
 from model.policies.window import SlidingWindow
 from model.transformer import Transformer
-from tests.eval.conftest import BASE_LENGTH, MakeRun
+from tests.eval.conftest import BASE_LENGTH, MakeRun, tracked_tables
 
 QUICK = ["--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2", "--bootstrap_samples", "100"]
 QUICK += ["--lengths", "1", "2", "--decode_tokens", "3", "--timed_runs", "1"]
@@ -85,6 +85,28 @@ def test_all_policies_beside_both_models(
     assert json.loads((tmp_path / "sparse_frontier.json").read_text())["cells"] == report["cells"]
     with pytest.raises(AssertionError, match="measured again"):
         main([*arguments, "--seed", "1"])
+
+
+def test_cells_and_prefill_times_in_wandb(corpus: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["--densities", "0.5", "--lengths", "1", "--policies", "window", "--wandb.mode", "offline"]
+    assert main([*options(corpus, runs, tmp_path), *arguments]) == 0
+    tables = tracked_tables(tmp_path)
+    assert set(tables) == {"cells", "prefill_times"}  # no RULER was asked for
+    report = json.loads((tmp_path / "sparse_frontier.json").read_text())
+    for found, summary, cell in zip(tables["cells"], report["summaries"], report["cells"], strict=True):
+        for name in ("method", "phase", "multiple", "wanted", "policy", "density", "tile_density"):
+            assert found[name] == summary[name], name
+        assert (found["run"], found["context"]) == (cell["label"], BASE_LENGTH)
+        assert found["scored_tokens"] == sum(cell["tokens"])
+        pairs = {"perplexity": "perplexity", "perplexity_ratio": "ratio", "needle_token_accuracy": "needles"}
+        for column, name in (pairs | {"control_token_accuracy": "chance"}).items():
+            ends = [None] * 3 if summary[name] is None else list(summary[name].values())
+            assert [found[f"{column}{end}"] for end in ("", "_low", "_high")] == ends, column
+    for found, time in zip(tables["prefill_times"], report["times"], strict=True):
+        assert found["milliseconds"] == found["milliseconds_longest"] == 1e3 * time["seconds"][0]
+        assert (found["run"], found["method"], found["timed_runs"]) == (time["label"], time["method"], 1)
+    drawn = {path.name.rsplit("_", 2)[0] for path in (tmp_path / "wandb").rglob("images/**/*.png")}
+    assert drawn == {f"{phase}_{name}" for phase in PHASES for name in ("over_density", "density_by_head")}
 
 
 def test_bsfa_is_compared_at_the_densities_of_its_thresholds(

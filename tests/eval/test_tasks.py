@@ -16,8 +16,11 @@ from data.tokenizer import Tokenizer
 from eval.ruler import RulerConfig, build
 from eval.task_config import TasksConfig
 from eval.task_loading import load_tasks
+from eval.task_report import RunResult, Study, score_rows
+from eval.task_results import Metric, TaskResult
+from eval.task_tables import study_tables
 from eval.tasks import main
-from tests.eval.conftest import BASE_LENGTH, MakeRun
+from tests.eval.conftest import BASE_LENGTH, MakeRun, tracked_tables
 from tests.eval.olmo import needs_olmo
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -74,6 +77,40 @@ def test_perplexities_are_compared_by_their_ratio(runs: list[str], tmp_path: Pat
     assert row["differences"][0]["ratio"] and row["differences"][1] is None
     assert row["differences"][0]["interval"]["value"] == pytest.approx(ours["value"] / theirs["value"])
     assert "times " in (tmp_path / "out/tasks.md").read_text()
+
+
+def test_scores_and_differences_in_wandb(runs: list[str], local: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = ["--device", "cpu", "--tasks", "arc_easy", "--source", str(local), "--max_length", "128"]
+    assert main([*runs, *options, "--output", str(output), "--wandb.mode", "offline"]) == 0
+    tables = tracked_tables(output)
+    assert set(tables) == {"scores", "differences"}
+    report = json.loads((output / "tasks.json").read_text())
+    expected = [(run, i, row) for row in report["scores"] for i, run in enumerate(["asentmax", "softmax"])]
+    for found, (run, i, row) in zip(tables["scores"], expected, strict=True):
+        score = row["scores"][i]
+        assert (found["run"], found["task"], found["metric"]) == (run, "arc_easy", score["metric"])
+        assert (found["samples"], found["left_out"], found["length"]) == (5, 1, None)
+        assert [found["value"], found["value_low"]] == [score["value"], score["interval"]["low"]]
+    for found, row in zip(tables["differences"], report["scores"], strict=True):
+        interval = row["differences"][0]["interval"]
+        assert (found["run"], found["baseline"], found["samples"], found["ratio"]) == ("asentmax", "softmax", 5, False)
+        assert [found[f"difference{end}"] for end in ("", "_low", "_high")] == list(interval.values())
+
+
+def test_a_group_and_its_tasks_are_each_tracked_once() -> None:
+    metrics = [Metric("acc", "mean", True, [1.0, 0.0], 0.5)]
+    tasks = [
+        TaskResult(name, group, None, "", "", "", 3, [0, 1], [2], 0.25, metrics, None, "", 0.0)
+        for name, group in (("piqa", "piqa"), ("mmlu_a", "mmlu"), ("mmlu_b", "mmlu"))
+    ]
+    run = RunResult("x", "", 1, {"attention": {"kind": "softmax"}}, 128, "", 8, "", tasks)
+    study = Study([run], {"bootstrap_samples": 100, "seed": 0}, "", "", "", "", 0.0)
+    tables = study_tables(study, score_rows(study))
+    assert [(row["task"], row["samples"], row["left_out"]) for row in tables["scores"]] == [
+        ("piqa", 2, 1), ("mmlu (2 tasks together)", 4, 2), ("mmlu_a", 2, 1), ("mmlu_b", 2, 1),
+    ]  # fmt: skip
+    assert tables["differences"] == []
 
 
 def results(folder: Path) -> dict[str, Any]:

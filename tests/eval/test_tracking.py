@@ -10,7 +10,7 @@ import yaml
 import eval.tracking
 from eval.run import main
 from eval.tracking import WandbConfig, open_tracker
-from tests.eval.conftest import MakeRun
+from tests.eval.conftest import MakeRun, tracked_tables
 
 QUICK = ["--headline_tokens", "300", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
 QUICK += ["--bootstrap_samples", "100", "--lengths", "1", "2", "--profile_queries", "8", "--device", "cpu"]
@@ -38,11 +38,7 @@ def test_tables_and_plots_of_an_evaluation(
     assert main([*map(str, runs.values()), *data, *QUICK, "--wandb.mode", "offline"]) == 0
     assert "in project mine (offline)" in capsys.readouterr().err
     (folder,) = (output / "wandb").glob("offline-run-*")
-    by_name = {}
-    for path in folder.rglob("*.table.json"):
-        table = json.loads(path.read_text())
-        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-        by_name[path.name.rsplit("_", 2)[0]] = rows
+    by_name = tracked_tables(output)
     assert set(by_name) == {
         "runs", "pairs", "perplexity_over_length", "perplexity_by_position", "needles", "attention",
     }  # fmt: skip
