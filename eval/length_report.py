@@ -12,6 +12,7 @@ from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table
 from eval.plots import Curve, exact_match_over_length
 from eval.results import write_json
 from eval.statistics import Interval, wilson
+from eval.tables import interval_columns
 
 # Exact match in %, by multiple of the training length: Table 1 of arXiv 2506.16640 (NAPE; the rows of softmax and
 # ASEntmax). The layers are those of configs/length_generalisation.
@@ -250,8 +251,7 @@ def result_rows(study: Study) -> list[dict[str, Any]]:
         for one in run.lengths:
             row = {**facts, "multiple": float(one.multiple), "length": one.length, "samples": one.samples}
             for name in ("exact_match", "token_accuracy"):
-                share = getattr(one, name)
-                row |= {name: share.value, f"{name}_low": share.low, f"{name}_high": share.high}
+                row |= interval_columns(name, getattr(one, name))
             rows.append(row)
     return rows
 
