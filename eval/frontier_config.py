@@ -92,21 +92,15 @@ class FrontierConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One way of attending, in one phase and at one length, before statistics.
+class Way:
+    """One way of attending, in one phase and at one length.
 
     Args:
         label: The checkpoint's.
         method: A policy's name, or "dense" or "entmax" for the two models as they are.
+        multiple, context: The length, in training lengths and in tokens.
         wanted: The density it was set to, of bsfa the one that its k predicts; None for the models as they are.
         policy: With its settings; empty for the models as they are.
-        density, tile_density: (L, H) shares of visible pairs, and of 64 x 64 tiles, on the text that is scored. Tiles
-            are None for entmax in decoding, where they are not counted.
-        needle_density: Mean over layers and heads on the needle contexts; None for the models as they are.
-        loss, tokens: Of each document, sums over its scored tokens, in nats.
-        needles: hits and tokens of each needle sample.
-        several: kind -> hits and tokens of each sample with several needles.
-        controls: hits and tokens of samples without their needle, at the shortest length; empty for policies.
     """
 
     label: str
@@ -116,6 +110,22 @@ class Cell:
     context: int
     wanted: float | None
     policy: str
+
+
+@dataclass(frozen=True)
+class Cell(Way):
+    """Text and needles under one way of attending, before statistics.
+
+    Args:
+        density, tile_density: (L, H) shares of visible pairs, and of 64 x 64 tiles, on the text that is scored. Tiles
+            are None for entmax in decoding, where they are not counted.
+        needle_density: Mean over layers and heads on the needle contexts; None for the models as they are.
+        loss, tokens: Of each document, sums over its scored tokens, in nats.
+        needles: hits and tokens of each needle sample.
+        several: kind -> hits and tokens of each sample with several needles.
+        controls: hits and tokens of samples without their needle, at the shortest length; empty for policies.
+    """
+
     density: list[list[float]]
     tile_density: list[list[float]] | None
     needle_density: float | None
@@ -130,8 +140,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class RulerCell:
-    """One RULER task under the attention of a Cell; what is not described here is as there.
+class RulerCell(Way):
+    """One RULER task under one way of attending.
 
     Args:
         sha256: Of the frozen file.
@@ -140,13 +150,6 @@ class RulerCell:
         texts: The answers, each up to where it holds all that was asked for.
     """
 
-    label: str
-    method: str
-    phase: Phase
-    multiple: int
-    context: int
-    wanted: float | None
-    policy: str
     task: str
     sha256: str
     density: float

@@ -42,8 +42,15 @@ class Summary:
     chance: Interval | None
 
 
-def summarise(study: Study) -> list[Summary]:
-    return [_summary(cell, _dense(study, cell), study) for cell in study.cells]
+@dataclass(frozen=True)
+class Summaries:
+    cells: list[Summary]
+    ruler: list[RulerSummary]
+
+
+def summarise(study: Study) -> Summaries:
+    """Bootstrapped once, for report, tables and summary."""
+    return Summaries([_summary(cell, _dense(study, cell), study) for cell in study.cells], summarise_ruler(study))
 
 
 def _dense(study: Study, cell: Cell) -> Cell:
@@ -78,11 +85,10 @@ def _share(count: int, trials: int) -> Interval | None:
     return wilson(count / trials, trials) if trials else None
 
 
-def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
+def write_report(study: Study, summaries: Summaries, output: Path) -> tuple[Path, list[Picture]]:
     """Writes sparse_frontier.md, .html, .json and plots into `output`; returns the HTML page's path and what is
     pictured there."""
     output.mkdir(parents=True, exist_ok=True)
-    summaries, ruler = summarise(study), summarise_ruler(study)
     page = output / "sparse_frontier.html"
     blocks: list[Block] = [
         Heading(TITLE, 1),
@@ -96,21 +102,21 @@ def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
         ),
     ]
     for phase in PHASES:
-        of_phase = [one for one in summaries if one.cell.phase == phase]
-        blocks += _phase(of_phase, [one for one in ruler if one.phase == phase], phase, output)
+        of_phase = [one for one in summaries.cells if one.cell.phase == phase]
+        blocks += _phase(of_phase, [one for one in summaries.ruler if one.phase == phase], phase, output)
     blocks += [*_times(study.times), *_method(study)]
     page.with_suffix(".md").write_text(to_markdown(blocks, output))
     page.write_text(to_html(TITLE, blocks))
-    write_json(page.with_suffix(".json"), _as_json(study, summaries, ruler))
+    write_json(page.with_suffix(".json"), _as_json(study, summaries))
     return page, [block for block in blocks if isinstance(block, Picture)]
 
 
-def _as_json(study: Study, summaries: list[Summary], ruler: list[RulerSummary]) -> dict[str, object]:
+def _as_json(study: Study, summaries: Summaries) -> dict[str, object]:
     """Every number; the texts that were written to RULER's samples stay in results/."""
     raw = asdict(study)
     raw["ruler"] = [{name: value for name, value in cell.items() if name != "texts"} for cell in raw["ruler"]]
-    found = {"summaries": [_without_cell(one) for one in summaries], "ruler_summaries": [asdict(one) for one in ruler]}
-    return raw | found
+    cells = [_without_cell(one) for one in summaries.cells]
+    return raw | {"summaries": cells, "ruler_summaries": [asdict(one) for one in summaries.ruler]}
 
 
 def _without_cell(summary: Summary) -> dict[str, object]:
@@ -227,14 +233,13 @@ def _method(study: Study) -> list[Block]:
     ]
 
 
-def summary_lines(study: Study, page: Path) -> list[str]:
+def summary_lines(summaries: Summaries, page: Path) -> list[str]:
     """A line for each phase and length: both models as they are, and the best policy of about entmax's density or
     less."""
     lines = []
-    summaries = summarise(study)
     for phase in PHASES:
-        for multiple in sorted({cell.multiple for cell in study.cells}):
-            here = [one for one in summaries if (one.cell.phase, one.cell.multiple) == (phase, multiple)]
+        for multiple in sorted({one.cell.multiple for one in summaries.cells}):
+            here = [one for one in summaries.cells if (one.cell.phase, one.cell.multiple) == (phase, multiple)]
             shown = [one for one in here if one.cell.method in AS_THEY_ARE]
             entmax = next(one for one in shown if one.cell.method == "entmax")
             rivals = [one for one in here if one not in shown and one.density <= (1 + CLOSE) * entmax.density]
@@ -244,4 +249,4 @@ def summary_lines(study: Study, page: Path) -> list[str]:
                 for one in shown
             )
             lines.append(f"{phase}, {here[0].cell.context:,} tokens, perplexity: {cells}")
-    return [*lines, *ruler_lines(summarise_ruler(study)), f"report: {page}"]
+    return [*lines, *ruler_lines(summaries.ruler), f"report: {page}"]

@@ -6,26 +6,25 @@ from typing import Any
 
 from eval.document import Picture
 from eval.frontier_config import PrefillTime, Study
-from eval.frontier_report import Summary, summarise
-from eval.frontier_ruler_report import RulerSummary, summarise_ruler
+from eval.frontier_report import Summaries, Summary
+from eval.frontier_ruler_report import RulerSummary
 from eval.tables import interval_columns
 from eval.tracking import Records
 
 
-def study_records(study: Study, pictures: Sequence[Picture]) -> Records:
+def study_records(study: Study, summaries: Summaries, pictures: Sequence[Picture]) -> Records:
     """The tables and plots, and what they were made of and with."""
     names = ("data", "code_version", "command", "hardware", "date", "notes")
     facts = {name: getattr(study, name) for name in names}
-    return Records({**facts, **study.settings}, study_tables(study), list(pictures))
+    return Records({**facts, **study.settings}, study_tables(study, summaries), list(pictures))
 
 
-def study_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
+def study_tables(study: Study, summaries: Summaries) -> dict[str, list[dict[str, Any]]]:
     """Rows by table name."""
-    ruler = summarise_ruler(study)
     return {
-        "cells": [_cell(one) for one in summarise(study)],
-        "ruler": [_ruler(one) for one in ruler],
-        "ruler_tasks": [row for one in ruler for row in _ruler_tasks(one)],
+        "cells": [_cell(one) for one in summaries.cells],
+        "ruler": [_ruler(one) for one in summaries.ruler],
+        "ruler_tasks": [row for one in summaries.ruler for row in _ruler_tasks(one)],
         "prefill_times": [_time(one) for one in study.times],
     }
 

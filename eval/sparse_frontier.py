@@ -4,11 +4,10 @@
 
 Every policy of model/policies is set to each density, and to the entmax model's own, on held-out text (by bisection, on
 one context) and measured there beside the softmax model as it is and the entmax model, which keeps the keys that it
-gives weight. Policies of the
-prompt (window, MInference and the like) act on every token of the contexts; policies of decoding (Quest, SnapKV and the
-like) on the last tokens, one by one, behind a densely prefilled prompt: they are two comparisons, each with both models
-scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as eval.calibrate found it, --ruler the samples
-that eval.ruler built for the lengths that are measured.
+gives weight. Policies of the prompt (window, MInference and the like) act on every token of the contexts; policies of
+decoding (Quest, SnapKV and the like) on the last tokens, one by one, behind a densely prefilled prompt: they are two
+comparisons, each with both models scored on the same tokens. --thresholds adds Block-Sparse FlashAttention as
+eval.calibrate found it, --ruler the samples that eval.ruler built for the lengths that are measured.
 """
 
 import sys
@@ -22,7 +21,7 @@ from jsonargparse import ArgumentParser
 from eval import provenance
 from eval.frontier_config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
 from eval.frontier_measure import Measuring
-from eval.frontier_report import summary_lines, write_report
+from eval.frontier_report import summarise, summary_lines, write_report
 from eval.frontier_ruler import open_sets
 from eval.frontier_tables import study_records
 from eval.options import config_of, run_command
@@ -109,9 +108,10 @@ def evaluate(
         hardware=provenance.hardware(device),
         date=provenance.now(),
     )
-    page, pictures = write_report(study, output)
-    tracker.log("eval.sparse_frontier", study_records(study, pictures))
-    return summary_lines(study, page)
+    summaries = summarise(study)
+    page, pictures = write_report(study, summaries, output)
+    tracker.log("eval.sparse_frontier", study_records(study, summaries, pictures))
+    return summary_lines(summaries, page)
 
 
 def _measure(

@@ -16,6 +16,7 @@ import eval.sparse_frontier
 from data.tokenizer import Tokenizer
 from eval.document import Picture
 from eval.frontier_config import Study
+from eval.frontier_report import Summaries
 from eval.frontier_ruler import open_sets, write_answers
 from eval.frontier_tasks import Scorer
 from eval.generation import generate
@@ -101,7 +102,7 @@ def without_plots(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
     """Instead of reports, which take longer than tiny models: what they would show."""
     studies: list[Study] = []
 
-    def keep(study: Study, output: Path) -> tuple[Path, list[Picture]]:
+    def keep(study: Study, summaries: Summaries, output: Path) -> tuple[Path, list[Picture]]:
         studies.append(study)
         return output, []
 

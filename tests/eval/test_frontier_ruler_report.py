@@ -10,6 +10,7 @@ import pytest
 import eval.frontier_ruler_report
 from eval.document import Table
 from eval.frontier_config import RulerCell, Study
+from eval.frontier_report import summarise
 from eval.frontier_ruler_report import ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.frontier_tables import study_tables
 from eval.statistics import Interval, bootstrap_paired, wilson
@@ -43,7 +44,7 @@ def test_tasks_count_alike_and_differences_are_paired() -> None:
     assert [(one.method, one.density) for one in panel.points] == [("dense", 1.0), ("window", 0.55), ("entmax", 0.2)]
     assert panel.points[1].value.value == pytest.approx(31.25) and panel.title == "512 tokens: RULER, mean of 2 tasks"
     assert not ruler_panel([dense], 1).points and window.densities == {"vt": 0.6, "cwe": 0.5}
-    tables = study_tables(study)
+    tables = study_tables(study, summarise(study))
     row = tables["ruler"][1]
     assert [row[name] for name in ("method", "wanted", "tasks", "samples", "density")] == ["window", 0.5, 2, 8, 0.55]
     assert row["accuracy_low"] == window.accuracy.low and row["difference"] == window.difference.value
