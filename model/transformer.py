@@ -9,6 +9,10 @@ from model.config import ModelConfig
 from model.layers import AdaptiveTemperature, FeedForward, ScalableTemperature
 from model.sequence_parallel import SequenceShards
 
+# Inductor pads strides that are not whole 128 bytes, and at such sizes read gradients with other strides than it had
+# written (pytorch issue 194281): with sequences of 130 tokens temperatures got gradients 50 times too large
+COMPILE_OPTIONS = {"comprehensive_padding": False}
+
 
 class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward."""
@@ -69,6 +73,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, geometry)
         return self.norm(x)
+
+    def compile_blocks(self) -> None:
+        """torch.compile of every block, in place: torch.compile(block) would prefix every key of the state dict."""
+        for block in self.blocks:
+            block.compile(options=COMPILE_OPTIONS)
 
     def set_step(self, step: int) -> None:
         """Optimizer steps done, which decide how far attention.anneal_steps have moved alpha."""

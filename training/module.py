@@ -88,8 +88,7 @@ class LanguageModule(LightningModule):
         if activation_checkpointing != "none":
             checkpoint_blocks(self.model.blocks)
         if compile:
-            for block in self.model.blocks:
-                block.compile()  # in place: torch.compile(block) would prefix every key of the state dict
+            self.model.compile_blocks()
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
