@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kernels.backends import choose_backend
 from kernels.blockwise import entmax_attention_blockwise
-from kernels.entmax_triton import power_of, run_attention
+from kernels.entmax_decode import entmax_decode
+from kernels.entmax_triton import intercepted, power_of, run_attention
 from kernels.reference import entmax_attention_reference
 from kernels.stats import AttentionStats
 from kernels.visibility import visible_keys
@@ -78,6 +79,9 @@ def entmax_attention(
     passes = None
     if backend == "triton":
         gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, alpha))
+        if q.shape[2] == 1 and not (gradient or return_stats or intercepted(q, k, v, alpha)):
+            # one query stands at the last valid key, alone in its document: causality hides nothing
+            return entmax_decode(q, k, v, alpha, scale, power, kv_lens, alibi_slopes, window)
         out, _, _, _, support, live, passes, _, _ = run_attention(
             q,
             k,

@@ -337,10 +337,13 @@ class _Eager(torch.autograd.Function):
         return _gradients(_backward, ctx, grad)
 
 
-def run_attention(*inputs: Any) -> tuple[Tensor, ...]:
-    """entmax_attention_triton with all its arguments by position: as the registered operator where something traces or
-    intercepts operators (torch.compile, dispatch modes, tensor subclasses), directly elsewhere."""
+def intercepted(*tensors: Tensor) -> bool:
+    """Whether something traces or intercepts operators: torch.compile, dispatch modes, tensor subclasses."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if traced or any(type(x) not in PLAIN_TENSORS for x in inputs[:4]):
-        return entmax_attention_triton(*inputs)
-    return _Eager.apply(*inputs)
+    return traced or any(type(x) not in PLAIN_TENSORS for x in tensors)
+
+
+def run_attention(*inputs: Any) -> tuple[Tensor, ...]:
+    """entmax_attention_triton with all its arguments by position: as the registered operator where something intercepts
+    it, directly elsewhere."""
+    return entmax_attention_triton(*inputs) if intercepted(*inputs[:4]) else _Eager.apply(*inputs)
