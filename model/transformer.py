@@ -9,8 +9,8 @@ from model.config import ModelConfig
 from model.layers import AdaptiveTemperature, FeedForward, ScalableTemperature
 from model.sequence_parallel import SequenceShards
 
-# Inductor pads strides that are not whole 128 bytes, and at such sizes read gradients with other strides than it had
-# written (pytorch issue 194281): with sequences of 130 tokens temperatures got gradients 50 times too large
+# Inductor pads strides that are not whole 128 bytes, and torch 2.11's may read a buffer with other strides than it was
+# written with (pytorch issue 194281): with sequences of 130 tokens temperatures got gradients 25 to 50 times too large
 COMPILE_OPTIONS = {"comprehensive_padding": False}
 
 
