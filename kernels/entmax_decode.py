@@ -207,10 +207,10 @@ def entmax_decode(
     n_programs = program_count(launches["scores"], q.device, n_tiles * batch * groups)
     span = ceil_div(n_tiles, max(1, n_programs // (batch * groups)))
     parts = ceil_div(n_tiles, span)
-    scratch = q.new_empty(batch * heads * (n_keys + n_tiles + 1), dtype=torch.float32)
-    z, best, tau = scratch.split([batch * heads * n for n in (n_keys, n_tiles, 1)])
+    z = q.new_empty((batch, heads, n_keys), dtype=torch.float32)
+    best = q.new_empty((batch, heads, n_tiles), dtype=torch.float32)
+    tau, totals = (q.new_empty((*lead, batch, heads), dtype=torch.float32) for lead in ((), (parts,)))
     sums = q.new_empty((parts, batch, heads, head_dim), dtype=torch.float32)
-    totals = q.new_empty((parts, batch, heads), dtype=torch.float32)
     alpha = alpha.contiguous()
     seen = dict(
         p_kv_lens=kv_lens, window=window or 0, KEY_LENGTHS=kv_lens is not None, WINDOW=window is not None, TILE=TILE

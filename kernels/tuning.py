@@ -34,14 +34,15 @@ class Launch:
         return dict(num_warps=self.warps, maxnreg=self.registers)
 
 
-# block_sparse's design: on an H200 with bfloat16, at head dim 64 the list is the faster one at a density of 0.25 and
-# the branch at 0.75; at 128 the branch is at both. A "_pointers" entry stands in where TMA cannot be used. The given_
-# ones are not measured: of 128 queries those of the same loop over a list or all blocks, of 64 what spills little
 DECODING = {  # not measured: enough programs to keep the memory busy, one of many warps for the solver
     "decode_scores": Launch(warps=4, stages=3, programs=4),
     "decode_solve": Launch(warps=8, stages=1, programs=1),
     "decode_values": Launch(warps=4, stages=1, programs=4),
 }
+
+# block_sparse's design: on an H200 with bfloat16, at head dim 64 the list is the faster one at a density of 0.25 and
+# the branch at 0.75; at 128 the branch is at both. A "_pointers" entry stands in where TMA cannot be used. The given_
+# ones are not measured: of 128 queries those of the same loop over a list or all blocks, of 64 what spills little
 HEAD_DIM_64 = {
     "scan": Launch(warps=4, stages=3, programs=3, registers=168, tiles=2, fold=2),
     "refine": Launch(warps=4, stages=2, programs=5, registers=96),

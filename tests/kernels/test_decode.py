@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import kernels.attention
+import kernels.entmax_decode
 from kernels import entmax_attention
+from kernels.entmax_decode import decode_scores, decode_threshold, decode_values
 from tests.kernels.helpers import DEVICE, EPS, MIXED, SIXTEEN_BITS, draw, int32, needs_cuda, needs_triton, per_head
 
 pytestmark = needs_triton
@@ -130,12 +132,12 @@ def test_views_of_a_cache() -> None:
 @torch.no_grad()
 def test_many_splits_give_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other sums of parts differ by rounding only; the same split gives the same bits."""
-    import kernels.entmax_decode as decode
-
     q, k, v = inputs({}, 700)
     results = []
     for programs in (1, 4, 100, 100):
-        monkeypatch.setattr(decode, "program_count", lambda launch, device, n_tasks, n=programs: min(n, n_tasks))
+        monkeypatch.setattr(
+            kernels.entmax_decode, "program_count", lambda launch, device, n_tasks, n=programs: min(n, n_tasks)
+        )
         results.append(check(q, k, v, per_head(MIXED)))
     assert torch.equal(results[2], results[3])
     for other in results[1:]:
@@ -193,13 +195,12 @@ def test_gradients_and_statistics_take_the_other_kernels() -> None:
 @needs_cuda
 @torch.no_grad()
 def test_a_new_length_compiles_nothing() -> None:
-    from kernels.entmax_decode import decode_scores, decode_threshold, decode_values
+    functions = (decode_scores, decode_threshold, decode_values)
 
-    def attend(n_keys: int) -> int:
+    def compiled_for(n_keys: int) -> int:
         q, k, v = inputs({}, n_keys, head_dim=64, dtype=torch.bfloat16)
         entmax_attention(q, k, v, alpha=per_head(MIXED), backend="triton")
-        return sum(len(cache) for f in (decode_scores, decode_threshold, decode_values)
-                   for cache in (entry[0] for entry in f.device_caches.values()))  # fmt: skip
+        return sum(len(cache[0]) for f in functions for cache in f.device_caches.values())
 
-    before = attend(1000)
-    assert [attend(n) for n in (1001, 1, 16, 4096)] == [before] * 4
+    before = compiled_for(1000)
+    assert [compiled_for(n) for n in (1001, 1, 16, 4096)] == [before] * 4
