@@ -10,15 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.entmax_scan import nan_maximum
+from kernels.entmax_triton import MAX_STEPS, TOLERANCE
 from kernels.launching import ceil_div, dot_precision, on_device, padded_head_dim, strides, unit_stride
 from kernels.threshold import newton_step, norm_and_slope, step_limit, support_power
 from kernels.tiles import add_position_bias, head_offset, load_rows
 from kernels.tuning import launch_for, program_count
 from kernels.visibility import TILE
 
-# Newton's steps square the error: after one of this size (at alpha <= 1.5) the next is below float32's resolution
-TOLERANCE = 3e-4
-MAX_STEPS = 20  # a bound only, for rows at the limit of float32
 SOLVER_BLOCK = 4096  # scores that the solver takes at a time
 LENGTHS = ["n_keys", "n_tiles", "span", "window"]
 
@@ -35,6 +33,23 @@ def visible_range(p_kv_lens, i_batch, n_keys, window, KEY_LENGTHS: tl.constexpr,
     return first, length
 
 
+@triton.jit
+def group_heads(i_bg, heads, repeat, ROWS: tl.constexpr):
+    """Of a program: batch row and key head; query heads, which of these ROWS there are, and their place in (B, H)."""
+    groups = heads // repeat
+    i_batch, i_group = i_bg // groups, i_bg % groups
+    member = tl.arange(0, ROWS)
+    head = i_group * repeat + member
+    return i_batch, i_group, head, member < repeat, (i_batch * heads + head).to(tl.int64)
+
+
+@triton.jit
+def part_of(i_part, span, first, length, TILE: tl.constexpr):
+    """Tiles [lo, hi) of a part of `span` tiles that hold visible keys."""
+    lo = tl.maximum(i_part * span, first // TILE)
+    return lo, tl.minimum((i_part + 1) * span, (length + TILE - 1) // TILE)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_scores(
     p_q, p_k, p_alpha, p_slopes, p_kv_lens, p_z, p_best,
@@ -48,12 +63,8 @@ def decode_scores(
     p_z: float32 (B, H, Tk), -inf where invisible. p_best: float32 (B, H, tiles). Tiles that the row does not see are
     not written. Grid: (B * G, parts).
     """
-    i_bg, i_part = tl.program_id(0), tl.program_id(1)
-    groups = heads // repeat
-    i_batch, i_group = i_bg // groups, i_bg % groups
-    member = tl.arange(0, ROWS)
-    inside = member < repeat
-    head = i_group * repeat + member
+    i_part = tl.program_id(1)
+    i_batch, i_group, head, inside, o_bh = group_heads(tl.program_id(0), heads, repeat, ROWS)
     dim = tl.arange(0, BD)
     o_q = i_batch.to(tl.int64) * stride_qb + head[:, None] * stride_qh
     q = tl.load(p_q + o_q + dim[None, :], mask=inside[:, None] & (dim < D)[None, :], other=0.0)  # [ROWS, BD]
@@ -62,10 +73,8 @@ def decode_scores(
     if BIAS:
         slope = tl.load(p_slopes + head, mask=inside, other=0.0) / scale
     first, length = visible_range(p_kv_lens, i_batch, n_keys, window, KEY_LENGTHS, WINDOW)
-    o_bh = (i_batch * heads + head).to(tl.int64)
     p_keys = p_k + head_offset(i_batch, i_group, stride_kb, stride_kh)
-    lo = tl.maximum(i_part * span, first // TILE)
-    hi = tl.minimum((i_part + 1) * span, (length + TILE - 1) // TILE)
+    lo, hi = part_of(i_part, span, first, length, TILE)
     for tile in tl.range(lo, hi, num_stages=STAGES):
         k = load_rows(p_keys, tile * TILE, stride_kt, n_keys, TILE, D, BD, True)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, TILE]
@@ -145,21 +154,15 @@ def decode_values(
 
     p_sums: float32 (parts, B, H, D). p_totals: float32 (parts, B, H). Grid: (B * G, parts).
     """
-    i_bg, i_part = tl.program_id(0), tl.program_id(1)
-    groups = heads // repeat
-    i_batch, i_group = i_bg // groups, i_bg % groups
-    member = tl.arange(0, ROWS)
-    inside = member < repeat
-    head = i_group * repeat + member
+    i_part = tl.program_id(1)
+    i_batch, i_group, head, inside, o_bh = group_heads(tl.program_id(0), heads, repeat, ROWS)
     beta = 1 / (tl.load(p_alpha + head, mask=inside, other=2.0) - 1)
-    o_bh = (i_batch * heads + head).to(tl.int64)
     tau = tl.load(p_tau + o_bh, mask=inside, other=float("inf"))
     first, length = visible_range(p_kv_lens, i_batch, n_keys, window, KEY_LENGTHS, WINDOW)
     p_values = p_v + head_offset(i_batch, i_group, stride_vb, stride_vh)
     out = tl.zeros([ROWS, BD], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    lo = tl.maximum(i_part * span, first // TILE)
-    hi = tl.minimum((i_part + 1) * span, (length + TILE - 1) // TILE)
+    lo, hi = part_of(i_part, span, first, length, TILE)
     for tile in range(lo, hi):
         best = tl.load(p_best + o_bh * n_tiles + tile, mask=inside, other=float("-inf"))
         if tl.max((best > tau).to(tl.int32), 0) > 0:
@@ -237,7 +240,7 @@ def entmax_decode(
         )
         decode_threshold[(batch * heads,)](
             p_tau=tau,
-            tolerance=TOLERANCE,
+            tolerance=TOLERANCE["float32"],
             BLOCK=SOLVER_BLOCK,
             MAX_STEPS=MAX_STEPS,
             POWER=power,
