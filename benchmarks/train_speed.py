@@ -131,7 +131,9 @@ def run(trial: Trial, row: Row, steps: int, warm_up: int) -> Row:
         if warm_up:  # another forward pass, too long for the longest
             row.live_percent = trial.live_percent(row.length)
     except torch.cuda.OutOfMemoryError:
-        row.note = "out of memory"
+        # much that is reserved beyond that: PYTORCH_ALLOC_CONF=expandable_segments:True may help
+        peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        row.note = "out of memory at {:.1f} GiB, {:.1f} reserved".format(*(peak / 2**30 for peak in peaks))
         trial.optimizer.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()

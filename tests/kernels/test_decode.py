@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels.attention
 import kernels.entmax_decode
 from kernels import entmax_attention
-from kernels.entmax_decode import decode_scores, decode_threshold, decode_values
+from kernels.entmax_decode import SOLVER_BLOCK, decode_scores, decode_threshold, decode_values
 from tests.kernels.helpers import DEVICE, EPS, MIXED, SIXTEEN_BITS, draw, int32, needs_cuda, needs_triton, per_head
 
 pytestmark = needs_triton
@@ -41,20 +41,23 @@ def inputs(
     head_dim: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch = 3 if "kv_lens" in options else 1
+    batch = 3 if "kv_lens" in options else 8  # one row's rounding may be lucky
     sizes = [(4, 1), (kv_heads, n_keys), (kv_heads, n_keys)]
     q, k, v = (draw(batch, *size, head_dim, seed=i, dtype=dtype) for i, size in enumerate(sizes))
     return q, k, v
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, **options: Any) -> Tensor:
-    """The output, within 2x of what the reference loses in the inputs' dtype, and two roundings of it."""
+    """The output, within 2x of what the reference loses in the inputs' dtype, and two roundings of averaged |v|."""
     exact = alpha.double() if isinstance(alpha, Tensor) else alpha
-    truth = entmax_attention(q.double(), k.double(), v.double(), alpha=exact, backend="reference", **options)
+    truth, sizes = (
+        entmax_attention(q.double(), k.double(), x.double(), alpha=exact, backend="reference", **options)
+        for x in (v, v.abs())
+    )
     plain = entmax_attention(q, k, v, alpha=alpha, backend="reference", **options)
     ours = entmax_attention(q, k, v, alpha=alpha, backend="triton", **options)
     assert ours.shape == q.shape and ours.dtype == q.dtype
-    allowed = 2 * (plain.double() - truth).norm() + 2 * EPS * truth.norm()
+    allowed = 2 * (plain.double() - truth).norm() + 2 * EPS * sizes.norm()
     assert (ours.double() - truth).norm() <= allowed
     return ours
 
@@ -99,7 +102,7 @@ def test_grouped_heads_and_padded_head_dims(head_dim: int, kv_heads: int) -> Non
     check(*inputs({}, 130, kv_heads, head_dim), per_head(MIXED))
 
 
-@pytest.mark.parametrize("n_keys", [4500, pytest.param(131072 + 5, marks=needs_cuda)])
+@pytest.mark.parametrize("n_keys", [SOLVER_BLOCK + 300, pytest.param(131072 + 5, marks=needs_cuda)])
 @torch.no_grad()
 def test_more_keys_than_one_block_of_the_solver(n_keys: int) -> None:
     """Small scores near alpha 1 (all keys have weight), large ones (few have)."""
