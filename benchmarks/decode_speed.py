@@ -3,6 +3,7 @@
     python -m benchmarks.decode_speed                                   # 125m, softmax and entmax, 4K, 32K, 128K
     python -m benchmarks.decode_speed --rows 16 --lengths 4096          # 16 texts at once
     python -m benchmarks.decode_speed --kinds entmax --backend torch    # another backend of kernels.entmax_attention
+    python -m benchmarks.decode_speed --cuda_graphs                     # decoding steps captured (model/decoding.py)
 
 The model has random weights in bfloat16. Prefill: --rows prompts of `length` random tokens, in chunks, after an untimed
 pass over the same, in which everything compiles. Decoding: the median step, of one token a row, that continues the
@@ -18,16 +19,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
 from model.config import ModelConfig, Positions
-from model.incremental import extend, make_cache, prefill
+from model.decoding import Decoder
+from model.incremental import make_cache, prefill
 from model.transformer import Transformer
 
+T = TypeVar("T")
 WARM_UP = 3  # decoding steps
 
 
@@ -53,13 +56,15 @@ def build(config: ModelConfig, device: torch.device) -> Transformer:
         return Transformer(config).to(torch.bfloat16).eval()
 
 
-def measure(model: Transformer, rows: int, length: int, chunk_tokens: int, steps: int) -> dict[str, float]:
+def measure(
+    model: Transformer, rows: int, length: int, chunk_tokens: int, steps: int, cuda_graphs: bool
+) -> dict[str, float]:
     """The measured fields of a Row, but for the peak of memory."""
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (rows, length), generator=generator).tolist()
 
-    def timed(work: Callable[..., Tensor], *arguments: Any) -> tuple[float, Tensor]:
+    def timed(work: Callable[..., T], *arguments: Any) -> tuple[float, T]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -68,34 +73,36 @@ def measure(model: Transformer, rows: int, length: int, chunk_tokens: int, steps
             torch.cuda.synchronize(device)
         return time.perf_counter() - start, result
 
-    def decode(token: Tensor) -> Tensor:
-        return likeliest(model, extend(model, token, cache)[:, 0])
-
     cache = make_cache(model, rows, length + WARM_UP + steps)
+    decoder = Decoder(model, cache, cuda_graphs)
+
+    def decode(tokens: list[int]) -> list[int]:
+        return likeliest(model, decoder(tokens))
+
     for _ in range(2):
         for row in range(rows):
             cache.truncate(row, 0)
         prefill_seconds, hidden = timed(prefill, model, prompts, cache, chunk_tokens)
-    token = likeliest(model, hidden)
+    tokens = likeliest(model, hidden)
     seconds = []
     for _ in range(WARM_UP + steps):
-        step_seconds, token = timed(decode, token)
+        step_seconds, tokens = timed(decode, tokens)
         seconds.append(step_seconds)
     step = statistics.median(seconds[WARM_UP:])
     return dict(prefill_per_second=rows * length / prefill_seconds, decode_per_second=rows / step, step_ms=1e3 * step)
 
 
 @torch.no_grad()
-def likeliest(model: Transformer, hidden: Tensor) -> Tensor:
-    """(B, C) -> (B, 1)."""
-    return model.logits(hidden).argmax(-1, keepdim=True)
+def likeliest(model: Transformer, hidden: Tensor) -> list[int]:
+    """hidden: (B, C). Returns B token ids."""
+    return model.logits(hidden).argmax(-1).tolist()  # type: ignore[no-any-return]
 
 
-def fill(row: Row, model: Transformer, chunk_tokens: int, steps: int) -> Row:
+def fill(row: Row, model: Transformer, chunk_tokens: int, steps: int, cuda_graphs: bool) -> Row:
     """Measures a row on the GPU; out of memory is a result too."""
     torch.cuda.reset_peak_memory_stats()
     try:
-        values = measure(model, row.rows, row.length, chunk_tokens, steps)
+        values = measure(model, row.rows, row.length, chunk_tokens, steps, cuda_graphs)
         row = replace(row, **values, peak_gib=torch.cuda.max_memory_allocated() / 2**30)  # type: ignore[arg-type]
     except torch.cuda.OutOfMemoryError:
         row = replace(row, note="out of memory")
@@ -127,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk_tokens", type=int, default=8192, help="prompt tokens of one forward pass")
     parser.add_argument("--steps", type=int, default=20, help="timed decoding steps")
     parser.add_argument("--backend", default="auto", help="of kernels.entmax_attention")
+    parser.add_argument("--cuda_graphs", action="store_true", help="decode by CUDA graphs")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/decode_speed.csv"))
     return parser.parse_args()
 
@@ -137,7 +145,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: python -m benchmarks.decode_speed needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}, CUDA graphs {options.cuda_graphs}"
+    )
     print("model  attention pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB")
     rows: list[Row] = []
     for name in options.models:
@@ -148,7 +158,7 @@ def main() -> int:
                 model = build(replace(config, positions=positions, attention=attention), torch.device("cuda"))
                 for length in options.lengths:
                     row = Row(name, kind, positions, length, options.rows)
-                    rows.append(fill(row, model, options.chunk_tokens, options.steps))
+                    rows.append(fill(row, model, options.chunk_tokens, options.steps, options.cuda_graphs))
                     show(rows[-1])
     write_rows(options.output, rows)
     return 0

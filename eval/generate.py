@@ -20,7 +20,7 @@ from model.checkpoint import LoadedModel, load_model, resolve_checkpoint
 from model.policies.bsfa import use_thresholds
 
 # of GenerationOptions: what the command line offers; the rest is the tokenizer's, or for many texts
-OFFERED = ["temperature", "top_k", "top_p", "seed", "max_prompt_tokens", "chunk_tokens"]
+OFFERED = ["temperature", "top_k", "top_p", "seed", "max_prompt_tokens", "chunk_tokens", "cuda_graphs"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

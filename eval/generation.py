@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eval.options import check_least
-from model.cache import KVCache
-from model.incremental import extend, make_cache, prefill
+from model.decoding import Decoder
+from model.incremental import make_cache, prefill
 from model.transformer import Transformer
 
 Ended = Literal["eos", "stop", "length"]
@@ -38,6 +38,7 @@ class GenerationOptions:
         chunk_tokens: Most prompt tokens of one forward pass, which bounds the memory of activations.
         batch_tokens: Most tokens of prompts and texts, with padding, that are cached at once; a longer one has a batch
             of its own.
+        cuda_graphs: Decode by CUDA graphs (model/decoding.py), which pays for many new tokens on a CUDA device.
     """
 
     max_new_tokens: int
@@ -53,6 +54,7 @@ class GenerationOptions:
     decode_last_prompt_token: bool = False
     chunk_tokens: int = 8192
     batch_tokens: int = 65536
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         smallest = {
@@ -176,10 +178,11 @@ class _Row:
 def _decode(model: Transformer, rows: list[_Row], options: GenerationOptions) -> Iterator[Piece]:
     """rows: longest prompt first."""
     cache = make_cache(model, len(rows), len(rows[0].prompt) + options.max_new_tokens - 1)
+    decoder = Decoder(model, cache, options.cuda_graphs)
     prompts = [row.prompt for row in rows]
     if options.decode_last_prompt_token:
         prefill(model, [prompt[:-1] for prompt in prompts], cache, options.chunk_tokens)
-        hidden = _feed(model, [prompt[-1] for prompt in prompts], cache)  # [B, C]
+        hidden = decoder([prompt[-1] for prompt in prompts])  # [B, C]
     else:
         hidden = prefill(model, prompts, cache, options.chunk_tokens)
     while True:
@@ -192,14 +195,10 @@ def _decode(model: Transformer, rows: list[_Row], options: GenerationOptions) ->
                     cache.copy_row(len(rows) - 1, place)
                     rows[place] = rows[-1]
                 rows.pop()
+                cache.truncate(len(rows), 0)
         if not rows:
             return
-        hidden = _feed(model, [row.tokens[-1] for row in rows], cache)
-
-
-def _feed(model: Transformer, tokens: Sequence[int], cache: KVCache) -> Tensor:
-    """Hidden states (b, C) of one more token of each of the first b rows."""
-    return extend(model, torch.tensor(tokens, device=model.embedding.weight.device)[:, None], cache)[:, 0]
+        hidden = decoder([row.tokens[-1] for row in rows])
 
 
 @torch.no_grad()

@@ -88,17 +88,24 @@ class KVCache:
     def open(self, rows: int, n_tokens: int) -> tuple[Extension, list[LayerCache]]:
         """For a forward pass over n_tokens further tokens of each of the first `rows` rows: the extension, and one
         LayerCache a layer. Raises ValueError where they do not fit."""
+        self.check_room(rows, n_tokens)
+        extension = self._extension(self.lengths[:rows], n_tokens)
+        return extension, self.layers(rows, extension)
+
+    def check_room(self, rows: int, n_tokens: int) -> None:
+        """Raises ValueError where n_tokens more of each of the first `rows` rows do not fit."""
         if not 1 <= rows <= len(self.lengths):
             raise ValueError(f"tokens of {rows} rows were given to a cache of {len(self.lengths)}")
-        before = self.lengths[:rows]
-        after = max(before) + n_tokens
-        if after > self.max_tokens:
+        longest = max(self.lengths[:rows])
+        if longest + n_tokens > self.max_tokens:
             raise ValueError(
-                f"{n_tokens} tokens after {max(before)} make {after}, but the cache has room for {self.max_tokens}: "
-                "make it larger"
+                f"{n_tokens} tokens after {longest} make {longest + n_tokens}, but the cache has room for "
+                f"{self.max_tokens}: make it larger"
             )
-        extension = self._extension(before, n_tokens)
-        return extension, [LayerCache(layer[0, :rows], layer[1, :rows], extension) for layer in self._memory]
+
+    def layers(self, rows: int, extension: Extension) -> list[LayerCache]:
+        """What each layer reads and writes in a forward pass over the first `rows` rows."""
+        return [LayerCache(layer[0, :rows], layer[1, :rows], extension) for layer in self._memory]
 
     def _extension(self, before: Sequence[int], n_tokens: int) -> Extension:
         device, after = self._memory.device, max(before) + n_tokens

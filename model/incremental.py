@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention import cached_geometry
-from model.cache import KVCache
+from model.cache import Extension, KVCache, LayerCache
 from model.transformer import Transformer
 
 
@@ -25,7 +25,6 @@ def make_cache(model: Transformer, rows: int, max_tokens: int) -> KVCache:
     return KVCache(model.config, rows, max_tokens, dtype, weight.device)
 
 
-@torch.no_grad()
 def extend(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
     """Hidden states after the final norm, (b, n, C), of tokens that continue the first b rows of a cache; stores their
     keys and values.
@@ -33,12 +32,18 @@ def extend(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
     tokens: int64 (b, n). Raises ValueError where they do not fit.
     """
     rows, n_tokens = tokens.shape
-    extension, layers = cache.open(rows, n_tokens)
+    hidden = cached_pass(model, tokens, *cache.open(rows, n_tokens))
+    cache.advance(rows, n_tokens)
+    return hidden
+
+
+@torch.no_grad()
+def cached_pass(model: Transformer, tokens: Tensor, extension: Extension, layers: Sequence[LayerCache]) -> Tensor:
+    """As `extend`, for an extension that was opened before; counts nothing."""
     geometry = cached_geometry(model.config, extension, model.alpha_progress())
     x = model.embedding(tokens)  # [b, n, C]
     for block, layer in zip(model.layers(), layers, strict=True):
         x = block.forward(x, geometry, None, layer)  # .forward: a compiled block would be traced anew for each length
-    cache.advance(rows, n_tokens)
     return model.norm(x)
 
 

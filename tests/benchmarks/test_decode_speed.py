@@ -15,7 +15,7 @@ from benchmarks.train_speed import KINDS, network
 def test_prefill_and_decoding_are_timed(kind: str) -> None:
     model = build(network("smoke", kind), torch.device("cpu"))
     assert model.embedding.weight.dtype == torch.bfloat16
-    found = measure(model, rows=2, length=40, chunk_tokens=32, steps=2)
+    found = measure(model, rows=2, length=40, chunk_tokens=32, steps=2, cuda_graphs=False)
     assert found["decode_per_second"] == pytest.approx(2 / (found["step_ms"] / 1e3))
     assert all(0 < value < 1e9 for value in found.values()) and len(found) == 3
 

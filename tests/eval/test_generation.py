@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import eval.generation
+import model.decoding as model_decoding
 from eval.generation import (
     Generated,
     GenerationOptions,
@@ -54,13 +54,13 @@ def test_prompts_whose_last_token_is_decoded_are_continued_alike(monkeypatch: py
     texts = prompts(3, 40, 2, 17, 60)
     expected = generate(model, texts, max_new_tokens=4)
     fed: list[tuple[int, ...]] = []
-    real = eval.generation.extend
+    real = model_decoding.extend
 
     def caught(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
         fed.append(tuple(tokens.flatten().tolist()))
         return real(model, tokens, cache)
 
-    monkeypatch.setattr(eval.generation, "extend", caught)
+    monkeypatch.setattr(model_decoding, "extend", caught)
     for options in (dict(), dict(batch_tokens=1), dict(chunk_tokens=7)):
         fed.clear()
         assert generate(model, texts, max_new_tokens=4, decode_last_prompt_token=True, **options) == expected

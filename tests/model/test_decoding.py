@@ -1,0 +1,162 @@
+"""Decoding by fixed steps, and as CUDA graphs, against passes that grow with the rows."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.decoding
+from eval.generation import generate
+from kernels.backends import INTERPRETED
+from model.config import AttentionKind, Positions
+from model.decoding import Decoder, FixedStep, step_size
+from model.incremental import make_cache, prefill
+from model.transformer import Transformer
+from tests.kernels import interpreter
+from tests.model.test_cache import draw
+from tests.model.test_transformer import KINDS, POSITIONS, make, tiny
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Uncaptured:
+    """A GraphedStep that runs its step each time, which the CPU can."""
+
+    def __init__(self, step: FixedStep, tokens: Sequence[int]) -> None:
+        self.step = step
+
+    def __call__(self, tokens: Sequence[int]) -> Tensor:
+        self.step.load(tokens)
+        return self.step.run()[: len(tokens)]
+
+
+@pytest.fixture
+def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.decoding, "GraphedStep", Uncaptured)
+    monkeypatch.setattr(model.decoding, "check_decoding_graphs", lambda model: None)
+
+
+def decode(network: Transformer, lengths: Sequence[int], steps: int, cuda_graphs: bool) -> Tensor:
+    """Hidden states of `steps` tokens behind prompts of these lengths, of which the last ends halfway: (n, C)."""
+    cache = make_cache(network, len(lengths), max(lengths) + steps)
+    prefill(network, draw(*lengths), cache, chunk_tokens=64)
+    decoder = Decoder(network, cache, cuda_graphs)
+    found = []
+    for i, tokens in enumerate(torch.tensor(draw(*[steps] * len(lengths))).T.tolist()):
+        active = len(lengths) - (i >= steps // 2)
+        found.append(decoder(tokens[:active]))
+    assert cache.lengths == [*(n + steps for n in lengths[:-1]), lengths[-1] + steps // 2]
+    return torch.cat(found)
+
+
+@pytest.mark.usefixtures("uncaptured")
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_steps_equal_growing_ones(
+    kind: AttentionKind, positions: Positions, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of different lengths, one of which ends, through sizes of 32, 64 and all 76 slots."""
+    monkeypatch.setattr(model.decoding, "FEWEST_KEYS", 16)
+    network = make(tiny(kind, positions, window=window, qk_norm=True))
+    for lengths in ([70, 33, 33, 7, 1], [30, 1, 1]):
+        expected = decode(network, lengths, 6, cuda_graphs=False)
+        torch.testing.assert_close(decode(network, lengths, 6, cuda_graphs=True), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("uncaptured")
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_the_same(kind: AttentionKind) -> None:
+    """Rows end one by one, at an eos or their last token, and move."""
+    network = make(tiny(kind, "nape"))
+    prompts = draw(9, 40, 1, 17, 17, 60)
+    expected = generate(network, prompts, max_new_tokens=8)
+    eos = expected[1].tokens[2]
+    for options in (dict(), dict(eos=eos), dict(eos=eos, batch_tokens=100)):
+        expected = generate(network, prompts, max_new_tokens=8, **options)
+        assert generate(network, prompts, max_new_tokens=8, cuda_graphs=True, **options) == expected
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.usefixtures("uncaptured")
+def test_fixed_steps_by_the_triton_kernels() -> None:
+    interpreter.prepare()
+    network = make(tiny("asentmax", "nape", attention=dict(backend="triton")))
+    expected = decode(network, [70, 33, 7], 4, cuda_graphs=False)
+    torch.testing.assert_close(decode(network, [70, 33, 7], 4, cuda_graphs=True), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sizes_are_powers_of_two_as_far_as_there_is_room() -> None:
+    cache = make_cache(make(tiny("softmax", "nope")), 6, 1000)
+    cache.lengths = [299, 255, 256, 10, 0, 0]
+    assert [step_size(cache, rows) for rows in (1, 2, 3, 4, 5, 6)] == [
+        (1, 512), (2, 512), (4, 512), (4, 512), (6, 512), (6, 512)
+    ]  # fmt: skip
+    cache.lengths = [255, 255, 255, 0, 0, 0]
+    assert step_size(cache, 2) == (2, 256)
+    cache.lengths = [600, 255, 255, 1000, 0, 0]
+    assert step_size(cache, 3) == (3, 1000), "a further row must not lose a token"
+    cache.lengths = [999, 0, 0, 0, 0, 0]
+    assert step_size(cache, 1) == (1, 1000)
+
+
+@pytest.mark.usefixtures("uncaptured")
+def test_rows_behind_keep_what_they_hold() -> None:
+    network = make(tiny("asentmax", "nape"))
+    cache = make_cache(network, 4, 50)
+    prefill(network, draw(40, 40, 40, 20), cache, chunk_tokens=64)
+    held = cache._memory[:, :, 3, :, :20].clone()
+    Decoder(network, cache, cuda_graphs=True)([1, 2, 3])
+    assert cache.lengths == [41, 41, 41, 20]
+    assert torch.equal(cache._memory[:, :, 3, :, :20], held)
+
+
+@pytest.mark.usefixtures("uncaptured")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_what_does_not_fit_is_an_error(cuda_graphs: bool) -> None:
+    network = make(tiny("softmax", "rope"))
+    cache = make_cache(network, 1, 3)
+    prefill(network, [[1, 2, 3]], cache, chunk_tokens=8)
+    decoder = Decoder(network, cache, cuda_graphs)
+    with pytest.raises(ValueError, match="1 tokens after 3 make 4, but the cache has room for 3"):
+        decoder([4])
+    with pytest.raises(ValueError, match="tokens of 2 rows were given to a cache of 1"):
+        decoder([4, 5])
+
+
+def test_graphs_need_a_cuda_device() -> None:
+    network = make(tiny("entmax", "nape"))
+    with pytest.raises(ValueError, match="cuda_graphs is true, which needs a CUDA device, but the model is on cpu"):
+        Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
+
+
+@needs_cuda
+def test_graphs_need_kernels_that_do_not_wait_for_the_host() -> None:
+    network = make(tiny("entmax", "nape", attention=dict(backend="torch"))).cuda()
+    with pytest.raises(ValueError, match="needs attention.backend auto or triton, but it is 'torch'"):
+        Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
+    network = make(tiny("softmax", "nape")).cuda()
+    network.layers()[1].attention.policy = lambda *_: None
+    with pytest.raises(ValueError, match="attends by a policy"):
+        Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
+
+
+@needs_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_equal_growing_steps(
+    kind: AttentionKind, positions: Positions, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, and under autocast, whose casted weights must outlive no replay."""
+    monkeypatch.setattr(model.decoding, "FEWEST_KEYS", 16)
+    network = make(tiny(kind, positions, window=window, qk_norm=True)).cuda()
+    for autocast, allowed in ((False, 1e-3), (True, 3e-2)):
+        for lengths in ([70, 33, 33, 7, 1], [30, 1, 1]):
+            found = []
+            for cuda_graphs in (False, True):
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    found.append(decode(network, lengths, 6, cuda_graphs))
+            assert (found[1] - found[0]).norm() <= allowed * found[0].norm()
