@@ -145,9 +145,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: python -m benchmarks.decode_speed needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}, CUDA graphs {options.cuda_graphs}"
-    )
+    launched = "CUDA graphs" if options.cuda_graphs else "kernel by kernel"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}, {launched}")
     print("model  attention pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB")
     rows: list[Row] = []
     for name in options.models:
@@ -158,8 +157,9 @@ def main() -> int:
                 model = build(replace(config, positions=positions, attention=attention), torch.device("cuda"))
                 for length in options.lengths:
                     row = Row(name, kind, positions, length, options.rows)
-                    rows.append(fill(row, model, options.chunk_tokens, options.steps, options.cuda_graphs))
-                    show(rows[-1])
+                    measured = fill(row, model, options.chunk_tokens, options.steps, options.cuda_graphs)
+                    rows.append(measured)
+                    show(measured)
     write_rows(options.output, rows)
     return 0
 

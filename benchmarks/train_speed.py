@@ -3,6 +3,7 @@
     python -m benchmarks.train_speed                                     # 1b, softmax and asentmax, 4K to 32K
     python -m benchmarks.train_speed --models 125m --kinds asentmax --lengths 4096
     python -m benchmarks.train_speed --models 1b --longest 131072 262144  # which of these contexts train at all
+    PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
 freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps steps

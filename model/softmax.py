@@ -19,6 +19,9 @@ VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.sig
 FLEX_SCORES = 2**18  # scores of a head below which a mask costs less than compiling FlexAttention
 # without cuDNN's, which plans anew for each number of keys, and so for each decoded token
 CACHED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# of one query with a mask on CUDA: the kernel that takes masks does not split a row's keys over the GPU, plain products
+# do, on a copy in float32
+ONE_QUERY_BACKENDS = [SDPBackend.MATH]
 MASK_ELEMENTS = 2**22  # bias values held at once by the CPU path (16 MiB of float32)
 
 
@@ -100,7 +103,8 @@ def cached_softmax_attention(
     n_queries, n_keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if alibi_slopes is None and extension.slots is not None:
         if n_queries == 1:  # a window has cut the keys already
-            return _any_length(q, k, v, enable_gqa=grouped)
+            with sdpa_kernel(CACHED_BACKENDS):
+                return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if n_queries == n_keys and window is None:
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     if block_mask is not None:
@@ -128,12 +132,6 @@ def cached_block_mask(extension: Extension, window: int | None) -> BlockMask:
     return create_block_mask(visible, None, None, len(query), n_keys, device=query.device, _compile=True)
 
 
-def _any_length(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """scaled_dot_product_attention by a library that takes another number of keys as fast as the last one."""
-    with sdpa_kernel(CACHED_BACKENDS):
-        return scaled_dot_product_attention(q, k, v, **options)
-
-
 def _masked(
     q: Tensor, k: Tensor, v: Tensor, extension: Extension, alibi_slopes: Tensor | None, window: int | None
 ) -> Tensor:
@@ -159,7 +157,8 @@ def _masked(
         bias = _score_bias(query[..., start:stop], key, alibi_slopes, window, q.dtype)  # [b or 1, H or 1, rows, keys]
         bias = share(bias.expand(-1, mask_groups * repeat, -1, -1), mask_groups)
         part = share(q[:, :, start:stop], groups)
-        part = _any_length(part, k[:, :, first:end], v[:, :, first:end], attn_mask=bias)
+        with sdpa_kernel(ONE_QUERY_BACKENDS if q.is_cuda and n_queries == 1 else CACHED_BACKENDS):
+            part = scaled_dot_product_attention(part, k[:, :, first:end], v[:, :, first:end], attn_mask=bias)
         parts.append(part.unflatten(2, (repeat, -1)).flatten(1, 2))
     return torch.cat(parts, dim=2)
 
