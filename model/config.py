@@ -31,9 +31,6 @@ class AttentionConfig:
         temperature_bias: start value of the bias inside asentmax's softplus. 0: the temperature starts near
             delta + 0.69. Clearly negative: it starts near delta (-5: delta + 0.007), which with delta = 1 is the scale
             of softmax, for weights that were trained with that.
-        temperature_power_length: multiplies asentmax's temperature by ((2 + position) / length) ** p, with a p per head
-            that is learned from 0 on: a growth (or fall) by a power of the length. At this position, such as the
-            training length, the factor is 1. 0: without.
         backend: of kernels.entmax_attention.
     """
 
@@ -47,7 +44,6 @@ class AttentionConfig:
     temperature_offset: float = 1.0
     temperature_range: float = 2.0
     temperature_bias: float = 0.0
-    temperature_power_length: int = 0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -66,8 +62,6 @@ class AttentionConfig:
             f"a start strictly inside {bounds} when learn_alpha is true (or set learn_alpha: false)",
         )
 
-        length = self.temperature_power_length
-        _expect(length >= 0, "attention.temperature_power_length", length, "0 (without) or a number of tokens")
         _expect(self.anneal_steps >= 0, "attention.anneal_steps", self.anneal_steps, "0 (never) or more")
         _expect(1 < self.anneal_from <= 2, "attention.anneal_from", self.anneal_from, "a number in (1, 2]")
         _expect(

@@ -91,8 +91,7 @@ class ScalableTemperature(nn.Module):
 
 class AdaptiveTemperature(nn.Module):
     """ASEntmax (arXiv:2506.16640): offset + softplus(beta(x)) * log(2 + position) ** (range * tanh(gamma(x))), per
-    token and head. beta's bias starts at temperature_bias. With temperature_power_length, times
-    ((2 + position) / length) ** power, power a parameter of each head."""
+    token and head. beta's bias starts at temperature_bias."""
 
     def __init__(self, config: ModelConfig, n_heads: int):
         super().__init__()
@@ -100,15 +99,9 @@ class AdaptiveTemperature(nn.Module):
         self.bias_start = config.attention.temperature_bias
         self.beta = nn.Linear(config.d_model, n_heads)
         self.gamma = nn.Linear(config.d_model, n_heads)
-        length = config.attention.temperature_power_length
-        self.power = nn.Parameter(torch.zeros(n_heads)) if length else None
-        self.log_length = math.log(length or 1)
 
     def forward(self, x: Tensor, log_position: Tensor) -> Tensor:
         """x: (B, T, C), log_position: float32 (T,) or (B or 1, T) = log(2 + position). Returns float32 (B, H, T)."""
         strength = nn.functional.softplus(self.beta(x).float())
         exponent = self.range * torch.tanh(self.gamma(x).float())
-        temperature = self.offset + strength * log_position[..., None] ** exponent  # [B, T, H]
-        if self.power is not None:
-            temperature = temperature * torch.exp(self.power.float() * (log_position - self.log_length)[..., None])
-        return temperature.transpose(1, 2)
+        return (self.offset + strength * log_position[..., None] ** exponent).transpose(1, 2)

@@ -102,8 +102,8 @@ class Transformer(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal with init_std, divided by sqrt(2 * n_layers) where a layer writes to the residual stream; norms 1,
-        biases, powers and alpha_raw 0 (alpha then starts at its configured value) but for temperature_bias, SSMax
-        scalars normal with mean 1 and deviation 0.01."""
+        biases and alpha_raw 0 (alpha then starts at its configured value) but for temperature_bias, SSMax scalars
+        normal with mean 1 and deviation 0.01."""
         std, depth = self.config.init_std, (2 * self.config.n_layers) ** -0.5
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
         if self.head is not None:
@@ -118,8 +118,6 @@ class Transformer(nn.Module):
         for module in self.blocks.modules():
             if isinstance(module, AdaptiveTemperature):
                 nn.init.constant_(module.beta.bias, module.bias_start)
-                if module.power is not None:
-                    nn.init.zeros_(module.power)
         for block in self.layers():
             for linear in (block.attention.wo, block.feed_forward.w_down):
                 nn.init.normal_(linear.weight, std=std * depth, generator=generator)
@@ -143,14 +141,6 @@ class Transformer(nn.Module):
         modules = [block.attention.temperature for block in self.layers()]
         scalars = [module.scalar.float() for module in modules if isinstance(module, ScalableTemperature)]
         return torch.stack(scalars) if scalars else None
-
-    @torch.no_grad()
-    def temperature_powers(self) -> Tensor | None:
-        """float32 (L, heads with a temperature), or None without temperature_power_length."""
-        modules = [block.attention.temperature for block in self.layers()]
-        found = [module.power for module in modules if isinstance(module, AdaptiveTemperature)]
-        powers = [power.float() for power in found if power is not None]
-        return torch.stack(powers) if powers else None
 
     @torch.no_grad()
     def attention_stats(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:

@@ -130,7 +130,6 @@ class MetricsLogger(Callback):
             "memory/peak_gib": peak_memory_gib(device),
             **head_metrics("alpha", module.model.alphas()),
             **head_metrics("ssmax", module.model.temperature_scalars(), module.network_config.n_alibi_heads),
-            **head_metrics("power", module.model.temperature_powers(), module.network_config.n_alibi_heads),
         }  # fmt: skip
         log(trainer, self.latest)
 

@@ -218,16 +218,14 @@ def _feed_forward(setup: Setup) -> int:
 
 
 def _scaling(setup: Setup) -> int:
-    """A token's unscaled queries in float32, temperatures (asentmax: five values on the way, eight with powers), and
-    qk_norm's inputs."""
+    """A token's unscaled queries in float32, temperatures (asentmax: five values on the way), and qk_norm's inputs."""
     network = setup.network
     heads, kv_heads, head_dim = network.n_heads, network.n_kv_heads, network.head_size
     size = 0
     if network.attention.kind in ("ssmax", "asentmax"):
         size += FLOAT32 * heads * (head_dim + 1)
     if network.attention.kind == "asentmax":
-        values = 8 if network.attention.temperature_power_length else 5
-        size += values * FLOAT32 * (heads - network.n_alibi_heads)
+        size += 5 * FLOAT32 * (heads - network.n_alibi_heads)
     if network.qk_norm:
         size += (heads + kv_heads) * _norm(setup, head_dim, mixed=setup.casts)
     return size

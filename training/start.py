@@ -13,7 +13,7 @@ FREE_KEYS = {"rope_base", "window"} | {
     f"attention.{key}"
     for key in (
         "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
-        "temperature_range", "temperature_bias", "temperature_power_length", "backend",
+        "temperature_range", "temperature_bias", "backend",
     )
 }  # fmt: skip
 # (old, new) attention kinds where the new one uses every weight of the old one.

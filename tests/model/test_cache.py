@@ -109,17 +109,6 @@ def test_annealed_alpha_is_that_of_the_step() -> None:
     assert (ours - full_logits(model, sequence)[-1]).abs().max() > 1e-2
 
 
-@torch.no_grad()
-def test_powers_of_the_position_are_those_of_the_full_pass() -> None:
-    model = make(tiny("asentmax", "nape", attention=dict(temperature_power_length=16)))
-    prompts = draw(40, 9)
-    cache = make_cache(model, 2, 41)
-    found = [prefill(model, prompts, cache, 32)[:, None], extend(model, torch.tensor([[5], [6]]), cache)]
-    ours = model.logits(torch.cat(found, dim=1))
-    for row, (prompt, token) in enumerate(zip(prompts, (5, 6), strict=True)):
-        torch.testing.assert_close(ours[row], full_logits(model, [*prompt, token])[-2:], **TOLERANCE)
-
-
 def test_rows_are_copied_and_cut() -> None:
     model = make(tiny())
     prompts = draw(30, 20, 9)

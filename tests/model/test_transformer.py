@@ -81,11 +81,8 @@ def test_softmax_path_is_softmax_of_biased_scores(positions: Positions) -> None:
     torch.testing.assert_close(attention(x, geometry), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("length", [0, 16])
-def test_asentmax_temperature_is_the_papers_and_leaves_alibi_heads(length: int) -> None:
-    """Times a power of the position, where that has a length."""
-    options = dict(temperature_offset=0.7, temperature_range=1.3, temperature_power_length=length)
-    config = tiny("asentmax", attention=options)
+def test_asentmax_temperature_is_the_papers_and_leaves_alibi_heads() -> None:
+    config = tiny("asentmax", attention=dict(temperature_offset=0.7, temperature_range=1.3))
     attention = make(config).blocks[0].attention
     x = torch.randn(1, 128, 32)
     geometry = make_geometry(config, 128, DOCUMENTS, None, x.device)
@@ -94,9 +91,6 @@ def test_asentmax_temperature_is_the_papers_and_leaves_alibi_heads(length: int) 
     beta = F.softplus(F.linear(x, attention.temperature.beta.weight, attention.temperature.beta.bias))
     gamma = torch.tanh(F.linear(x, attention.temperature.gamma.weight, attention.temperature.gamma.bias))
     expected = 0.7 + beta * torch.log(2 + position)[None, :, None] ** (1.3 * gamma)
-    if length:
-        assert (attention.temperature.power != 0).all()
-        expected = expected * ((2 + position) / 16)[:, None] ** attention.temperature.power
     assert (ours[:, :2] == 1).all()
     torch.testing.assert_close(ours[:, 2:], expected.transpose(1, 2))
 
@@ -158,17 +152,6 @@ def test_scalars_of_ssmax_by_layer_and_scaled_head() -> None:
     assert scalars is not None and scalars.shape == (model.config.n_layers, 2)  # of the position-free heads
     assert torch.equal(scalars[0], model.layers()[0].attention.temperature.scalar)
     assert Transformer(tiny()).temperature_scalars() is None
-
-
-def test_powers_by_layer_and_scaled_head_start_at_0() -> None:
-    model = Transformer(tiny(attention=dict(temperature_power_length=16)))
-    powers = model.temperature_powers()
-    assert powers is not None and torch.equal(powers, torch.zeros(model.config.n_layers, 2))
-    assert Transformer(tiny()).temperature_powers() is None
-    plain = Transformer(tiny())
-    missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
-    assert not missing and all(name.endswith("temperature.power") for name in unexpected)
-    torch.testing.assert_close(model(tokens()), plain(tokens()))
 
 
 def test_meta_model_initialises_like_a_real_one() -> None:
