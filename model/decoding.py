@@ -20,8 +20,8 @@ FEWEST_KEYS = 256  # slots that a graph sees at least
 class Decoder:
     """Continues the first b rows of a cache by one token each.
 
-    cuda_graphs: replays CUDA graphs. Capturing takes about as long as three steps, once for each power of two of rows
-        and of slots. Autocast is as it was then.
+    cuda_graphs: replays CUDA graphs. Capturing one runs its step three times, once for each power of two of rows and
+        of slots. Autocast is as it was then.
 
     Raises: ValueError for cuda_graphs on another device, with an attention backend that waits for the host, or with
         policies of model.policies.
