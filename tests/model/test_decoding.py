@@ -1,6 +1,7 @@
 """Decoding by fixed steps, and as CUDA graphs, against passes that grow with the rows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from tests.model.test_cache import draw
 from tests.model.test_transformer import KINDS, POSITIONS, make, tiny
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def every_model(test: Any) -> Any:
+    for name, values in (("window", [None, 11]), ("positions", POSITIONS), ("kind", KINDS)):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
 
 
 class Uncaptured:
@@ -51,9 +58,7 @@ def decode(network: Transformer, lengths: Sequence[int], steps: int, cuda_graphs
 
 
 @pytest.mark.usefixtures("uncaptured")
-@pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_model
 def test_fixed_steps_equal_growing_ones(
     kind: AttentionKind, positions: Positions, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,19 +149,16 @@ def test_graphs_need_kernels_that_do_not_wait_for_the_host() -> None:
 
 @needs_cuda
 @torch.no_grad()
-@pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_model
 def test_graphs_equal_growing_steps(
     kind: AttentionKind, positions: Positions, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, and under autocast, whose casted weights must outlive no replay."""
+    """In float32 within 1e-3, under autocast (whose casted weights no replay may miss) within 3x what that loses."""
     monkeypatch.setattr(model.decoding, "FEWEST_KEYS", 16)
     network = make(tiny(kind, positions, window=window, qk_norm=True)).cuda()
-    for autocast, allowed in ((False, 1e-3), (True, 3e-2)):
-        for lengths in ([70, 33, 33, 7, 1], [30, 1, 1]):
-            found = []
-            for cuda_graphs in (False, True):
-                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                    found.append(decode(network, lengths, 6, cuda_graphs))
-            assert (found[1] - found[0]).norm() <= allowed * found[0].norm()
+    for lengths in ([70, 33, 33, 7, 1], [30, 1, 1]):
+        exact = decode(network, lengths, 6, cuda_graphs=False)
+        assert (decode(network, lengths, 6, cuda_graphs=True) - exact).norm() <= 1e-3 * exact.norm()
+        with torch.autocast("cuda", torch.bfloat16):
+            half, graphed = (decode(network, lengths, 6, cuda_graphs) for cuda_graphs in (False, True))
+        assert (graphed - exact).norm() <= 3 * (half - exact).norm()
