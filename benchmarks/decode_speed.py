@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
 from model.config import ModelConfig, Positions
-from model.decoding import Decoder
+from model.decoding import STEPS_BEFORE_CAPTURE, Decoder
 from model.incremental import make_cache, prefill
 from model.transformer import Transformer
 
 T = TypeVar("T")
-WARM_UP = 3  # decoding steps
+WARM_UP = STEPS_BEFORE_CAPTURE + 3  # decoding steps
 
 
 @dataclass

@@ -38,7 +38,8 @@ class GenerationOptions:
         chunk_tokens: Most prompt tokens of one forward pass, which bounds the memory of activations.
         batch_tokens: Most tokens of prompts and texts, with padding, that are cached at once; a longer one has a batch
             of its own.
-        cuda_graphs: Decode by CUDA graphs (model/decoding.py), which pays for many new tokens on a CUDA device.
+        cuda_graphs: Decode by CUDA graphs (model/decoding.py); None: where that is faster, which is entmax on a CUDA
+            device.
     """
 
     max_new_tokens: int
@@ -54,7 +55,7 @@ class GenerationOptions:
     decode_last_prompt_token: bool = False
     chunk_tokens: int = 8192
     batch_tokens: int = 65536
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         smallest = {

@@ -70,7 +70,7 @@ def entmax_attention(
     power = power_of(alpha)
     alpha = _alpha_per_head(alpha, heads, q)
     scale = checked_scale(q, scale, alibi_slopes)
-    backend = choose_backend(backend, BACKENDS, q, unsupported_by_triton(q))
+    backend = choose_backend(backend, BACKENDS, q, unsupported_by_triton(q.dtype, q.shape[3]))
     visible: dict[str, Any] = dict(causal=causal, cu_seqlens=cu_seqlens, kv_lens=kv_lens, window=window)
     if backend == "reference":
         keys = visible_keys(q.shape[2], k.shape[2], device=device, **visible)
@@ -108,12 +108,11 @@ def entmax_attention(
     return out, AttentionStats(support, live, total, None if passes is None else passes.float().mean(-1))
 
 
-def unsupported_by_triton(q: Tensor) -> str | None:
-    if q.dtype != torch.float64 and q.shape[3] <= MAX_TRITON_HEAD_DIM:
+def unsupported_by_triton(dtype: torch.dtype, head_dim: int) -> str | None:
+    """What the Triton kernels cannot do for queries of this kind; None where they can."""
+    if dtype != torch.float64 and head_dim <= MAX_TRITON_HEAD_DIM:
         return None
-    return (
-        f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {q.dtype} and {q.shape[3]}"
-    )
+    return f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {dtype} and {head_dim}"
 
 
 def checked_scale(q: Tensor, scale: float | None, alibi_slopes: Tensor | None) -> float:

@@ -133,4 +133,4 @@ def _unsupported(q: Tensor) -> str | None:
     """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
     if q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM:
         return f"takes float32 with head dims up to {FLOAT32_HEAD_DIM}, got {q.shape[3]}"
-    return unsupported_by_triton(q)
+    return unsupported_by_triton(q.dtype, q.shape[3])

@@ -82,7 +82,7 @@ class KVCache:
         shape = (config.n_layers, 2, rows, config.n_kv_heads, max_tokens, config.head_size)
         # zeros: slots that no row has filled get weight 0, and 0 * NaN would be NaN
         self._memory = torch.zeros(shape, dtype=dtype, device=device)
-        self.window, self.max_tokens = config.window, max_tokens
+        self.window, self.max_tokens, self.dtype = config.window, max_tokens, dtype
         self.lengths = [0] * rows
 
     def open(self, rows: int, n_tokens: int) -> tuple[Extension, list[LayerCache]]:

@@ -2,67 +2,80 @@
 
 A step of a small model takes the host longer to launch than the GPU to run. As a graph it is launched at once, which
 needs the same memory and the same kernels each time: rows and the slots that they see are rounded up to powers of two,
-kv_lens says on the device which slots count, and a graph is captured when such a size is met first.
+kv_lens says on the device which slots count. A graph is captured once such a size has come up so often that it pays.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kernels.attention import unsupported_by_triton
 from model.cache import Extension, KVCache
 from model.incremental import cached_pass, extend
 from model.transformer import Transformer
 
 FEWEST_KEYS = 256  # slots that a graph sees at least
+STEPS_BEFORE_CAPTURE = 5  # of a size: short texts, and rows that end one by one, would not make up for capturing
 
 
 class Decoder:
     """Continues the first b rows of a cache by one token each.
 
-    cuda_graphs: replays CUDA graphs. Capturing one runs its step three times, once for each power of two of rows and
-        of slots. Autocast is as it was then.
+    cuda_graphs: replays CUDA graphs, one for each power of two of rows and of slots, after some steps of that size by
+        the host. Capturing one runs its step three times. Autocast is as it was then. None: where decoding by them was
+        measured to be faster at every length, which is entmax attention by the kernels on a CUDA device.
 
-    Raises: ValueError for cuda_graphs on another device, with an attention backend that waits for the host, or with
-        policies of model.policies.
+    Raises: ValueError for cuda_graphs true on another device, with an attention backend that waits for the host, or
+        with policies of model.policies.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, cuda_graphs: bool = False) -> None:
-        if cuda_graphs:
-            check_decoding_graphs(model)
+    def __init__(self, model: Transformer, cache: KVCache, cuda_graphs: bool | None = None) -> None:
+        obstacle = obstacle_to_graphs(model, cache.dtype)
+        if cuda_graphs is None:
+            cuda_graphs = obstacle is None and model.config.attention.is_entmax
+        if cuda_graphs and obstacle is not None:
+            raise ValueError(f"cuda_graphs is true, {obstacle}: set it to false")
         self.model, self.cache, self.cuda_graphs = model, cache, cuda_graphs
         self._graphs: dict[tuple[int, int], GraphedStep] = {}
+        self._steps: Counter[tuple[int, int]] = Counter()
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         """tokens: the next one of each row. Returns hidden states after the final norm, (b, C). Raises ValueError where
         they do not fit."""
-        if not self.cuda_graphs:
-            ids = torch.tensor(tokens, device=self.model.embedding.weight.device)
-            return extend(self.model, ids[:, None], self.cache)[:, 0]
         rows = len(tokens)
         self.cache.check_room(rows, 1)
-        size = step_size(self.cache, rows)
-        if size not in self._graphs:
-            self._graphs[size] = GraphedStep(FixedStep(self.model, self.cache, *size), tokens)
-        hidden = self._graphs[size](tokens)
+        graph = self._graph(tokens) if self.cuda_graphs else None
+        if graph is None:
+            ids = torch.tensor(tokens, device=self.model.embedding.weight.device)
+            return extend(self.model, ids[:, None], self.cache)[:, 0]
+        hidden = graph(tokens)
         self.cache.advance(rows, 1)
         return hidden
 
+    def _graph(self, tokens: Sequence[int]) -> "GraphedStep | None":
+        """None while a step of this size goes kernel by kernel."""
+        size = step_size(self.cache, len(tokens))
+        self._steps[size] += 1
+        if self._steps[size] > STEPS_BEFORE_CAPTURE and size not in self._graphs:
+            self._graphs[size] = GraphedStep(FixedStep(self.model, self.cache, *size), tokens)
+        return self._graphs.get(size)
 
-def check_decoding_graphs(model: Transformer) -> None:
-    """Raises ValueError for what a captured step cannot do."""
+
+def obstacle_to_graphs(model: Transformer, dtype: torch.dtype) -> str | None:
+    """Why steps of this model with queries of this dtype cannot be captured; None where they can."""
     device, attention = model.embedding.weight.device, model.config.attention
-    if device.type != "cuda":
-        raise ValueError(
-            f"cuda_graphs is true, which needs a CUDA device, but the model is on {device}: set it to false"
-        )
     if attention.is_entmax and attention.backend not in ("auto", "triton"):
-        raise ValueError(
-            f"cuda_graphs is true, which needs attention.backend auto or triton, but it is {attention.backend!r}: set "
-            "it to false"
-        )
+        return f"which needs attention.backend auto or triton, but it is {attention.backend!r}"
+    unsupported = unsupported_by_triton(dtype, model.config.head_size) if attention.is_entmax else None
+    if unsupported is not None:
+        return f"which needs the Triton backend, but that {unsupported}"
     if any(block.attention.policy is not None for block in model.layers()):
-        raise ValueError("cuda_graphs is true, but the model attends by a policy of model.policies: set it to false")
+        return "but the model attends by a policy of model.policies"
+    if device.type != "cuda":
+        return f"which needs a CUDA device, but the model is on {device}"
+    return None
 
 
 def step_size(cache: KVCache, rows: int) -> tuple[int, int]:

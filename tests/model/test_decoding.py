@@ -41,7 +41,8 @@ class Uncaptured:
 @pytest.fixture
 def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.decoding, "GraphedStep", Uncaptured)
-    monkeypatch.setattr(model.decoding, "check_decoding_graphs", lambda model: None)
+    monkeypatch.setattr(model.decoding, "STEPS_BEFORE_CAPTURE", 0)
+    monkeypatch.setattr(model.decoding, "obstacle_to_graphs", lambda model, dtype: None)
 
 
 def decode(network: Transformer, lengths: Sequence[int], steps: int, cuda_graphs: bool) -> Tensor:
@@ -118,6 +119,35 @@ def test_rows_behind_keep_what_they_hold() -> None:
 
 
 @pytest.mark.usefixtures("uncaptured")
+def test_a_size_is_captured_when_it_has_come_up_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.decoding, "STEPS_BEFORE_CAPTURE", 3)
+    monkeypatch.setattr(model.decoding, "FEWEST_KEYS", 4)
+    network = make(tiny("entmax", "nope"))
+    cache = make_cache(network, 2, 40)
+    prefill(network, draw(2, 1), cache, chunk_tokens=8)
+    decoder = Decoder(network, cache, cuda_graphs=True)
+    captured = []
+    for _ in range(18):  # from 2 slots on: 2 steps of 4 slots, 4 of 8, 8 of 16, 4 of 32
+        decoder([1, 2])
+        captured.append([n_keys for _, n_keys in decoder._graphs])
+    assert captured == [[]] * 5 + [[8]] * 4 + [[8, 16]] * 8 + [[8, 16, 32]]
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_are_chosen_for_entmax_by_the_kernels(kind: AttentionKind, backend: str) -> None:
+    network = make(tiny(kind, "nape", attention=dict(backend=backend))).cuda()
+    expected = kind in ("entmax", "asentmax") and backend == "auto"
+    assert Decoder(network, make_cache(network, 1, 8)).cuda_graphs is expected
+
+
+def test_none_are_chosen_on_a_cpu() -> None:
+    network = make(tiny("entmax", "nape"))
+    assert not Decoder(network, make_cache(network, 1, 8)).cuda_graphs
+
+
+@pytest.mark.usefixtures("uncaptured")
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_what_does_not_fit_is_an_error(cuda_graphs: bool) -> None:
     network = make(tiny("softmax", "rope"))
@@ -136,12 +166,15 @@ def test_graphs_need_a_cuda_device() -> None:
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
 
 
-@needs_cuda
 def test_graphs_need_kernels_that_do_not_wait_for_the_host() -> None:
-    network = make(tiny("entmax", "nape", attention=dict(backend="torch"))).cuda()
+    network = make(tiny("entmax", "nape", attention=dict(backend="torch")))
     with pytest.raises(ValueError, match="needs attention.backend auto or triton, but it is 'torch'"):
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
-    network = make(tiny("softmax", "nape")).cuda()
+    network = make(tiny("entmax", "nape")).double()
+    with pytest.raises(ValueError, match="the Triton backend, but that takes float32, .* got torch.float64"):
+        Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
+    assert not Decoder(network, make_cache(network, 1, 8)).cuda_graphs
+    network = make(tiny("softmax", "nape"))
     network.layers()[1].attention.policy = lambda *_: None
     with pytest.raises(ValueError, match="attends by a policy"):
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
@@ -155,6 +188,7 @@ def test_graphs_equal_growing_steps(
 ) -> None:
     """In float32 within 1e-3, under autocast (whose casted weights no replay may miss) within 3x what that loses."""
     monkeypatch.setattr(model.decoding, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(model.decoding, "STEPS_BEFORE_CAPTURE", 0)
     network = make(tiny(kind, positions, window=window, qk_norm=True)).cuda()
     for lengths in ([70, 33, 33, 7, 1], [30, 1, 1]):
         exact = decode(network, lengths, 6, cuda_graphs=False)
