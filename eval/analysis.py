@@ -52,7 +52,7 @@ class NeedleScore:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The numbers of one run. perplexity and bits_per_byte are the headline: held-out text at the training length."""
+    """The numbers of one run. perplexity and bits_per_byte are the headline: held-out text in contexts of 1x."""
 
     label: str
     perplexity: Interval

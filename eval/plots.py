@@ -1,6 +1,6 @@
 """The report's figures. Colours are Okabe and Ito's (safe for colour-blind readers); markers repeat the distinction."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from eval.statistics import Interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_TICKS = 8  # with which numbers such as 131,072 stay apart
 STYLE: dict[Any, Any] = {
     "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea",
@@ -101,7 +102,7 @@ def _running_mean(values: Sequence[float]) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def perplexity_over_length(runs: Sequence[RunSummary], path: Path) -> Path:
+def perplexity_over_length(runs: Sequence[RunSummary], base_length: int, path: Path) -> Path:
     """Perplexity of the same tokens against context length, with 95 % intervals."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 4.6))
@@ -120,7 +121,7 @@ def perplexity_over_length(runs: Sequence[RunSummary], path: Path) -> Path:
         _log_ticks(axes, [s.tokens for s in lengths], [f"{s.tokens:,}\n({s.multiple}x)" for s in lengths])
         axes.set(
             title="Perplexity over context length, same tokens",
-            xlabel="context length in tokens (multiple of the training length)",
+            xlabel=f"context length in tokens (multiple of {base_length:,})",
             ylabel="perplexity per token",
         )
         axes.margins(x=0.06)
@@ -129,8 +130,8 @@ def perplexity_over_length(runs: Sequence[RunSummary], path: Path) -> Path:
         return _save(figure, path)
 
 
-def perplexity_by_position(runs: Sequence[RunSummary], base_length: int, path: Path) -> Path:
-    """Perplexity by position within the longest context, with 95 % bands."""
+def perplexity_by_position(runs: Sequence[RunSummary], training_lengths: Iterable[int], path: Path) -> Path:
+    """Perplexity by position within the longest context, with 95 % bands and a line at each training length in it."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 4.6))
         axes = figure.subplots()
@@ -144,21 +145,22 @@ def perplexity_by_position(runs: Sequence[RunSummary], base_length: int, path: P
                 x, [s.perplexity.low for s in run.positions], [s.perplexity.high for s in run.positions],
                 color=_colour(index), alpha=0.15, linewidth=0,
             )  # fmt: skip
-        axes.axvline(base_length, color="#444444", linestyle=":", linewidth=1.4)
-        axes.annotate(
-            f"training length {base_length:,}", (base_length, 1), xycoords=("data", "axes fraction"), xytext=(-5, -4),
-            textcoords="offset points", ha="right", va="top", color="#444444",
-        )  # fmt: skip
-        ticks = [score.stop for score in runs[0].positions]
+        ends = [score.stop for score in runs[0].positions]
+        for length in sorted({one for one in training_lengths if one <= ends[-1]}):
+            axes.axvline(length, color="#444444", linestyle=":", linewidth=1.4)
+            axes.annotate(
+                f"training length {length:,}", (length, 1), xycoords=("data", "axes fraction"), xytext=(-5, -4),
+                textcoords="offset points", ha="right", va="top", color="#444444",
+            )  # fmt: skip
+        ticks = ends[:: -(-len(ends) // MOST_TICKS)]
         _log_ticks(axes, ticks, [f"{tick:,}" for tick in ticks])
         axes.set(
             title="Perplexity by position in the longest context",
-            xlabel="position in the context (tokens; ticks are the bins' ends)",
+            xlabel="position in the context (tokens; ticks are ends of bins)",
             ylabel="perplexity per token",
         )
         _plain_log_y(axes)
-        ends = [(s.stop, s.perplexity.value, run.label) for run in runs for s in run.positions[-1:]]
-        _label_ends(axes, ends)
+        _label_ends(axes, [(s.stop, s.perplexity.value, run.label) for run in runs for s in run.positions[-1:]])
         return _save(figure, path)
 
 
@@ -337,7 +339,7 @@ def needle_heat_map(run: RunSummary, base_length: int, path: Path) -> Path:
         chance = f" (without needle {100 * run.chance.token_accuracy.value:.0f} %)" if run.chance else ""
         axes.set(
             title=f"Needle: {run.label}{chance}",
-            xlabel="context length in tokens (multiple of the training length)",
+            xlabel=f"context length in tokens (multiple of {base_length:,})",
             ylabel="depth (0 %: start)",
         )
         axes.spines[:].set_visible(False)

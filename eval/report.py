@@ -154,7 +154,7 @@ def _headline(study: Study) -> list[Block]:
     first, plan = study.runs[0], study.measurements[0].plan
     share = first.tokens / plan.tokens_total
     blocks: list[Block] = [
-        Heading("Held-out text at the training length"),
+        Heading(f"Held-out text in contexts of {plan.base_length:,} tokens"),
         Paragraph(
             f"{first.tokens:,} of {plan.tokens_total:,} held-out tokens ({100 * share:.0f} %, {first.bytes:,} bytes, "
             f"{first.documents} documents) in windows of at most {plan.base_length} tokens within documents, each "
@@ -208,8 +208,9 @@ def _lengths(study: Study) -> list[Block]:
 
 def _positions(study: Study, output: Path) -> list[Block]:
     folder = output / "plots"
-    over_length = plots.perplexity_over_length(study.runs, folder / "perplexity_over_length.png")
-    by_position = plots.perplexity_by_position(study.runs, study.base_length, folder / "perplexity_by_position.png")
+    over_length = plots.perplexity_over_length(study.runs, study.base_length, folder / "perplexity_over_length.png")
+    trained = [one.training_length for one in study.measurements]
+    by_position = plots.perplexity_by_position(study.runs, trained, folder / "perplexity_by_position.png")
     return [
         Picture(over_length, "Perplexity over context length with 95 % intervals; the same tokens at every length."),
         Heading("Perplexity by position"),
