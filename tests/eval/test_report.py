@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from eval import plots
 from eval.analysis import choose_baseline, pair, summarise
 from eval.attention_profile import LayerProfile
 from eval.config import EvalConfig
@@ -96,6 +98,17 @@ def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: in
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert [run["label"] for run in numbers["runs"]] == ["sparse", "dense"][:count]
     assert numbers["measurements"][0]["perplexity"]["headline"]["loss"] == [8.0, 12.0]
+
+
+def test_lines_stand_at_the_training_lengths_not_at_1x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    plots.perplexity_by_position(
+        [summarise(one, CONFIG) for one in TWINS], [12, 12, 4, 64], tmp_path / "x.png"
+    )  # 64: beyond the longest context, 16
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts][:2] == ["training length 4", "training length 12"]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [4, 12]
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
