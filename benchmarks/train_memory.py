@@ -1,6 +1,7 @@
 """Peak memory of training steps on a CUDA device beside the estimate of training/memory.py.
 
     python -m benchmarks.train_memory --models 125m 1b --tokens 8192 32768
+    python -m benchmarks.train_memory --models 1b --tokens 131072 --sequence_parallel 4  # one rank of four, by itself
 
 One line a case: estimate and measurement (torch.cuda.max_memory_allocated) in GiB, their ratio, and the phase in which
 the estimate sees the peak. Cases that are estimated beyond the device's memory are left out.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.loopback import first_rank
 from model.config import ModelConfig, config_from_dict
 from training.loss import resolve_loss_backend
 from training.memory import Setup, estimate
@@ -43,10 +45,11 @@ def network_of(model: str, attention: str) -> ModelConfig:
     return config_from_dict(merged)
 
 
-def make_setup(network: ModelConfig, tokens: int, mode: str, device: torch.device) -> Setup:
+def make_setup(network: ModelConfig, tokens: int, mode: str, device: torch.device, ranks: int = 1) -> Setup:
+    """ranks: that share a sequence; their first one is what trains."""
     return Setup(
         network=network, tokens=tokens, sequence_length=tokens, precision="bf16-mixed", cuda=device.type == "cuda",
-        loss_backend=resolve_loss_backend("auto", device), **MODES[mode],
+        ranks=ranks, sequence_parallel=ranks, loss_backend=resolve_loss_backend("auto", device), **MODES[mode],
     )  # fmt: skip
 
 
@@ -58,12 +61,13 @@ def train(setup: Setup, device: torch.device) -> float:
         activation_checkpointing=setup.activation_checkpointing,  # type: ignore[arg-type]
         mlp_tile_tokens=setup.mlp_tile_tokens,
     ).to(device)  # fmt: skip
+    module.shards = first_rank(setup.network, setup.sequence_parallel, setup.tokens)
     optimizer = torch.optim.AdamW(parameter_groups(module.model, OptimizerConfig(), fused=device.type == "cuda"))
     # two documents a sequence, the second three times as long as the first
     bounds = torch.tensor([0, setup.tokens // 4, setup.tokens], dtype=torch.int32, device=device)
     for _ in range(STEPS):
         for micro_batch in range(2):
-            tokens = torch.randint(setup.network.vocab_size, (1, setup.tokens), device=device)
+            tokens = torch.randint(setup.network.vocab_size, (1, setup.local_tokens), device=device)
             batch = {"tokens": tokens, "labels": tokens.roll(-1), "cu_seqlens": bounds, "max_seqlen": setup.tokens}
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 loss = module.training_step(batch, 0)["loss"]
@@ -90,6 +94,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["125m", "1b"], help="names in configs/models")
     parser.add_argument("--attention", nargs="+", default=["softmax", "asentmax"], help="names in configs/attention")
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="of a micro-batch")
+    parser.add_argument("--sequence_parallel", type=int, default=1, metavar="S", help="ranks that share a micro-batch")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -99,7 +104,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, bf16 autocast, GiB", flush=True)
     print(f"{'case':<44}{'estimate':>10}{'measured':>10}{'ratio':>8}  peak", flush=True)
     for model, attention, tokens, mode in product(options.models, options.attention, options.tokens, options.modes):
-        setup = make_setup(network_of(model, attention), tokens, mode, device)
+        setup = make_setup(network_of(model, attention), tokens, mode, device, options.sequence_parallel)
         expected, name = estimate(setup), f"{model} {attention} {tokens} {mode}"
         if expected.total > 0.95 * room:
             print(f"{name:<44}{expected.total / GIB:>10.2f}  left out: the device has {room / GIB:.0f}", flush=True)

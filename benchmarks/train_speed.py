@@ -3,13 +3,15 @@
     python -m benchmarks.train_speed                                     # 1b, softmax and asentmax, 4K to 32K
     python -m benchmarks.train_speed --models 125m --kinds asentmax --lengths 4096
     python -m benchmarks.train_speed --models 1b --longest 131072 262144  # which of these contexts train at all
+    python -m benchmarks.train_speed --lengths --longest 262144 --sequence_parallel 2  # one rank of two, by itself
     PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
 freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps steps
 after two to warm up (--longest: the first step of that length). MFU: training.throughput.speed_metrics. live %: 64 x 64
 tiles with support, mean over layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is
-live: entmax's slowest case.
+live: entmax's slowest case. With --sequence_parallel S a row is of one rank among S GPUs that share each sequence:
+its memory and MFU, and the tokens/s of all S together, less the time of exchanges (benchmarks/loopback.py).
 """
 
 import argparse
@@ -20,12 +22,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from benchmarks.loopback import first_rank
 from model.config import AttentionConfig, ModelConfig
 from model.flops import peak_flops
 from training.engine import PlainEngine
@@ -65,11 +69,11 @@ def random_batch(config: ModelConfig, tokens: int, length: int, generator: torch
 
 
 class Trial:
-    """One model in training on the GPU. options: of LanguageModule."""
+    """One model in training on the GPU. ranks: that share a sequence; options: of LanguageModule."""
 
-    def __init__(self, model: str, kind: str, loss_backend: str, options: dict[str, Any]) -> None:
+    def __init__(self, model: str, kind: str, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
         self.device = torch.device("cuda")
-        self.config = network(model, kind)
+        self.config, self.ranks = network(model, kind), ranks
         with self.device:
             self.module = LanguageModule(self.config, OptimizerConfig(), **options)
         self.module.loss_backend = resolve_loss_backend(loss_backend, self.device)
@@ -83,9 +87,10 @@ class Trial:
         loss.backward()
         self.engine.clip_gradients(1.0, self.engine.gradient_norm())
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.ranks == 1)  # among ranks DDP's buckets stay
 
     def batch(self, tokens: int, length: int) -> dict[str, Any]:
+        self.module.shards = first_rank(self.config, self.ranks, tokens)
         generator = torch.Generator().manual_seed(0)
         return self.module.on_before_batch_transfer(random_batch(self.config, tokens, length, generator), 0)
 
@@ -170,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32768, help="of a step, or one sequence if that is longer")
     parser.add_argument("--longest", nargs="*", type=int, default=[], metavar="LENGTH",
                         help="one step of each length with activation checkpointing, until memory ends")  # fmt: skip
+    parser.add_argument("--sequence_parallel", type=int, default=1, metavar="S", help="GPUs that share a sequence")
     parser.add_argument("--loss", default="auto", help="model.loss_backend")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--checkpointing", default="none", help="model.activation_checkpointing of --lengths")
@@ -185,13 +191,25 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: python -m benchmarks.train_speed needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, loss {options.loss}")
+    ranks = options.sequence_parallel
+    step_tokens = {n: max(n, options.tokens // n * n) for n in options.lengths + options.longest}
+    try:
+        for model, tokens in product(options.models, step_tokens.values()):
+            first_rank(network(model, "softmax"), ranks, tokens)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, loss {options.loss}"
+        + f", one of {ranks} ranks" * (ranks > 1)
+    )
     print("model  attention  length  tokens   tokens/s    MFU peak GiB live %")
     rows: list[Row] = []
 
     def add(trial: Trial, model: str, kind: str, length: int, steps: int, warm_up: int, note: str) -> Row:
-        tokens = max(length, options.tokens // length * length)
-        row = run(trial, Row(model, kind, tokens, length, None, None, None, None, None, note), steps, warm_up)
+        row = run(
+            trial, Row(model, kind, step_tokens[length], length, None, None, None, None, None, note), steps, warm_up
+        )
         rows.append(row)
         show(row)
         return row
@@ -200,13 +218,15 @@ def main() -> int:
         for kind in options.kinds:
             shared: dict[str, Any] = dict(compile=not options.eager)
             if options.lengths:
-                trial = Trial(model, kind, options.loss, {**shared, "activation_checkpointing": options.checkpointing})
+                trial = Trial(
+                    model, kind, options.loss, ranks, {**shared, "activation_checkpointing": options.checkpointing}
+                )
                 for length in options.lengths:
                     add(trial, model, kind, length, options.steps, 2, "")
                 del trial
             if options.longest:
                 checkpointed = dict(activation_checkpointing="full", mlp_tile_tokens=options.tile)
-                trial = Trial(model, kind, options.loss, {**shared, **checkpointed})
+                trial = Trial(model, kind, options.loss, ranks, {**shared, **checkpointed})
                 trial.compile_for_any_length()
                 for length in options.longest:
                     if add(trial, model, kind, length, 1, 0, "checkpointed").tokens_per_second is None:

@@ -12,12 +12,13 @@ from benchmarks.train_memory import MODES, make_setup, network_of, train
 from training.memory import estimate
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("attention", ["softmax", "asentmax"])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_case_trains(mode: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_case_trains(mode: str, attention: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODES[mode], "mlp_tile_tokens", 24 if "tiled" in mode else 0)
     network = replace(network_of("smoke", attention), n_layers=2, d_model=32, d_ff=48, vocab_size=64)
-    setup = make_setup(network, 64, mode, torch.device("cpu"))
+    setup = make_setup(network, 64, mode, torch.device("cpu"), ranks)
     assert math.isfinite(train(setup, torch.device("cpu"))) and estimate(setup).total > 0
 
 
