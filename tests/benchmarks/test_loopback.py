@@ -1,5 +1,7 @@
 """One rank by itself: the shapes of a real group, what it sent in place of what it would receive."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,10 +25,11 @@ def test_it_attends_with_its_share_of_heads_over_all_tokens(size: int) -> None:
     assert torch.equal(exchange.to_tokens(q), sent[0])  # what came back came from here
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["softmax", "asentmax"])
-def test_a_rank_by_itself_computes_its_share(kind: str) -> None:
-    config = network("smoke", kind)
-    module = LanguageModule(config, OptimizerConfig(), loss_backend="chunked")
+def test_a_rank_by_itself_computes_its_share(kind: str, compiled: bool) -> None:
+    config = replace(network("smoke", kind), n_layers=1)
+    module = LanguageModule(config, OptimizerConfig(), loss_backend="chunked", compile=compiled)
     batch = random_batch(config, tokens=96, length=96, generator=torch.Generator().manual_seed(0))
     whole = module.on_before_batch_transfer(batch, 0)["flops"]
     module.shards = first_rank(config, 2, 96)
