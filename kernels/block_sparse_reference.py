@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.autocast import outside_autocast
+
 QUERY_BLOCK, KEY_BLOCK = 128, 64  # of the paper's released code
 QUERY_BLOCKS = (QUERY_BLOCK, 64)  # that kept blocks may be given in
 
@@ -84,6 +86,7 @@ def kept_blocks(maxima: Tensor, thresholds: Tensor, block: QueryBlock) -> Tensor
     return keep
 
 
+@outside_autocast
 def block_scores(
     q: Tensor, k: Tensor, block: QueryBlock, *, scale: float, causal: bool, alibi_slopes: Tensor | None
 ) -> Tensor:
@@ -135,6 +138,7 @@ def _groups(q: Tensor, k: Tensor, alibi_slopes: Tensor | None) -> Iterator[tuple
         yield g, heads, None if alibi_slopes is None else alibi_slopes[heads]
 
 
+@outside_autocast
 def block_sparse_reference(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.autocast import outside_autocast
 from kernels.stats import count_live_tiles
 from kernels.visibility import TILE, VisibleKeys, visible_keys
 
@@ -146,6 +147,7 @@ def _visible(
 
 
 @torch.library.custom_op("longsplash::entmax_blockwise", mutates_args=())
+@outside_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -197,6 +199,7 @@ def _(q, k, v, alpha, scale, causal, cu_seqlens, kv_lens, alibi_slopes, window, 
 
 
 @torch.library.custom_op("longsplash::entmax_blockwise_backward", mutates_args=())
+@outside_autocast
 def _backward(
     grad: Tensor,
     q: Tensor,

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.autocast import outside_autocast
 from kernels.stats import AttentionStats, count_live_tiles
 from kernels.visibility import VisibleKeys
 
@@ -71,6 +72,7 @@ def entmax_reference(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> T
     return ((z - tau).clamp(min=0) ** beta).movedim(-1, dim)
 
 
+@outside_autocast
 def entmax_attention_reference(
     q: Tensor,
     k: Tensor,

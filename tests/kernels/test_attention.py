@@ -28,6 +28,25 @@ def outputs_and_gradients(case: Case, dtype: torch.dtype, alpha, backend: str, c
     return out.detach(), *torch.autograd.grad(out, (q, k, v, alpha), weight)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """With rounded scores in forward alone, backward would find scores beyond forward's thresholds: at 1e4 gradients
+    of 1e11."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(1, 2, 150, 16, generator=generator).to(dtype) for _ in range(4))
+    found = []
+    for cast in (False, True):
+        inputs = [(q * scale).requires_grad_(), *(x.clone().requires_grad_() for x in (k, v))]
+        alpha = torch.tensor([1.15, 1.5], requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out = entmax_attention(*inputs, alpha=alpha, backend=backend)
+        found.append((out.detach(), *torch.autograd.grad(out, (*inputs, alpha), weight)))
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found, strict=True))
+    assert all(torch.isfinite(x).all() for x in found[0])
+
+
 @case_parameters
 def test_reference_is_entmax_of_visible_scores(case: Case) -> None:
     """Against a loop over single queries and the entmax package, with visibility written out by its definition."""

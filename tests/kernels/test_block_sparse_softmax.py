@@ -215,6 +215,17 @@ def test_skipped_values_are_not_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str) -> None:
+    shape = Shape(320, 320)
+    q, k, v = (x.bfloat16() for x in shape.tensors(torch.float32))
+    thresholds = torch.full((shape.heads, 3), 1.0, device=DEVICE)
+    out, stats = run(q, k, v, thresholds=thresholds, backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        again, counted = run(q, k, v, thresholds=thresholds, backend=backend)
+    assert torch.equal(out, again) and torch.equal(stats.kept, counted.kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_on_the_grid_decide_as_the_whole(backend: str) -> None:
     shape = Shape(420, 420)
     q, k, v = shape.tensors(torch.float32)
