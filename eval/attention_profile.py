@@ -101,7 +101,7 @@ def _dense_stats(config: ModelConfig, size: int) -> LayerStats:
     """What softmax attention has by construction: every visible key has weight and every visible tile is live."""
     visible = np.minimum(np.arange(1, size + 1), config.window or size).mean()
     heads = torch.ones(config.n_heads)
-    return LayerStats(support_mean=heads * float(visible), live_share=heads, alpha=None, temperature=None)
+    return LayerStats(heads * float(visible), live_share=heads, alpha=None, temperature=None, temperature_max=None)
 
 
 def _profile(multiple: int, layer: int, stats: LayerStats, shape: WeightShape) -> LayerProfile:

@@ -55,6 +55,7 @@ class LayerStats:
     live_share: Tensor
     alpha: Tensor | None
     temperature: Tensor | None
+    temperature_max: Tensor | None
 
 
 def make_geometry(
@@ -214,6 +215,7 @@ class Attention(nn.Module):
                 live_share=measured.live_share.mean(0),
                 alpha=self.alpha(q.device, geometry.alpha_progress),
                 temperature=None if temperature is None else temperature.mean((0, 2)),
+                temperature_max=None if temperature is None else temperature.amax((0, 2)),
             )
         )
         return out

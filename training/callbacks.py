@@ -206,9 +206,10 @@ class AttentionStats(Callback):
         for layer in spread(len(stats), self.config.layers):
             metrics[f"support/layer_{layer:02d}"] = float(stats[layer].support_mean.mean())
             metrics[f"live_tiles/layer_{layer:02d}"] = float(stats[layer].live_share.mean())
-            temperature = stats[layer].temperature
-            if temperature is not None:
-                metrics[f"temperature/layer_{layer:02d}"] = float(temperature.mean())
+            mean, largest = stats[layer].temperature, stats[layer].temperature_max
+            if mean is not None and largest is not None:
+                metrics[f"temperature/layer_{layer:02d}"] = float(mean.mean())
+                metrics[f"temperature_max/layer_{layer:02d}"] = float(largest.max())
         return metrics
 
 

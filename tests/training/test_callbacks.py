@@ -68,7 +68,8 @@ def test_validation_and_statistics(logged: tuple[str, list[dict[str, str]]]) -> 
     assert list(column(rows, "support/layer_01")) == [1, 4, 8] and "support/layer_00" not in rows[0]
     assert all(1 <= value <= 64 for value in column(rows, "support/layer_01").values())
     assert all(0 < value <= 1 for value in column(rows, "live_tiles/layer_01").values())
-    assert all(value > 0 for value in column(rows, "temperature/layer_01").values())
+    means, largest = column(rows, "temperature/layer_01"), column(rows, "temperature_max/layer_01")
+    assert list(means) == list(largest) and all(0 < mean < largest[step] for step, mean in means.items())
     for layer in (0, 1):
         for head in (0, 1):
             assert all(1 < a < 2 for a in column(rows, f"alpha/layer_{layer:02d}/head_{head:02d}").values())
