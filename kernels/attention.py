@@ -36,7 +36,8 @@ def entmax_attention(
     """Attention whose weights are alpha-entmax of the scores: irrelevant keys get exactly zero (arXiv:1905.05702,
     arXiv:2502.12082).
 
-    Layout and meaning follow torch's scaled_dot_product_attention.
+    Layout and meaning follow torch's scaled_dot_product_attention. Autocast changes nothing: operands count in the
+    dtype they come in, scores and sums are float32 (float64 for float64).
 
     Args:
         q: (B, H, Tq, D), float64, float32, bfloat16 or float16.
