@@ -44,7 +44,7 @@ test-faults: $(VENV)/.installed
 
 # needs a CUDA device
 test-gpu: $(VENV)/.installed
-	$(PY) -m pytest --numprocesses 4 tests/kernels tests/model/test_cuda.py tests/model/test_block_policies.py tests/training/test_loss.py tests/training/test_graphs.py
+	$(PY) -m pytest --numprocesses 4 tests/kernels tests/model/test_cuda.py tests/model/test_block_policies.py tests/training/test_activations.py tests/training/test_loss.py tests/training/test_graphs.py
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks.kernels

@@ -1,7 +1,7 @@
 """What the forward pass keeps for backward: everything, or only each block's input, on the device or in CPU memory."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from model.transformer import Block
 
 ActivationCheckpointing = Literal["none", "full", "offload"]
+SMALL_ELEMENTS = 2**18
 
 
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:
@@ -51,24 +52,46 @@ class KeepOnHost(saved_tensors_hooks):
     def _pack(self, x: Tensor) -> Any:
         if x.shape != self.shape or not x.is_floating_point():
             return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        flat = x.detach().reshape(-1)
+        host = [torch.empty(n, dtype=x.dtype, pin_memory=x.is_cuda) for n in pinned_sizes(flat.numel())]
         if not x.is_cuda:
-            return x.device, host.copy_(x), None
+            _copy(flat.split(_sizes(host)), host)
+            return x.device, host, None
         stream = copy_stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
-            host.copy_(x, non_blocking=True)
-            x.record_stream(stream)  # x's memory is not given to others before the copy has ended
+            _copy(flat.split(_sizes(host)), host)
+            flat.record_stream(stream)  # x's memory is not given to others before the copy has ended
             return x.device, host, stream.record_event()
 
-    @staticmethod
-    def _unpack(packed: Any) -> Tensor:
+    def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         device, host, copied = packed
         if copied is not None:
             torch.cuda.current_stream(device).wait_event(copied)
-        return host.to(device, non_blocking=True)
+        x = torch.empty(self.shape, dtype=host[0].dtype, device=device)
+        _copy(host, x.view(-1).split(_sizes(host)))
+        return x
+
+
+def _sizes(pieces: Sequence[Tensor]) -> list[int]:
+    return [piece.numel() for piece in pieces]
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source, non_blocking=True)
+
+
+def pinned_sizes(elements: int) -> list[int]:
+    """Numbers of elements that add up to `elements`, powers of two but for a small last one: torch rounds pinned memory
+    up to a power of two of bytes, up to twice what a block's input takes."""
+    sizes = []
+    while elements > SMALL_ELEMENTS:
+        sizes.append(1 << (elements.bit_length() - 1))
+        elements -= sizes[-1]
+    return [*sizes, elements] if elements else sizes
 
 
 @functools.cache

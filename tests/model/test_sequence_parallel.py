@@ -44,6 +44,8 @@ def cases(size: int) -> dict[str, Case]:
         "compiled_checkpointed",
     ):
         found[option] = {option: True}
+    for kind in ("softmax", "asentmax"):
+        found[f"{kind}-one_document"] = dict(kind=kind, one_document=True)
     return found if size == 2 else {name: case for name, case in found.items() if "heads" in case}
 
 
@@ -83,7 +85,7 @@ def transform(model: Transformer, case: Case) -> None:
             block.compile(backend="aot_eager")  # traced as for a GPU, without compiling C++
 
 
-def forward_backward(model: Transformer, shards: SequenceShards | None, offload: bool = False) -> Tensor:
+def forward_backward(model: Transformer, shards: SequenceShards | None, case: Case) -> Tensor:
     """Hidden states of this rank's tokens; leaves gradients of the sum of all ranks' losses on this rank's share."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 31, (1, TOKENS), generator=generator)
@@ -91,8 +93,10 @@ def forward_backward(model: Transformer, shards: SequenceShards | None, offload:
     if shards is not None:
         tokens, weight = shards.local_tokens(tokens, 1), shards.local_tokens(weight, 1)
     model.zero_grad()
+    documents = None if "one_document" in case else DOCUMENTS
+    offload = "offloaded" in case and shards is not None
     with KeepOnHost(tuple(weight.shape)) if offload else torch.enable_grad():
-        hidden = model(tokens, DOCUMENTS, TOKENS, shards)
+        hidden = model(tokens, documents, TOKENS, shards)
     (hidden * weight).sum().backward()
     return hidden.detach()
 
@@ -101,8 +105,8 @@ def compare(case: Case, shards: SequenceShards) -> dict[str, float]:
     """Largest difference from one process, relative to the largest value, of the output and of each gradient."""
     whole, parts = make(case), make(case)
     transform(parts, case)
-    expected = shards.local_tokens(forward_backward(whole, None), 1)
-    found = forward_backward(parts, shards, "offloaded" in case)
+    expected = shards.local_tokens(forward_backward(whole, None, case), 1)
+    found = forward_backward(parts, shards, case)
     errors = {"output": float((found - expected).abs().max() / expected.abs().max())}
     for (name, p), (_, q) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         assert p.grad is not None and q.grad is not None and p.grad.abs().max() > 0, name
