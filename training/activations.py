@@ -1,6 +1,7 @@
 """What the forward pass keeps for backward: everything, or only each block's input, on the device or in CPU memory."""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from model.transformer import Block
 
 ActivationCheckpointing = Literal["none", "full", "offload"]
 SMALL_ELEMENTS = 2**18
+COPIES_UNDER_WAY = 2  # of blocks' inputs, which are on the device that long
 
 
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:
@@ -48,6 +50,11 @@ class KeepOnHost(saved_tensors_hooks):
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(self._pack, self._unpack)
         self.shape = shape
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._release(0)
 
     def _pack(self, x: Tensor) -> Any:
         if x.shape != self.shape or not x.is_floating_point():
@@ -57,12 +64,21 @@ class KeepOnHost(saved_tensors_hooks):
         if not x.is_cuda:
             _copy(flat.split(_sizes(host)), host)
             return x.device, host, None
+        self._release(COPIES_UNDER_WAY - 1)
         stream = copy_stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             _copy(flat.split(_sizes(host)), host)
-            flat.record_stream(stream)  # x's memory is not given to others before the copy has ended
-            return x.device, host, stream.record_event()
+            copied = stream.record_event()
+        self._leaving.append((flat, copied))
+        return x.device, host, copied
+
+    def _release(self, remaining: int) -> None:
+        """Give the memory of the oldest copies back, to the work that is queued behind them. (record_stream would keep
+        it until a copy has ended, and the host, which is blocks ahead of the GPU, would take new memory for each.)"""
+        while len(self._leaving) > remaining:
+            flat, copied = self._leaving.popleft()
+            torch.cuda.current_stream(flat.device).wait_event(copied)
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
@@ -75,15 +91,6 @@ class KeepOnHost(saved_tensors_hooks):
         return x
 
 
-def _sizes(pieces: Sequence[Tensor]) -> list[int]:
-    return [piece.numel() for piece in pieces]
-
-
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source, non_blocking=True)
-
-
 def pinned_sizes(elements: int) -> list[int]:
     """Numbers of elements that add up to `elements`, powers of two but for a small last one: torch rounds pinned memory
     up to a power of two of bytes, up to twice what a block's input takes."""
@@ -92,6 +99,15 @@ def pinned_sizes(elements: int) -> list[int]:
         sizes.append(1 << (elements.bit_length() - 1))
         elements -= sizes[-1]
     return [*sizes, elements] if elements else sizes
+
+
+def _sizes(pieces: Sequence[Tensor]) -> list[int]:
+    return [piece.numel() for piece in pieces]
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source, non_blocking=True)
 
 
 @functools.cache
