@@ -12,25 +12,37 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from model.config import ModelConfig
 
 
-class _AllToAll(torch.autograd.Function):
-    """Entry i of dimension 0 goes to rank i; entry j of the result is from rank j. Its own inverse, so backward is the
-    same exchange. torch's functional collectives would do, but their results are of a tensor subclass."""
+# An operator: torch 2.11's compiler loses the gradient of a torch.autograd.Function that holds a collective, and keeps
+# what checkpointed blocks compute; torch's functional collectives return a tensor subclass.
+@torch.library.custom_op("longsplash::all_to_all", mutates_args=())
+def all_to_all(x: Tensor, group: str) -> Tensor:
+    """Entry i of dimension 0 goes to rank i; entry j of the result is from rank j. Its own inverse, and so its own
+    backward. group: the name of the process group."""
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    members = _resolve_process_group(group)  # type: ignore[arg-type]  # a str with a name of its own
+    torch.distributed.all_to_all_single(received, x.contiguous(), group=members)
+    return received
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        torch.distributed.all_to_all_single(received, x, group=group)
-        return received
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllToAll.forward(ctx, grad, ctx.group), None
+@all_to_all.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return all_to_all(grad, ctx.group), None
+
+
+all_to_all.register_autograd(_backward, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class HeadExchange:
         return received.permute(2, 3, 0, 4, 1, 5).flatten(1, 4).transpose(0, 1)[None]  # from [A, C, n, M, R, D]
 
     def _all_to_all(self, x: Tensor) -> Tensor:
-        result: Tensor = _AllToAll.apply(x, self.shards.group)
+        result: Tensor = all_to_all(x, self.shards.group.group_name)
         return result
 
 

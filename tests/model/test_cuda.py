@@ -8,6 +8,7 @@ import torch
 
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions
 from model.incremental import extend, make_cache, prefill
+from model.softmax import softmax_attention
 from model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -83,6 +84,26 @@ def test_compiled_gradients_at_lengths_that_inductor_would_pad(kind, positions) 
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, expected in gradients[0].items():
         assert relative(gradients[1][name], expected) < 1e-3, name
+
+
+@pytest.mark.parametrize("lengths", [(1024, 4096), (65536, 131072)])
+def test_compiled_softmax_of_exchanged_heads(lengths) -> None:
+    """As ranks that share a document hand them over, q, k and v are slices of one buffer; the second length makes
+    Inductor's shapes symbolic. One kernel in both, so they differ by bfloat16's rounding (2 ** -8) at most."""
+    compiled = torch.compile(softmax_attention)
+    options = dict(cu_seqlens=None, alibi_slopes=None, window=None, block_mask=None)
+    for length in lengths:
+        torch.manual_seed(0)
+        buffer = torch.randn(length, 16 + 2 + 2, 64, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(1, 16, length, 64, device="cuda", dtype=torch.bfloat16)
+        found = []
+        for attend in (softmax_attention, compiled):
+            leaf = buffer.clone().requires_grad_()
+            q, k, v = leaf.transpose(0, 1)[None].split([16, 2, 2], dim=1)
+            out = attend(q, k, v, max_seqlen=length, **options)
+            found.append([out.detach(), torch.autograd.grad(out, leaf, weight)[0]])
+        for ours, expected in zip(*reversed(found), strict=True):
+            assert relative(ours.float(), expected.float()) < 2**-8, length
 
 
 @torch.no_grad()

@@ -135,11 +135,15 @@ def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.lasting["activations"].bytes == pytest.approx(sum(device.values()) + labels + shared, rel=0.02)
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (4, 1)])
-def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "mode", "compiled"), [((4, 2), "none", False), ((4, 1), "none", False), ((4, 2), "full", True)]
+)
+def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int], mode: str, compiled: bool) -> None:
     """One rank of two, whose partner's part of each exchange is made up."""
     network = replace(MODELS["asentmax-nape"], n_heads=heads[0], n_kv_heads=heads[1])
-    module, setup = make(network)
+    module, setup = make(network, **MODES[mode])
+    for block in module.model.blocks if compiled else ():
+        block.compile(backend="aot_eager_decomp_partition")  # divides the graph as for a GPU, without compiling C++
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         module.shards = SequenceShards(distributed.group.WORLD, 0, 2)  # type: ignore[arg-type]
