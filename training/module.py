@@ -104,13 +104,13 @@ class LanguageModule(LightningModule):
         """Take this rank's slice, and count its share of FLOPs and its valid tokens, while the batch is still on the
         CPU: on the GPU it would synchronise. cu_seqlens and max_seqlen stay those of the whole micro-batch; where every
         document fills a sequence, tokens and labels become (sequences, T) and cu_seqlens None, which dense attention
-        kernels are faster with. Ranks share one row, so there that takes a micro-batch of a single document."""
+        kernels are faster with."""
         lengths = batch["cu_seqlens"].diff().tolist()
         flops = train_flops(self.network_config, lengths)
         if self.shards is not None:
             flops /= self.shards.size
             batch = {**batch, **{key: self.shards.local_tokens(batch[key], dim=1) for key in ("tokens", "labels")}}
-        if lengths == [batch["max_seqlen"]] * len(lengths) and (self.shards is None or len(lengths) == 1):
+        elif lengths == [batch["max_seqlen"]] * len(lengths):
             rows = {key: batch[key].view(len(lengths), -1) for key in ("tokens", "labels")}
             batch = {**batch, **rows, "cu_seqlens": None}
         valid = int((batch["labels"] != IGNORE_INDEX).sum())

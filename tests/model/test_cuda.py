@@ -86,20 +86,23 @@ def test_compiled_gradients_at_lengths_that_inductor_would_pad(kind, positions) 
         assert relative(gradients[1][name], expected) < 1e-3, name
 
 
+@pytest.mark.parametrize("one_buffer", [False, True])
 @pytest.mark.parametrize("lengths", [(1024, 4096), (65536, 131072)])
-def test_compiled_softmax_of_exchanged_heads(lengths) -> None:
-    """As ranks that share a document hand them over, q, k and v are slices of one buffer; the second length makes
+def test_compiled_softmax_of_one_document(lengths, one_buffer) -> None:
+    """q, k and v apart, or slices of one buffer, as ranks that share sequences have them; the second length makes
     Inductor's shapes symbolic. One kernel in both, so they differ by bfloat16's rounding (2 ** -8) at most."""
     compiled = torch.compile(softmax_attention)
     options = dict(cu_seqlens=None, alibi_slopes=None, window=None, block_mask=None)
     for length in lengths:
         torch.manual_seed(0)
-        buffer = torch.randn(length, 16 + 2 + 2, 64, device="cuda", dtype=torch.bfloat16)
+        values = torch.randn(length, 16 + 2 + 2, 64, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(1, 16, length, 64, device="cuda", dtype=torch.bfloat16)
         found = []
         for attend in (softmax_attention, compiled):
-            leaf = buffer.clone().requires_grad_()
+            leaf = values.clone().requires_grad_()
             q, k, v = leaf.transpose(0, 1)[None].split([16, 2, 2], dim=1)
+            if not one_buffer:
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             out = attend(q, k, v, max_seqlen=length, **options)
             found.append([out.detach(), torch.autograd.grad(out, leaf, weight)[0]])
         for ours, expected in zip(*reversed(found), strict=True):

@@ -145,13 +145,6 @@ def test_a_batch_is_sliced_for_ranks_that_share_it() -> None:
     for key in ("flops", "valid_tokens"):
         assert sum(part[key] for part in slices) == whole[key] and slices[0][key] > 0
     assert all(torch.equal(part["cu_seqlens"], whole["cu_seqlens"]) for part in slices)
-    # one document needs no bounds, two that fill a sequence each do: ranks share one row
-    for documents in (1, 2):
-        batch = make_batch(range(documents))
-        batch["cu_seqlens"] = torch.arange(0, documents * LENGTH + 1, LENGTH, dtype=torch.int32)
-        shared = module.on_before_batch_transfer(batch, 0)
-        assert (shared["cu_seqlens"] is None) == (documents == 1)
-        assert shared["tokens"].shape == shared["labels"].shape == (1, documents * LENGTH // 2)
 
 
 def test_bad_arguments_name_the_value() -> None:
