@@ -51,6 +51,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+ALPHA_MARGIN = 1e-4  # share of the way between the bounds that an alpha which is taken over keeps from them
+
+
 class HeadAlpha(nn.Module):
     """alpha of each head, float32 (H,), fixed or learnable, and on its way there while it is annealed.
 
@@ -69,12 +72,28 @@ class HeadAlpha(nn.Module):
         alpha = self._target(device)
         return alpha if progress is None else self.anneal_from + (alpha - self.anneal_from) * progress
 
+    @torch.no_grad()
+    def take_over(self, other: "HeadAlpha") -> None:
+        """Give the heads the alphas that `other` has learned, moved inside these bounds: where the start or the bounds
+        differ, the same alpha_raw means another alpha. Nothing where one of the two is fixed."""
+        if self.alpha_raw is None or other.alpha_raw is None:
+            return
+        if (self.start, self.lo, self.hi) == (other.start, other.lo, other.hi):
+            self.alpha_raw.copy_(other.alpha_raw)
+            return
+        share = (other._target(self.alpha_raw.device) - self.lo) / (self.hi - self.lo)
+        self.alpha_raw.copy_(share.clamp(ALPHA_MARGIN, 1 - ALPHA_MARGIN).logit() - self._offset)
+
+    @property
+    def _offset(self) -> float:
+        """c."""
+        share = (self.start - self.lo) / (self.hi - self.lo)
+        return math.log(share / (1 - share))
+
     def _target(self, device: torch.device) -> Tensor:
         if self.alpha_raw is None:
             return torch.full((self.n_heads,), self.start, device=device)
-        share = (self.start - self.lo) / (self.hi - self.lo)
-        offset = math.log(share / (1 - share))
-        return self.lo + (self.hi - self.lo) * torch.sigmoid(self.alpha_raw.float() + offset)
+        return self.lo + (self.hi - self.lo) * torch.sigmoid(self.alpha_raw.float() + self._offset)
 
 
 class ScalableTemperature(nn.Module):

@@ -41,13 +41,18 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
 
 
 def transfer_weights(checkpoint: CheckpointInfo, model: Transformer) -> None:
-    """Give `model` the checkpoint's weights, and say what has changed and what keeps its initial values.
+    """Give `model` the checkpoint's weights, and say what has changed and what keeps its initial values. Learned alphas
+    stay what they are, wherever the config's alpha starts.
 
     Raises ValueError as check_transfer does.
     """
     check_transfer(checkpoint, model.config)
     saved, wanted = _architectures(checkpoint, model.config)
-    missing, dropped = model.load_state_dict(load_model(checkpoint.path).model.state_dict(), strict=False)
+    source = load_model(checkpoint.path).model
+    missing, dropped = model.load_state_dict(source.state_dict(), strict=False)
+    for new, old in zip(model.layers(), source.layers(), strict=True):
+        if new.attention.alpha is not None and old.attention.alpha is not None:
+            new.attention.alpha.take_over(old.attention.alpha)
     say(f"starting from the weights of {checkpoint.path} (its step {checkpoint.step}): step 0, new optimizer and data")
     changed = [f"{key} {saved[key]} -> {wanted[key]}" for key in sorted(wanted) if saved[key] != wanted[key]]
     for what, found in (

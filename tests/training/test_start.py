@@ -134,6 +134,25 @@ def test_what_may_differ_and_what_may_not() -> None:
         assert named in str(error.value)
 
 
+def test_learned_alphas_are_taken_over_as_they_are() -> None:
+    old = Transformer(network(kind="entmax", alpha=1.25))
+    for layer in old.layers():
+        torch.nn.init.normal_(layer.attention.alpha.alpha_raw, std=2)  # type: ignore[union-attr, arg-type]
+    learned = old.alphas()
+    for options in (
+        {"alpha": 1.1},
+        {"alpha": 1.5, "alpha_min": 1.2},
+        {"alpha": 1.25},
+        {"alpha": 1.3, "learn_alpha": False},
+    ):
+        new = Transformer(network(kind="entmax", **options))
+        for mine, theirs in zip(new.layers(), old.layers(), strict=True):
+            mine.attention.alpha.take_over(theirs.attention.alpha)  # type: ignore[union-attr, arg-type]
+        expected = learned.clamp(min=1.2 + 0.8e-4) if "alpha_min" in options else learned
+        expected = torch.full_like(learned, 1.3) if "learn_alpha" in options else expected
+        torch.testing.assert_close(new.alphas(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def first_stage(train: TrainProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("stages") / "first"
