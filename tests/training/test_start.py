@@ -59,8 +59,8 @@ def converted(source: Transformer, **attention: Any) -> Transformer:
 
 
 def test_a_converted_model_starts_with_the_softmax_models_predictions(softmax_model: Transformer) -> None:
-    """Mean Kullback-Leibler divergence of the next token's probabilities from the softmax model's, in nats. (Their losses
-    can agree by chance.)"""
+    """Mean Kullback-Leibler divergence of the next token's probabilities from the softmax model's, in nats. (Losses can
+    agree by chance.)"""
     assert float(copying_loss(softmax_model, -1)) < 2.5
     tokens = copying_tokens(-1)
     expected = F.log_softmax(softmax_model.logits(softmax_model(tokens)), dim=-1)
