@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import AttentionConfig, ModelConfig
 
+ALPHA_MARGIN = 1e-4  # share of the way between the bounds that an alpha which is taken over keeps from them
+
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv:2002.05202): w_down(silu(w_gate x) * w_up x).
@@ -49,9 +51,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     or (B or 1, 1, T, D / 2)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-ALPHA_MARGIN = 1e-4  # share of the way between the bounds that an alpha which is taken over keeps from them
 
 
 class HeadAlpha(nn.Module):
