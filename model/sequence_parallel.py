@@ -21,8 +21,8 @@ from model.config import ModelConfig
 # what checkpointed blocks compute; torch's functional collectives return a tensor subclass.
 @torch.library.custom_op("longsplash::all_to_all", mutates_args=())
 def all_to_all(x: Tensor, group: str) -> Tensor:
-    """Entry i of dimension 0 goes to rank i; entry j of the result is from rank j. Its own inverse, and so its own
-    backward. group: the name of the process group."""
+    """x (S, ...), any dtype: entry i goes to rank i; entry j of the result, of x's shape, is from rank j. Its own
+    inverse, and so its own backward. A collective call. group: the name of the process group of S ranks."""
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
     members = _resolve_process_group(group)  # type: ignore[arg-type]  # a str with a name of its own
     torch.distributed.all_to_all_single(received, x.contiguous(), group=members)

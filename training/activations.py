@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from model.transformer import Block
 
 ActivationCheckpointing = Literal["none", "full", "offload"]
-SMALL_ELEMENTS = 2**18
+SMALL_ELEMENTS = 2**18  # so few are not worth another piece
 COPIES_UNDER_WAY = 2  # of blocks' inputs, which are on the device that long
 
 
