@@ -100,7 +100,6 @@ def test_folders_are_the_ones_that_readme_lists() -> None:
         "cluster",
         "length_generalisation",
         "eval",
-        "annealed.yaml",
         "paper.yaml",
         "smoke.yaml",
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.engine import Engine
 
-LIBRARIES = ("torch", "triton", "lightning", "deepspeed", "liger-kernel")
+LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel")  # torch names its build itself (+cu130)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def versions() -> dict[str, str]:
     installed = {distribution.name for distribution in distributions()}
     found = {library: version(library) for library in LIBRARIES if library in installed}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **found, "cuda": str(torch.version.cuda), "device": device}
+    python, cuda = platform.python_version(), str(torch.version.cuda)
+    return {"python": python, "torch": torch.__version__, **found, "cuda": cuda, "device": device}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def test_two_processes_share_every_global_batch(prepared: Path, tmp_path: Path) 
         accumulate_grad_batches=data.accumulation(2),
         accelerator="cpu",
         devices=2,
-        strategy="ddp_fork",
+        strategy="ddp_spawn",
         val_check_interval=6,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
