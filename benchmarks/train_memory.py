@@ -45,11 +45,14 @@ def network_of(model: str, attention: str) -> ModelConfig:
     return config_from_dict(merged)
 
 
-def make_setup(network: ModelConfig, tokens: int, mode: str, device: torch.device, ranks: int = 1) -> Setup:
+def make_setup(
+    network: ModelConfig, tokens: int, mode: str, device: torch.device, ranks: int = 1, compiled: bool = False
+) -> Setup:
     """ranks: that share a sequence; their first one is what trains."""
     return Setup(
         network=network, tokens=tokens, sequence_length=tokens, precision="bf16-mixed", cuda=device.type == "cuda",
-        ranks=ranks, sequence_parallel=ranks, loss_backend=resolve_loss_backend("auto", device), **MODES[mode],
+        ranks=ranks, sequence_parallel=ranks, loss_backend=resolve_loss_backend("auto", device),
+        compiled=compiled, **MODES[mode],
     )  # fmt: skip
 
 
@@ -59,7 +62,7 @@ def train(setup: Setup, device: torch.device) -> float:
     module = LanguageModule(
         setup.network, OptimizerConfig(), loss_backend=setup.loss_backend, loss_chunk_tokens=setup.loss_chunk_tokens,
         activation_checkpointing=setup.activation_checkpointing,  # type: ignore[arg-type]
-        mlp_tile_tokens=setup.mlp_tile_tokens,
+        mlp_tile_tokens=setup.mlp_tile_tokens, compile=setup.compiled,
     ).to(device)  # fmt: skip
     module.shards = first_rank(setup.network, setup.sequence_parallel, setup.tokens)
     optimizer = torch.optim.AdamW(parameter_groups(module.model, OptimizerConfig(), fused=device.type == "cuda"))
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="of a micro-batch")
     parser.add_argument("--sequence_parallel", type=int, default=1, metavar="S", help="ranks that share a micro-batch")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--compile", action="store_true", help="as model.compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; python -m training.memory estimates without one")
@@ -104,7 +108,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, bf16 autocast, GiB", flush=True)
     print(f"{'case':<44}{'estimate':>10}{'measured':>10}{'ratio':>8}  peak", flush=True)
     for model, attention, tokens, mode in product(options.models, options.attention, options.tokens, options.modes):
-        setup = make_setup(network_of(model, attention), tokens, mode, device, options.sequence_parallel)
+        setup = make_setup(
+            network_of(model, attention), tokens, mode, device, options.sequence_parallel, options.compile
+        )
         expected, name = estimate(setup), f"{model} {attention} {tokens} {mode}"
         if expected.total > 0.95 * room:
             print(f"{name:<44}{expected.total / GIB:>10.2f}  left out: the device has {room / GIB:.0f}", flush=True)

@@ -8,8 +8,8 @@ It needs no GPU and no data: parameters are counted on the meta device, the rest
 parameters, W ranks, S ranks that share a sequence, N tokens of a micro-batch, n = N / S of a rank, L layers, C width, F
 width of the feed-forward layer, H query heads, G key/value heads, D head dim, V vocabulary. r and w: bytes of the
 residual stream and of matrix products (4 and 4 in float32; 4 and 2 under autocast; 2 and 2 where ZeRO keeps weights in
-bfloat16). With torch.compile less is kept than estimated here. What CUDA itself takes (context, libraries, NCCL; 1 to 2
-GiB) and the allocator's fragmentation are not in it.
+bfloat16). What CUDA itself takes (context, libraries, NCCL; 1 to 2 GiB) and the allocator's fragmentation are not in
+it.
 """
 
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ class Setup:
         loss_backend: resolved: chunked or liger.
         keeps_gradients: gradients exist while a backward pass begins: with accumulation, or where an engine keeps them.
         cuda: with the kernels that run on CUDA, else those on CPU.
+        compiled: as model.compile. What blocks keep is estimated as without it, which is more than they do.
     """
 
     network: ModelConfig
@@ -58,6 +59,7 @@ class Setup:
     loss_backend: str = "chunked"
     cuda: bool = True
     keeps_gradients: bool = True
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("32-true", "bf16-mixed"):
@@ -133,6 +135,8 @@ def estimate(setup: Setup) -> Estimate:
     gradients = result.lasting["gradients"].bytes
     # a block that is recomputed: its input is there already, or comes back from the host
     again = {"none": 0, "full": block - block_input, "offload": block}[mode] + backward_workspace(setup)
+    if setup.compiled and mode != "none":
+        again = max(again, compiled_backward(setup) - (block_input if mode == "full" else 0))
     embedding = block_input + FLOAT32 * setup.network.vocab_size * setup.network.d_model
     result.phases = {
         # in the last micro-batch of a step the gradients of the others are there; in the first, those of the last step
@@ -300,6 +304,24 @@ def backward_workspace(setup: Setup) -> float:
     return n * setup.residual_bytes * width + max(inner, attention) + matrix
 
 
+def compiled_backward(setup: Setup) -> float:
+    """What exists at once when a compiled block that is recomputed has come to attention in its backward, read off the
+    code that Inductor makes: it computes the block again as one graph with its gradient, and frees values later than
+    the eager block does, which has few by then where the feed-forward layer is tiled."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    width, queries = network.d_model, network.n_heads * network.head_size
+    keys = max(network.n_kv_heads, setup.sequence_parallel) * network.head_size
+    # the block's input, the gradient that came, the one that goes, and the second norm's in float32; the first norm's
+    # output, wo's output and its gradient
+    size = (3 * setup.residual_bytes + FLOAT32 + 3 * w) * width
+    size += w * (4 * queries + queries + 2 * keys + 2 * keys)  # output, wo's operand, two gradients; q, k, v; dk, dv
+    if network.attention.kind in ("ssmax", "asentmax"):
+        size += 2 * FLOAT32 * queries  # before they are scaled, and their gradient
+    if not network.attention.is_entmax:
+        size += (FLOAT32 + 2 * w) * queries  # FlashAttention: dq in float32; dk, dv for each query head
+    return float(n * size + FLOAT32 * sum(block_matrices(network)))
+
+
 def report(setup: Setup, found: Estimate) -> str:
     """A table of the estimate."""
     shared = f", {setup.sequence_parallel} share a sequence" * (setup.sequence_parallel > 1)
@@ -348,6 +370,7 @@ class MemoryCLI(TrainingCLI):
             loss_chunk_tokens=config.model.loss_chunk_tokens,
             loss_backend={"auto": "liger" if cuda else "chunked"}.get(backend, backend),
             cuda=cuda,
+            compiled=config.model.compile,
             keeps_gradients=ranks > 1 or config.data.global_batch_size > config.data.micro_batch_size,
         )
 
