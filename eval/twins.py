@@ -1,15 +1,16 @@
 """Trains twins that differ in their attention only, each at its best learning rate, and compares them in one report.
 
-    python -m eval.twins --kinds softmax asentmax --lrs 1e-3 2e-3 4e-3 --sweep_steps 300 --seeds 0 1 \
+    python -m eval.twins --kinds softmax asentmax --lrs 5e-4 1e-3 2e-3 --sweep_steps 1000 --seeds 0 1 \
         --data prepared/source-tree --output runs/twins -- \
         --config configs/models/30m.yaml --config configs/data/source_tree.yaml --config configs/stages/short.yaml \
         --config configs/cluster/one_gpu.yaml
 
 What follows -- are train.py's options, the same for all twins; this command adds the attention (configs/attention),
 --model.optimizer.lr, the seeds, --run_dir and --resume auto. With several learning rates each kind first trains
-sweep_steps with each of them (OUTPUT/sweep/KIND-lr-X) and takes the one with the lowest validation loss; then every
-kind trains with every seed (OUTPUT/KIND-seed-S). Twins of one seed see the same data in the same order. Run again, the
-command continues where it stopped; OUTPUT/twins.json holds what was asked for and what was chosen.
+sweep_steps with each of them (OUTPUT/sweep/KIND-lr-X) and takes the one with the lowest validation loss; trials that
+end before models copy from their context choose too high a rate for ASEntmax (RESULTS.md). Then every kind trains with
+every seed (OUTPUT/KIND-seed-S). Twins of one seed see the same data in the same order. Run again, the command
+continues where it stopped; OUTPUT/twins.json holds what was asked for and what was chosen.
 """
 
 import json
