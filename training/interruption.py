@@ -15,7 +15,8 @@ class Interruption(Callback):
 
     The handlers only set a flag: a save or a collective inside a handler would wait for ranks that are waiting for this
     one. The flag travels in the step guard's all-reduce, so one rank that was told to stop stops all of them at the
-    same step. A second Ctrl-C stops at once, without saving.
+    same step. A second Ctrl-C stops at once, without saving. Where Ctrl-C is ignored, as shells have it for commands in
+    the background, it stays ignored.
 
     Attributes:
         requested: this process has been told to stop.
@@ -30,7 +31,8 @@ class Interruption(Callback):
         # training ends, Lightning restores the handlers that it had found.
         self._keyboard = signal.getsignal(signal.SIGINT)
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._request)
+            if signum != signal.SIGINT or self._keyboard != signal.SIG_IGN:
+                signal.signal(signum, self._request)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

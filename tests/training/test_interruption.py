@@ -6,9 +6,12 @@ import subprocess
 import time
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+
 from model.checkpoint import find_checkpoints
 from tests.training.conftest import ROOT, TrainProcess, assert_same_weights, callbacks, child_environment, command
 from training.exits import INTERRUPTED
+from training.interruption import STOP_SIGNALS, Interruption
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -39,6 +42,24 @@ def test_ctrl_c_once_saves_and_twice_stops_at_once(train: TrainProcess, tmp_path
     assert "Ctrl-C again stops at once" in once.stderr
     twice = train("--run_dir", tmp_path / "twice", callbacks(("SignalInStep", {**interrupt, "times": 2})))
     assert twice.returncode == 1 and steps_of(tmp_path / "twice") == [5]
+
+
+def test_in_the_background_ctrl_c_stays_ignored() -> None:
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    try:
+        for keyboard in (signal.SIG_IGN, signal.default_int_handler):
+            signal.signal(signal.SIGINT, keyboard)
+            stop = Interruption()
+            stop.on_train_start(Trainer(logger=False, enable_checkpointing=False), None)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert stop.requested == (keyboard != signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert stop.requested
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def test_a_signal_to_all_processes_of_a_run_spares_loader_workers_and_adds_no_validation(

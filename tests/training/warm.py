@@ -88,6 +88,7 @@ def serve(control: socket.socket) -> list[str]:
 
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads, which a fork would lose"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored where tests run in the background
     while True:
         message, pipes, _, _ = socket.recv_fds(control, LARGEST_MESSAGE, 2)
         if not message:
