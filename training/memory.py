@@ -305,19 +305,19 @@ def backward_workspace(setup: Setup) -> float:
 
 
 def compiled_backward(setup: Setup) -> float:
-    """What exists at once when a compiled block that is recomputed has come to attention in its backward, read off the
-    code that Inductor makes: it computes the block again as one graph with its gradient, and frees values later than
-    the eager block does, which has few by then where the feed-forward layer is tiled."""
+    """Bytes that exist at once when a compiled block that is recomputed has come to attention in its backward, read off
+    the code that Inductor makes: it computes the block again as one graph with its gradient, and frees values later
+    than the eager block does, which has few by then where the feed-forward layer is tiled."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     width, queries = network.d_model, network.n_heads * network.head_size
     keys = max(network.n_kv_heads, setup.sequence_parallel) * network.head_size
     # the block's input, the gradient that came, the one that goes, and the second norm's in float32; the first norm's
     # output, wo's output and its gradient
     size = (3 * setup.residual_bytes + FLOAT32 + 3 * w) * width
-    size += w * (4 * queries + queries + 2 * keys + 2 * keys)  # output, wo's operand, two gradients; q, k, v; dk, dv
+    size += w * (5 * queries + 4 * keys)  # attention's output, wo's operand, two gradients; q, k, v; dk, dv
     if network.attention.kind in ("ssmax", "asentmax"):
         size += 2 * FLOAT32 * queries  # before they are scaled, and their gradient
-    if not network.attention.is_entmax:
+    if not network.attention.is_entmax and network.positions != "nape":
         size += (FLOAT32 + 2 * w) * queries  # FlashAttention: dq in float32; dk, dv for each query head
     return float(n * size + FLOAT32 * sum(block_matrices(network)))
 

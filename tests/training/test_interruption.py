@@ -51,11 +51,9 @@ def test_in_the_background_ctrl_c_stays_ignored() -> None:
             signal.signal(signal.SIGINT, keyboard)
             stop = Interruption()
             stop.on_train_start(Trainer(logger=False, enable_checkpointing=False), None)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
             assert stop.requested == (keyboard != signal.SIG_IGN)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
             assert stop.requested
     finally:
         for signum, handler in before.items():

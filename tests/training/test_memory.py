@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 import model.transformer
 import training.module
+from benchmarks.train_memory import network_of
 from model.attention import make_geometry
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards
@@ -259,13 +260,9 @@ def test_what_makes_room_makes_room() -> None:
 @pytest.mark.parametrize(("tokens", "measured"), [(131072, 22.00), (786432, 40.84 + 8.20)])
 def test_compiled_blocks_with_tiles_as_on_two_h200(tokens: int, measured: float) -> None:
     """GiB of RESULTS.md, "Two GPUs that share one sequence"; the longer run ended before it had AdamW's moments."""
-    network = ModelConfig(
-        vocab_size=32000, n_layers=22, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5632, positions="rope",
-        tie_embeddings=False, attention=AttentionConfig(kind="softmax"),
-    )  # fmt: skip
     setup = Setup(
-        network, tokens, tokens, ranks=2, sequence_parallel=2, precision="bf16-mixed", loss_backend="liger",
-        activation_checkpointing="offload", mlp_tile_tokens=16384, compiled=True,
+        network_of("1b", "softmax"), tokens, tokens, ranks=2, sequence_parallel=2, precision="bf16-mixed",
+        loss_backend="liger", activation_checkpointing="offload", mlp_tile_tokens=16384, compiled=True,
     )  # fmt: skip
     assert estimate(setup).total / memory.GIB == pytest.approx(measured, rel=0.1)
     untiled = replace(setup, mlp_tile_tokens=0)  # the feed-forward layer's part is the larger one
