@@ -5,16 +5,19 @@
 
 Several --config files merge key by key, later ones win, options on the command line win over files
 (--trainer.max_steps 20), and --print_config shows the result. Exit code 2: an error in what was asked for; 75: stopped
-by a signal (SIGUSR1, SIGTERM, Ctrl-C) with everything saved; training/exits.py has the others.
+by a signal (SIGUSR1, SIGTERM, Ctrl-C) with everything saved; common/exits.py has the others.
 """
 
 import sys
 
-from training.cli import TrainingCLI, user_errors
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from common.errors import user_errors
+from training.cli import TrainingCLI
 
 
 def main() -> None:
-    with user_errors() as setup:
+    with user_errors(MisconfigurationException) as setup:
         session = TrainingCLI()  # options -> checkpoint to start from -> data, module, trainer
         session.prepare()  # open the data, check that everything fits, record config and code version
         code = session.fit(on_start=setup.close)  # step: module.py, logs: callbacks.py, saves: checkpointing.py

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from common.files import write_json
 from data.corpora import Document
-from data.store import FORMAT, SPLITS, to_json, token_dtype, write_file, write_shard
+from data.store import FORMAT, SPLITS, token_dtype, write_shard
 from data.tokenizer import Tokenizer
 
 
@@ -59,7 +60,7 @@ def encode_group(group: Group, output: Path, tokenizer: Tokenizer) -> dict[str, 
             ids = [np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype) for text in texts]
             sizes = [len(text.encode()) for text in texts]
             record["splits"][split] = write_shard(output / split, name, ids, sizes, tokenizer.fingerprint)
-    write_file(output / "progress" / f"{name}.json", to_json(record))
+    write_json(output / "progress" / f"{name}.json", record, sort_keys=True)
     return record
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.packing import Packing
-from data.store import TokenStore, Verify, read_json
+from data.store import TokenStore, Verify, read_record
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Mixture:
     def _splits_of(self, source: SourceConfig) -> list[str]:
         """The splits to open: train always, heldout where it is wanted and the source has held out anything."""
         way_out = f"prepare the corpus first: python -m data.prepare --config ... --output {source.path}"
-        splits = read_json(Path(source.path) / "manifest.json", way_out)["splits"]
+        splits = read_record(Path(source.path) / "manifest.json", way_out)["splits"]
         return ["train"] + ["heldout"] * bool(self.heldout and splits["heldout"]["documents"])
 
     def _store(self) -> TokenStore:

@@ -9,23 +9,24 @@ undisturbed one. The manifest comes last; a corpus without it is unfinished.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 from tqdm import tqdm
 
+from common.errors import user_errors
+from common.files import write_file, write_json
+from common.locks import folder_lock
 from data.corpora import Corpus, Document
 from data.encoding import map_groups, read_groups, shard_name
-from data.store import FORMAT, SPLITS, read_json, to_json, write_file
+from data.store import FORMAT, SPLITS, read_record
 from data.tokenizer import Tokenizer, train_tokenizer
 
 WAY_OUT = "choose another --output, or start over with --overwrite true"
@@ -106,7 +107,7 @@ def read_documents(config: PrepareConfig, skip: int) -> Iterator[Document]:
 
 def finished_groups(output: Path) -> dict[int, dict[str, Any]]:
     records = sorted((output / "progress").glob("[0-9]*.json"))
-    return {int(path.stem): read_json(path, WAY_OUT) for path in records}
+    return {int(path.stem): read_record(path, WAY_OUT) for path in records}
 
 
 def encode_corpus(config: PrepareConfig, output: Path, tokenizer: Tokenizer) -> dict[int, dict[str, Any]]:
@@ -188,25 +189,13 @@ def check_same_config(stored: dict[str, Any], wanted: dict[str, Any], output: Pa
         raise ValueError(f"{output} was prepared with another config ({changes}); {WAY_OUT}")
 
 
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the output folder; the lock ends with the process, however it ends. Raises ValueError when it is taken."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another run is preparing {output}; wait for it or choose another --output") from error
-        yield
-
-
 def remove_earlier_run(output: Path) -> None:
     """Remove what a run wrote. Killed on the way, it leaves a config that no run accepts without --overwrite."""
     config_file = output / "progress" / "config.json"
     if not config_file.exists() and not (output / "manifest.json").exists():
         return
     config_file.parent.mkdir(exist_ok=True)
-    write_file(config_file, to_json({"format": FORMAT, "config": {"overwrite": "unfinished"}}))
+    write_json(config_file, {"format": FORMAT, "config": {"overwrite": "unfinished"}}, sort_keys=True)
     for name in ("manifest.json", "tokenizer.model"):
         (output / name).unlink(missing_ok=True)
     for split in SPLITS:
@@ -227,11 +216,11 @@ def write_manifest(
     manifest = {"format": FORMAT, "config": config, "splits": splits}
     manifest |= {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
     manifest["undecodable_documents"] = sum(record["undecodable"] for record in groups.values())
-    write_file(output / "manifest.json", to_json(manifest))
+    write_json(output / "manifest.json", manifest, sort_keys=True)
 
 
 def summary(output: Path) -> str:
-    manifest = read_json(output / "manifest.json", WAY_OUT)
+    manifest = read_record(output / "manifest.json", WAY_OUT)
     parts = [
         f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes"
         for split, counts in manifest["splits"].items()
@@ -246,24 +235,25 @@ def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
     Raises ValueError when the folder holds something else: a corpus of another config, or foreign files.
     """
     output = Path(config.output)
-    with locked(output):
+    taken = f"another run is preparing {output}; wait for it or choose another --output"
+    with folder_lock(output, taken):
         wanted = describe(config, corpus_settings)
         progress = output / "progress"
         config_file = progress / "config.json"
         if config.overwrite:
             remove_earlier_run(output)
         if (output / "manifest.json").exists():
-            check_same_config(read_json(output / "manifest.json", WAY_OUT)["config"], wanted, output)
+            check_same_config(read_record(output / "manifest.json", WAY_OUT)["config"], wanted, output)
             shutil.rmtree(progress, ignore_errors=True)  # left when a run was killed after its manifest
             print(f"{output} is already prepared: {summary(output)}")
             return
         if config_file.exists():
-            check_same_config(read_json(config_file, WAY_OUT)["config"], wanted, output)
+            check_same_config(read_record(config_file, WAY_OUT)["config"], wanted, output)
         elif any(path.name not in (".lock", "progress") for path in output.iterdir()):
             raise ValueError(f"{output} holds files of something else; choose another --output")
         check_heldout_groups(config)
         progress.mkdir(exist_ok=True)
-        write_file(config_file, to_json({"format": FORMAT, "config": wanted}))
+        write_json(config_file, {"format": FORMAT, "config": wanted}, sort_keys=True)
         tokenizer = make_tokenizer(config, output)
         groups = encode_corpus(config, output, tokenizer)
         write_manifest(output, tokenizer, wanted, groups)
@@ -284,7 +274,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors(RuntimeError):
         main()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error

@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,42 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from common.files import read_json, write_file, write_json
+
 FORMAT = 1
 SPLITS = ("train", "heldout")
 OPEN_SHARDS = 256  # memory maps kept per process: far under the kernel's default limit of 65530
 Verify = Literal["size", "checksum"]
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write `content` so that `path` is complete or absent, also after a crash: aside, fsync, rename."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def read_json(path: Path, way_out: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises FileNotFoundError or ValueError whose message ends with `way_out`."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist; {way_out}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {way_out}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} has format {found}, expected {FORMAT}; {way_out}")
+def read_record(path: Path, way_out: str, keys: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """The JSON object of this FORMAT in `path`, as `read_json` has it."""
+    content = read_json(path, way_out, keys)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {content.get('format')!r}, expected {FORMAT}; {way_out}")
     return content
 
 
@@ -100,7 +76,7 @@ def write_shard(
             for file_name, content in files.items()
         },
     }
-    write_file(folder / f"{name}.json", to_json(meta))
+    write_json(folder / f"{name}.json", meta, sort_keys=True)
     return counts
 
 
@@ -118,7 +94,7 @@ class TokenStore:
         if verify not in ("size", "checksum"):
             raise ValueError(f"verify is {verify!r}, expected 'size' or 'checksum'")
         self.way_out = f"prepare the corpus again: python -m data.prepare --config ... --output {self.folder.parent}"
-        manifest = read_json(self.folder.parent / "manifest.json", self.way_out)
+        manifest = read_record(self.folder.parent / "manifest.json", self.way_out)
         if self.folder.name not in manifest["splits"]:
             raise FileNotFoundError(f"{self.folder} is no split of a corpus; expected one of {', '.join(SPLITS)}")
         split = manifest["splits"][self.folder.name]
@@ -153,7 +129,7 @@ class TokenStore:
             )
 
     def _read_meta(self, name: str) -> dict[str, Any]:
-        meta = read_json(self.folder / f"{name}.json", self.way_out)
+        meta = read_record(self.folder / f"{name}.json", self.way_out)
         if meta["tokenizer_fingerprint"] != self.fingerprint_of_tokenizer:
             raise ValueError(
                 f"shard {self.folder / name} was written with tokenizer {meta['tokenizer_fingerprint'][:12]}, the "

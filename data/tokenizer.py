@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.store import write_file
+from common.files import write_file
 
 SPACE_MARK = "\u2581"
 # Time per character grows with the length given to SentencePiece at once (5x from 100 KB to 10 MB), so longer texts

@@ -20,8 +20,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import run_command
 from data.store import TokenStore
-from eval.options import check_least, config_of, run_command
+from eval.options import check_least, config_of
 from eval.run import Subject, check_tokenizer, choose_autocast, choose_device
 from eval.scoring import Runtime
 from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint

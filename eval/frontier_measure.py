@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.files import write_json
 from eval import provenance
 from eval.frontier_config import PHASES, Cell, FrontierConfig, PrefillTime, RulerCell
 from eval.frontier_ruler import write_answers
 from eval.frontier_tasks import Scorer, Tasks, entmax_density, make_tasks, set_density, time_prefill
-from eval.results import result_key, write_json
+from eval.results import result_key
 from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_autocast, file_fingerprint
 from eval.scoring import Runtime, Scores

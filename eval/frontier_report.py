@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 
+from common.files import write_json
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.frontier_config import PHASES, Cell, PrefillTime, Study
 from eval.frontier_names import AS_THEY_ARE, density_text, method_name
@@ -14,7 +15,6 @@ from eval.frontier_plots import Panel, Point, density_maps, over_density
 from eval.frontier_ruler_report import RulerSummary, ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.frontier_tasks import CLOSE
 from eval.report import interval_text, percent_text
-from eval.results import write_json
 from eval.statistics import Interval, bootstrap_paired, bootstrap_ratio, wilson
 
 TITLE = "Sparse attention: trained or pruned"

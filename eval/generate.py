@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
+from common.errors import run_command
 from data.tokenizer import Tokenizer
 from eval.generation import GenerationOptions, stream
 from eval.run import Subject, choose_autocast, choose_device
@@ -25,15 +26,12 @@ OFFERED = ["temperature", "top_k", "top_p", "seed", "max_prompt_tokens", "chunk_
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after one "error:" line on stderr, 130 after Ctrl-C."""
-    try:
-        write_continuation(_parser().parse_args(None if arguments is None else list(arguments)))
-    except (ArgumentError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+
+    def work(given: list[str]) -> list[str]:
+        write_continuation(_parser().parse_args(given))
+        return []
+
+    return run_command(work, arguments)
 
 
 def _parser() -> ArgumentParser:

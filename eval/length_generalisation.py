@@ -22,11 +22,13 @@ import torch
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.errors import run_command
+from common.files import write_json
 from data.length_generalisation import Task, TaskConfig, split_seed
 from eval import provenance
 from eval.length_report import LengthResult, RunResult, Study, result_rows, summary_lines, write_report
-from eval.options import check_least, config_of, run_command
-from eval.results import result_key, write_json
+from eval.options import check_least, config_of
+from eval.results import result_key
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Context, LanguageModel, Runtime, score
 from eval.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config

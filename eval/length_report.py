@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import write_json
 from data.length_generalisation import TaskConfig
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_markdown
 from eval.plots import Curve, exact_match_over_length
-from eval.results import write_json
 from eval.statistics import Interval, wilson
 from eval.tables import interval_columns
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from model.redaction import redact
+from common.redaction import redact
 
 
 def hardware(device: torch.device) -> str:

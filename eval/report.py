@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import write_json
 from eval import plots
 from eval.analysis import INTERVAL_METHODS, NeedleScore, PairSummary, RunSummary, attention_kind
 from eval.attention_report import attention_blocks, head_mean
 from eval.config import EvalConfig
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.metrics import Series
-from eval.results import Measurement, write_json
+from eval.results import Measurement
 from eval.statistics import Interval
 
 TITLE = "LongSplash evaluation"

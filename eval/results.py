@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import write_json
 from eval.attention_profile import LayerProfile
 from eval.multi_needle import MultiNeedleCell
 from eval.needle import NeedleCell
@@ -88,14 +88,6 @@ def _code_hash(measuring: Sequence[str]) -> str:
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes beside and renames, so that an interrupted run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
 
 
 def save_measurement(path: Path, measurement: Measurement) -> None:

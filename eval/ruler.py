@@ -20,9 +20,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
-from eval.options import check_least, config_of, run_command
+from eval.options import check_least, config_of
 from eval.ruler_files import FORMAT, MANIFEST, PARTIAL, is_whole, write_manifest, write_samples
 from eval.ruler_tasks import NOT_BUILT, RULER_TASKS, Draft, Material, Recipe
 from eval.short_tasks import data_folder, squad_rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.store import to_json, write_file
+from common.files import write_file, write_json
 from model.checkpoint import CheckpointInfo
 
 FORMAT = 1
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], name: str) -> None:
-    write_file(folder / name, to_json(manifest))
+    write_json(folder / name, manifest, sort_keys=True)
 
 
 def is_whole(folder: Path, record: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from eval import provenance
@@ -21,7 +22,7 @@ from eval.config import EvalConfig
 from eval.metrics import Series, read_metrics
 from eval.multi_needle import MultiNeedleSample, build_multi_samples, measure_multi_needles
 from eval.needle import NeedleSample, build_samples, measure_needles
-from eval.options import config_of, run_command
+from eval.options import config_of
 from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity, plan_perplexity
 from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import ArgumentParser
 
+from common.errors import run_command
 from eval import provenance
 from eval.frontier_config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
 from eval.frontier_measure import Measuring
 from eval.frontier_report import summarise, summary_lines, write_report
 from eval.frontier_ruler import open_sets
 from eval.frontier_tables import study_records
-from eval.options import config_of, run_command
+from eval.options import config_of
 from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_device, find_subjects, open_held_out
 from eval.tracking import WandbConfig, add_wandb_arguments, open_tracker, wandb_config

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.files import write_json
 from eval import provenance
 from eval.generate import open_tokenizer
 from eval.harness import HarnessModel
-from eval.results import result_key, write_json
+from eval.results import result_key
 from eval.ruler_files import check_tokenizer
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Runtime

@@ -6,10 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common.files import write_json
 from eval.analysis import attention_kind, choose_baseline
 from eval.document import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
 from eval.length_report import percent
-from eval.results import write_json
 from eval.statistics import Interval
 from eval.task_results import TaskResult
 from eval.task_scores import METHODS, Difference, Score, compare, merge, score_metric

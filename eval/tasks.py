@@ -18,7 +18,8 @@ from pathlib import Path
 import datasets
 from jsonargparse import ArgumentParser
 
-from eval.options import config_of, run_command
+from common.errors import run_command
+from eval.options import config_of
 from eval.task_config import TasksConfig
 from eval.tracking import add_wandb_arguments, wandb_config
 

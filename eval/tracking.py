@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from common.redaction import redact, redact_config
 from eval import provenance
 from eval.document import Picture
 from eval.options import config_of
-from model.redaction import redact, redact_config
 
 Row = dict[str, Any]
 

@@ -24,16 +24,17 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from common.errors import run_command
 from eval.config import EvalConfig
 from eval.metrics import read_metrics
-from eval.options import config_of, run_command
+from eval.options import config_of
 from eval.run import evaluate
 from eval.tracking import add_wandb_arguments, wandb_config
 from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
-# train.py's exit codes (training/exits.py): the guard has given up; stopped by a signal with everything saved.
+# train.py's exit codes (common/exits.py): the guard has given up; stopped by a signal with everything saved.
 DIVERGED, INTERRUPTED = 65, 75
 OWNED = ("--run_dir", "--resume", "--model.optimizer.lr", "--seed_everything", "--data.seed")
 Train = Callable[[Sequence[str]], int]

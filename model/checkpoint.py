@@ -9,7 +9,6 @@ Nothing in it depends on the number of processes that wrote it, nor on how they 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.files import flush
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Transformer
 
@@ -79,15 +79,6 @@ def write_complete(folder: str | Path, meta: dict[str, Any], marker: str = MARKE
     pending.rename(folder / marker)
     flush(folder)
     flush(folder.parent)
-
-
-def flush(path: Path) -> None:
-    """Return when a file or the entries of a folder are on disk. Raises OSError if the disk refuses."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def share(path: Path) -> None:

@@ -8,13 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ALLOWED = {  # folder -> own packages that it may import
     "kernels": {"kernels"},
-    "model": {"model", "kernels"},
-    "data": {"data"},
-    "training": {"training", "model", "data"},
-    "eval": {"eval", "model", "data"},
-    "train.py": {"training", "data"},
+    "common": {"common"},
+    "model": {"model", "kernels", "common"},
+    "data": {"data", "common"},
+    "training": {"training", "model", "data", "common"},
+    "eval": {"eval", "model", "data", "common"},
+    "train.py": {"training", "data", "common"},
 }
-OWN = {"kernels", "model", "data", "training", "eval", "train", "tests", "benchmarks"}
+OWN = {"kernels", "common", "model", "data", "training", "eval", "train", "tests", "benchmarks"}
 LEAF_LIBRARIES = {"torch", "triton"}
 
 

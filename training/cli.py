@@ -3,25 +3,24 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from common.errors import UsageError
+from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from data.datamodule import PackedDataModule
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
-from model.redaction import redact
 from model.version import code_version
 from training.callbacks import (
     AttentionStats,
@@ -40,7 +39,6 @@ from training.checkpointing import (
     choose_start,
     read_data_state,
 )
-from training.exits import INTERRUPTED, TOO_MANY_SKIPPED, USER_ERROR
 from training.guard import GuardConfig, StepGuard
 from training.interruption import Interruption
 from training.loss import resolve_loss_backend
@@ -80,44 +78,11 @@ HARMLESS_WARNINGS = {
 }
 
 
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what to do instead."""
-
-
 class OneLineParser(LightningArgumentParser):
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(f"{' '.join(message.split())} (python train.py --help lists all options)") from ex
-
-
-@dataclass
-class SetupPhase:
-    """Open until the first training step: until then a ValueError means that what the user asked for cannot be done."""
-
-    open: bool = True
-
-    def close(self) -> None:
-        self.open = False
-
-
-@contextmanager
-def user_errors() -> Iterator[SetupPhase]:
-    """End with one line on stderr and exit code 2 on errors that users make; --debug shows where they come from."""
-    phase = SetupPhase()
-    try:
-        yield phase
-    except (
-        ValueError,
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        MisconfigurationException,
-    ) as error:
-        if "--debug" in sys.argv or not phase.open:
-            raise
-        print("error:", redact(" ".join(str(error).split())), file=sys.stderr)
-        sys.exit(USER_ERROR)
 
 
 class TrainingCLI(LightningCLI):
@@ -281,7 +246,7 @@ class TrainingCLI(LightningCLI):
         """Train to trainer.max_steps, or until stopped; on_start is called before the first step.
 
         Returns:
-            The exit code of this process (training/exits.py).
+            The exit code of this process (common/exits.py).
         """
         say(self.describe())
         started = LambdaCallback(on_train_start=lambda *_: on_start())

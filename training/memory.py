@@ -15,10 +15,12 @@ it.
 from dataclasses import dataclass, field
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from common.errors import user_errors
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Block, Transformer
-from training.cli import TrainingCLI, count_processes, user_errors
+from training.cli import TrainingCLI, count_processes
 from training.parallel import BUCKET_ELEMENTS, ParallelConfig
 from training.sequence_parallel import check_sequence_parallel
 from training.throughput import GIB
@@ -379,7 +381,7 @@ class MemoryCLI(TrainingCLI):
 
 
 def main() -> None:
-    with user_errors():
+    with user_errors(MisconfigurationException):
         setup = MemoryCLI().setup
         print(report(setup, estimate(setup)))
 

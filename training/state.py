@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.checkpoint import STATE_FILE, WEIGHT, flush, share
+from common.files import flush
+from model.checkpoint import STATE_FILE, WEIGHT, share
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from model.redaction import redact, redact_config
+from common.redaction import redact, redact_config
 
 if TYPE_CHECKING:
     import wandb

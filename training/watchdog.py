@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from training.exits import STALLED
+from common.exits import STALLED
 
 # In the environment of ranks that Lightning starts: the process that starts them, which is rank 0 of the machine.
 LAUNCHER = "LONGSPLASH_LAUNCHER_PID"

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -48,17 +49,17 @@ def test_workers_and_output_folder_do_not_change_a_byte(
 def test_a_run_that_is_interrupted_after_any_group_continues_to_the_same_bytes(
     prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_file = encoding.write_file
+    write_json = encoding.write_json
     written: list[str] = []
 
-    def fail_after_one(path: Path, content: bytes) -> None:
+    def fail_after_one(path: Path, record: Any, **options: Any) -> None:
         if written:
             raise KeyboardInterrupt
-        write_file(path, content)
+        write_json(path, record, **options)
         written.append(path.name)
 
     output = tmp_path / "interrupted"
-    monkeypatch.setattr(encoding, "write_file", fail_after_one)
+    monkeypatch.setattr(encoding, "write_json", fail_after_one)
     order: list[str] = []
     for _ in range(20):
         try:
@@ -91,12 +92,12 @@ def test_a_killed_run_continues_to_the_same_bytes(prepared: Path, texts: Path, t
 def test_a_shard_is_finished_only_with_its_record(
     prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     output = tmp_path / "half"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encoding, "write_file", fail)
+        patch.setattr(encoding, "write_json", fail)
         prepare_texts(output, "--heldout_fraction=0.2")
     shard = output / "train" / "000000.bin"
     assert shard.exists()
@@ -178,7 +179,9 @@ def test_foreign_files_are_never_touched(prepare_texts: PrepareTexts, tmp_path: 
 
 
 def test_two_runs_do_not_share_a_folder(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
-    code = f"import data.prepare, pathlib\nwith data.prepare.locked(pathlib.Path({str(tmp_path)!r})): print(1); input()"
+    code = (
+        f"import common.locks as c, pathlib\nwith c.folder_lock(pathlib.Path({str(tmp_path)!r}), ''): print(1); input()"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout and holder.stdout.readline()
     with pytest.raises(ValueError, match="another run is preparing"):
@@ -237,7 +240,7 @@ def test_bad_settings_are_named(prepare_texts: PrepareTexts, tmp_path: Path, opt
 
 def test_the_command_line_ends_with_one_error_line(tmp_path: Path) -> None:
     result = run("--corpus=data.corpora.TextFiles", "--corpus.paths=[/nowhere]", f"--output={tmp_path}")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "error: no file matches corpus path '/nowhere'; expected a file, a folder or a glob pattern"
     ]

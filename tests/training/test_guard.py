@@ -11,10 +11,10 @@ import yaml
 from lightning.pytorch import Trainer
 from torch import nn
 
+from common.exits import TOO_MANY_SKIPPED
 from model.checkpoint import find_checkpoints
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
 from training.engine import PlainEngine
-from training.exits import TOO_MANY_SKIPPED
 from training.failures import by_block
 from training.guard import GuardConfig, History, StepGuard
 from training.interruption import Interruption

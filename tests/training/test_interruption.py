@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from common.exits import INTERRUPTED
 from model.checkpoint import find_checkpoints
 from tests.training.conftest import ROOT, TrainProcess, assert_same_weights, callbacks, child_environment, command
-from training.exits import INTERRUPTED
 from training.interruption import STOP_SIGNALS, Interruption
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.redaction import HIDDEN
+from common.redaction import HIDDEN
 from tests.training.conftest import callbacks, run_train
 from training.tracking import wandb_settings
 

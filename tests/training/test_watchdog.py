@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.exits import STALLED
 from tests.training.conftest import ROOT, callbacks, child_environment, command
-from training.exits import STALLED
 from training.watchdog import WatchdogConfig
 
 

@@ -1,4 +1,5 @@
-"""Exit codes of train.py. Scripts that start it decide by them whether to start it again (slurm/pretrain.sbatch).
+"""Exit codes of the commands. Scripts that start train.py decide by them whether to start it again
+(slurm/pretrain.sbatch).
 
 0 is a finished run. Everything that is not listed here is a crash.
 """
@@ -7,3 +8,4 @@ USER_ERROR = 2  # what was asked for cannot be done
 TOO_MANY_SKIPPED = 65  # EX_DATAERR of sysexits.h: the step guard has given up
 STALLED = 70  # EX_SOFTWARE: the watchdog ended a process that got nothing done
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; start it again to continue
+KEYBOARD = 130  # 128 + SIGINT, as shells count: stopped by Ctrl-C before there was anything to save

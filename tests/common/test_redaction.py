@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.redaction import HIDDEN, redact, redact_config
+from common.redaction import HIDDEN, redact, redact_config
 
 
 @pytest.mark.parametrize(

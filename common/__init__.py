@@ -1,0 +1,1 @@
+"""What every command shares: error lines and exit codes, files that are whole or absent, one writer a folder."""

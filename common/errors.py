@@ -1,0 +1,74 @@
+"""An error that a user can mend ends a command with one line on stderr and exit code 2; --debug shows its traceback."""
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from common.exits import KEYBOARD, USER_ERROR
+from common.redaction import redact
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message names the value, what was expected and what to do."""
+
+
+@dataclass
+class SetupPhase:
+    """Open until the work proper begins: until then a ValueError or OSError means that what was asked for cannot be
+    done, afterwards that something has crashed."""
+
+    open: bool = True
+
+    def close(self) -> None:
+        self.open = False
+
+
+def error_line(error: BaseException) -> str:
+    """The message of an exception in one line, its secrets hidden."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    else:
+        message = str(error) or type(error).__name__
+    return redact(" ".join(message.split()))
+
+
+@contextmanager
+def user_errors(*more: type[Exception]) -> Iterator[SetupPhase]:
+    """Around the whole of a command: a ValueError, an OSError, an error in its arguments or one of `more` ends it with
+    one "error:" line and USER_ERROR, Ctrl-C with KEYBOARD.
+
+    With --debug, or once the phase is closed, errors are raised as they are.
+    """
+    phase = SetupPhase()
+    try:
+        yield phase
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(KEYBOARD)
+    except BrokenPipeError:  # the reader of our output has gone, as head does: nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, ArgumentError, *more)):
+            raise
+        if "--debug" in sys.argv or not phase.open:
+            raise
+        print("error:", error_line(error), file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def run_command(
+    work: Callable[[list[str]], Iterable[str]], arguments: Sequence[str] | None, *more: type[Exception]
+) -> int:
+    """Prints the lines of work(arguments), by default those of the command line, under `user_errors`. Returns the exit
+    code."""
+    try:
+        with user_errors(*more):
+            for line in work(list(sys.argv[1:] if arguments is None else arguments)):
+                print(line)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0

@@ -1,0 +1,41 @@
+"""Files that are whole or absent; JSON that is what it should be, or an error that names file and key."""
+
+from pathlib import Path
+
+import pytest
+
+from common.files import read_json, write_file, write_json
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_json(path, {"a": 1})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        write_file(path, b"other")
+    assert path.read_bytes() == b'{\n "a": 1\n}\n' and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path, "") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "holds a list, expected an object"),
+        ("{}", "lacks 'step', expected a whole number"),
+        ('{"step": "3"}', "has a string as 'step', expected a whole number"),
+        ('{"step": true}', "has true or false as 'step', expected a whole number"),
+        ('{"step": 3, "loss": null}', "has null as 'loss', expected a number or a string"),
+    ],
+)
+def test_what_is_read_is_checked_and_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="choose another") as found:
+        read_json(path, "choose another", {"step": int, "loss": (float, str)})
+    assert str(path) in str(found.value) and message in str(found.value)
+    path.write_text('{"step": 3, "loss": 1}')
+    assert read_json(path, "", {"step": int, "loss": (float, str)}) == {"step": 3, "loss": 1}
