@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("child", [False, True])
 def test_a_killed_holder_leaves_no_lock_behind(tmp_path: Path, child: bool) -> None:
-    fork = "(os.fork() or time.sleep(60)) and" if child else ""
+    fork = "(os.fork() or time.sleep(60)) and" if child else "True and"
     code = f"""import os, pathlib, sys, time
 from common.locks import folder_lock
 with folder_lock(pathlib.Path({str(tmp_path)!r}), "taken"):
