@@ -6,7 +6,6 @@ rank r out of W takes micro_batch_size samples from s * G + (a * W + r) * micro_
 
 from __future__ import annotations
 
-import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from data.length_generalisation import NO_TASK, TaskConfig, TaskSource
 from data.mixture import Mixture, SourceConfig
 from data.packing import Sequences
 from data.store import Verify
+from data.workers import start_worker, worker_context
 
 Batch = dict[str, Tensor | int]
 NO_SOURCES: list[SourceConfig] = []
@@ -135,12 +135,6 @@ class BatchLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         return map(as_tensors, super().__iter__())
-
-
-def ignore_stop_signals(worker: int) -> None:
-    """Signals that ask a run to stop reach all of its processes; its loader workers end when it ends."""
-    for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
 
 
 class PackedDataModule(lightning.LightningDataModule):
@@ -261,7 +255,8 @@ class PackedDataModule(lightning.LightningDataModule):
             sampler=sampler,  # gives whole micro-batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=start_worker,
+            multiprocessing_context=worker_context() if self.num_workers else None,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -175,6 +175,13 @@ def test_an_error_during_training_keeps_its_traceback(
         main("--run_dir", tmp_path / "run")
 
 
+def test_an_error_that_loader_workers_are_there_for_ends_all_processes(tiny_config: Path, tmp_path: Path) -> None:
+    options = ("--data.num_workers", 2, "--data.val_sequences", 5, "--validation.every_n_steps", 5)
+    done = run_train("--config", tiny_config, "--run_dir", tmp_path / "run", *options)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: data.val_sequences 5 is not a multiple of")
+
+
 def test_as_a_process_an_error_is_one_line_and_exit_code_2(tiny_config: Path) -> None:
     done = subprocess.run(
         command("--config", tiny_config, "--run_dir", "x", "--trainer.max_stepz", 3), env=dict(os.environ),
