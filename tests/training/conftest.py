@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from data.prepare import main as prepare
 from model.checkpoint import StoredTensors, checkpoint_folder, load_model, read_complete
-from tests.training.warm import warm_interpreter
+from tests.training.warm import Ended, warm_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -35,7 +34,7 @@ trainer: {accelerator: cpu, max_steps: 20, log_every_n_steps: 2, gradient_clip_v
 checkpoint: {every_n_steps: 5}
 stats: {every_n_steps: 10}
 """
-TrainProcess = Callable[..., "subprocess.CompletedProcess[str]"]
+TrainProcess = Callable[..., Ended]
 
 
 def make_corpus(folder: Path, seed: int) -> Path:
@@ -95,16 +94,18 @@ def command(*options: object) -> list[str]:
 def train(tiny_config: Path) -> TrainProcess:
     """Run train.py with the tiny config in a process of its own: train("--run_dir", path, ...)."""
 
-    def run(*options: object, configs: tuple[object, ...] = ()) -> "subprocess.CompletedProcess[str]":
+    def run(*options: object, configs: tuple[object, ...] = ()) -> Ended:
         more = [part for config in configs for part in ("--config", config)]
         return run_train("--config", tiny_config, *more, *options)
 
     return run
 
 
-def run_train(*options: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_train(*options: object, **environment: str) -> Ended:
     """Run train.py from the repository's root in a process of its own, with more environment variables."""
-    return warm_interpreter().run(command(*options)[1:], child_environment() | environment, timeout=200)
+    ended = warm_interpreter("train").run(command(*options)[1:], child_environment() | environment, timeout=200)
+    assert not ended.left, f"{ended.left} processes that {ended.args} has started do not end: {ended.stderr}"
+    return ended
 
 
 def callbacks(*named: tuple[str, dict[str, object]]) -> str:

@@ -1,11 +1,15 @@
-"""Processes of train.py without the seconds of an interpreter's start: forked from one that has imported everything.
+"""Processes of the commands without the seconds of an interpreter's start: forked from one that has imported all.
 
 Each run and each of its ranks still is a process of its own: arguments, environment, pipes, signals, exit code and end
-are those of `python train.py`, and rank 0 is the parent of the other ranks.
+are those of `python train.py` or `python -m eval.run`, and rank 0 is the parent of the other ranks.
 """
 
 import atexit
+import contextlib
+import ctypes
 import functools
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -14,31 +18,51 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_MESSAGE = 2**18
+MOST_RANKS = 16
+END_SECONDS = 20.0  # for what a process has started, once it has ended itself
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class Ended:
+    """A process that has ended. left: how many of the processes it had started did not, within END_SECONDS."""
+
+    args: list[str]
+    returncode: int
+    stdout: str
+    stderr: str
+    left: int
 
 
 class WarmInterpreter:
-    """The side of the tests; one run at a time."""
+    """The side of the tests; one run at a time.
 
-    def __init__(self) -> None:
+    Args:
+        modules: imported once; the first runs wait for that.
+        quick: processes end without taking down the interpreter, which costs seconds: exit handlers do run.
+    """
+
+    def __init__(self, modules: tuple[str, ...], quick: bool) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        command = [sys.executable, __file__, str(theirs.fileno()), "quick" if quick else "whole", *modules]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
 
-    def run(
-        self, arguments: list[str], environment: dict[str, str], timeout: float
-    ) -> "subprocess.CompletedProcess[str]":
-        """As subprocess.run with captured output: until the process has ended and no other holds its pipes.
+    def run(self, arguments: list[str], environment: dict[str, str], timeout: float) -> Ended:
+        """As subprocess.run with captured output: until the process and all that it has started have ended.
 
         Args:
-            arguments: the script's path and what follows.
+            arguments: what follows `python`: a script's path or -m and a module, then their arguments.
             timeout: seconds until the process is killed.
         """
         pipes = [os.pipe() for _ in range(2)]
@@ -57,12 +81,11 @@ class WarmInterpreter:
             reader.start()
         timer = threading.Timer(timeout, os.kill, (self._answer(), signal.SIGKILL))
         timer.start()
-        code = self._answer()
+        code, left = self._answer()
         timer.cancel()
         for reader in readers:
-            reader.join(timeout)
-            assert not reader.is_alive(), f"a process that {arguments} has started does not end: {texts}"
-        return subprocess.CompletedProcess(arguments, code, *texts)
+            reader.join()
+        return Ended(arguments, code, *texts, left)
 
     def close(self) -> None:
         self.control.close()
@@ -75,24 +98,29 @@ class WarmInterpreter:
 
 
 @functools.cache
-def warm_interpreter() -> WarmInterpreter:
-    """One for all tests of this process."""
-    interpreter = WarmInterpreter()
+def warm_interpreter(*modules: str, quick: bool = False) -> WarmInterpreter:
+    """One for all tests of this process that run commands which need these modules."""
+    interpreter = WarmInterpreter(modules, quick)
     atexit.register(interpreter.close)
     return interpreter
 
 
-def serve(control: socket.socket) -> list[str]:
-    """Fork for every request; returns in the forked process only, with the script's path and what follows."""
-    import train  # noqa: F401  # what all runs have in common
-
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"{len(threads)} threads, which a fork would lose"
+def serve(control: socket.socket, modules: list[str]) -> list[str]:
+    """Import what all runs have in common and fork for every request; returns in the forked process only, with what
+    follows `python`."""
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # collecting what will stay would copy each page of it in each process
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+    threads.remove("python")
+    # jemalloc, in pyarrow, is made for forks
+    assert set(threads) <= {"jemalloc_bg_thd"}, f"threads {threads}, which a fork would lose"
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0  # what a run leaves behind becomes ours
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored where tests run in the background
     while True:
         message, pipes, _, _ = socket.recv_fds(control, LARGEST_MESSAGE, 2)
         if not message:
-            sys.exit(0)
+            os._exit(0)
         request = json.loads(message)
         pid = os.fork()
         if pid == 0:
@@ -105,7 +133,29 @@ def serve(control: socket.socket) -> list[str]:
             os.close(pipe)
         control.send(json.dumps(pid).encode())
         _, status = os.waitpid(pid, 0)
-        control.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
+        control.send(json.dumps([os.waitstatus_to_exitcode(status), end_the_rest()]).encode())
+
+
+def end_the_rest() -> int:
+    """Wait for the processes that an ended one has left, then kill them. Returns how many had to be killed."""
+    killed: set[int] = set()
+    start = time.monotonic()
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return len(killed)
+        if not pid:
+            if time.monotonic() - start > END_SECONDS:
+                for left in children():
+                    killed.add(left)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(left, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def become(request: dict[str, Any]) -> list[str]:
@@ -123,7 +173,7 @@ def spare_ranks(arguments: list[str]) -> list[str] | None:
     """
     spares: list[tuple[socket.socket, int]] = []
     devices = dict(zip(arguments, arguments[1:], strict=False)).get("--trainer.devices", "1")
-    for _ in range(1, int(devices)):
+    for _ in range(1, min(int(devices), MOST_RANKS) if devices.isdigit() else 0):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
@@ -164,7 +214,41 @@ class Rank:
             os.kill(self.pid, signum)
 
 
+def run_as_python_does(arguments: list[str]) -> None:
+    """What `python` does with a script's path, or -m and a module, and what follows."""
+    if arguments[0] != "-m":
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+        return
+    sys.argv = arguments[1:]
+    sys.modules.pop(arguments[1], None)  # it is the main module, not one that was imported
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+
+
+def run_and_end(arguments: list[str]) -> NoReturn:
+    """The same, up to and with the exit handlers."""
+    code: object = 1
+    try:
+        run_as_python_does(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # as for a script there
-    sys.argv = serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    command = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[3:])
+    if sys.argv[2] == "quick":
+        run_and_end(command)
+    gc.unfreeze()
+    run_as_python_does(command)
