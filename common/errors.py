@@ -36,9 +36,9 @@ def error_line(error: BaseException) -> str:
 
 
 @contextmanager
-def user_errors(*more: type[Exception]) -> Iterator[SetupPhase]:
+def user_errors(*more: type[Exception], stopped: str = "stopped by Ctrl-C") -> Iterator[SetupPhase]:
     """Around the whole of a command: a ValueError, an OSError, an error in its arguments or one of `more` ends it with
-    one "error:" line and USER_ERROR, Ctrl-C with KEYBOARD.
+    one "error:" line and USER_ERROR, Ctrl-C with the line `stopped` and KEYBOARD.
 
     With --debug, or once the phase is closed, errors are raised as they are.
     """
@@ -46,7 +46,7 @@ def user_errors(*more: type[Exception]) -> Iterator[SetupPhase]:
     try:
         yield phase
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(KEYBOARD)
     except BrokenPipeError:  # the reader of our output has gone, as head does: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,12 +61,15 @@ def user_errors(*more: type[Exception]) -> Iterator[SetupPhase]:
 
 
 def run_command(
-    work: Callable[[list[str]], Iterable[str]], arguments: Sequence[str] | None, *more: type[Exception]
+    work: Callable[[list[str]], Iterable[str]],
+    arguments: Sequence[str] | None,
+    *more: type[Exception],
+    stopped: str = "stopped by Ctrl-C",
 ) -> int:
-    """Prints the lines of work(arguments), by default those of the command line, under `user_errors`. Returns the exit
-    code."""
+    """Prints the lines of work(arguments), by default those of the command line, under `user_errors`, whose line
+    `stopped` says what becomes of work that Ctrl-C ends. Returns the exit code."""
     try:
-        with user_errors(*more):
+        with user_errors(*more, stopped=stopped):
             for line in work(list(sys.argv[1:] if arguments is None else arguments)):
                 print(line)
     except SystemExit as end:

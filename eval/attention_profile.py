@@ -92,6 +92,7 @@ def profile_document(
         shapes, stats = layer_profiles(
             model, tokens[None], torch.from_numpy(queries).to(runtime.device), config.sink_tokens
         )
+    runtime.done()
     if not stats:
         stats = [_dense_stats(model.config, size)] * len(shapes)
     return [_profile(multiple, layer, *both) for layer, both in enumerate(zip(stats, shapes, strict=True))]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common.errors import run_command
 from data.store import TokenStore
-from eval.options import check_least, config_of
+from eval.options import check_least, check_output_file, config_of
 from eval.run import Subject, check_tokenizer, choose_autocast, choose_device
 from eval.scoring import Runtime
 from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_of(CalibrationConfig, options)
         return calibrate(options.run, Path(options.data), Path(options.output), config)
 
-    return run_command(work, arguments)
+    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written, calibration starts anew")
 
 
 def _parser() -> ArgumentParser:
@@ -92,6 +92,7 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
     device = choose_device(config.device)
     found = resolve_checkpoint(run)
     subject = Subject(found.path.name, found)
+    check_output_file(output)
     loaded = load_model(found.path, device)
     length = config.length or loaded.training_length
     collector = ThresholdCollector(config.ks, loaded.config.n_layers, config.estimator)

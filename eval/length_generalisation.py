@@ -27,7 +27,7 @@ from common.files import write_json
 from data.length_generalisation import Task, TaskConfig, split_seed
 from eval import provenance
 from eval.length_report import LengthResult, RunResult, Study, result_rows, summary_lines, write_report
-from eval.options import check_least, config_of
+from eval.options import KEPT, check_least, check_output, config_of
 from eval.results import result_key
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
 from eval.scoring import Context, LanguageModel, Runtime, score
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_of(LengthConfig, options)
         return evaluate(options.runs, Path(options.output), config, wandb_config(options), given)
 
-    return run_command(work, arguments)
+    return run_command(work, arguments, stopped=KEPT)
 
 
 def _parser() -> ArgumentParser:
@@ -107,6 +107,7 @@ def evaluate(
     for task in tasks:
         for multiple in config.lengths:
             length_of(task, multiple)
+    check_output(output)
     results = [
         _measure_or_reuse(subject, task, output, config, device) for subject, task in zip(subjects, tasks, strict=True)
     ]

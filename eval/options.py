@@ -1,12 +1,19 @@
-"""What the commands of eval share: settings as dataclasses."""
+"""What the commands of eval share: settings as dataclasses, and outputs that are tried before the work."""
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 
+from common.errors import UsageError
+
 Config = TypeVar("Config")
+# Of Ctrl-C, where results are kept one by one.
+KEPT = "stopped by Ctrl-C: what was measured is kept, the same command continues"
 
 
 def config_of(kind: type[Config], options: Namespace) -> Config:
@@ -20,3 +27,25 @@ def check_least(config: Any, least: Mapping[str, int]) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise ValueError(f"{name} is {value}: expected at least {smallest}")
+
+
+def check_output(folder: Path) -> None:
+    """Makes the folder and writes a file there, which is removed: before the work, not after it. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UsageError(f"--output {folder} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def check_output_file(path: Path) -> None:
+    """As check_output, of a file that will be written. Raises UsageError."""
+    check_output(path.parent)
+    try:
+        if path.is_dir():
+            raise UsageError(f"--output {path} is a folder: expected the name of a file")
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"--output {path} cannot be written ({error.strerror}): choose another name") from error

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
-from eval.options import check_least, config_of
+from eval.options import check_least, check_output, config_of
 from eval.ruler_files import FORMAT, MANIFEST, PARTIAL, is_whole, write_manifest, write_samples
 from eval.ruler_tasks import NOT_BUILT, RULER_TASKS, Draft, Material, Recipe
 from eval.short_tasks import data_folder, squad_rows
 from model.checkpoint import resolve_checkpoint
 from model.version import code_version
 
+STOPPED = "stopped by Ctrl-C: what was built is kept, the same command continues"
 SHORTEST = 512
 SENTENCE_CHARACTERS = 400  # longer ones are cut between words: code has few ends of sentences
 # A sample that uses up its source must fill this much of its length, or the source is too small for the length.
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, tokenizer = config_of(RulerConfig, options), find_tokenizer(Path(options.tokenizer))
         return build(tokenizer, None if options.essays is None else Path(options.essays), config, Path(options.output))
 
-    return run_command(work, arguments)
+    return run_command(work, arguments, stopped=STOPPED)
 
 
 def _parser() -> ArgumentParser:
@@ -109,6 +110,7 @@ def build(tokenizer: Tokenizer, essays: Path | None, config: RulerConfig, output
         ValueError: the folder holds samples of other settings.
         FileNotFoundError: a source is missing.
     """
+    check_output(output)
     material, sources = gather(config, essays)
     settings = {
         "format": FORMAT,
@@ -116,7 +118,6 @@ def build(tokenizer: Tokenizer, essays: Path | None, config: RulerConfig, output
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "sources": sources,
     }
-    output.mkdir(parents=True, exist_ok=True)
     manifest = _open_manifest(output, settings)
     if not (output / MANIFEST).is_file():
         done = {(one["task"], one["length"]) for one in [*manifest["files"], *manifest["left_out"]]}

@@ -22,7 +22,7 @@ from eval.config import EvalConfig
 from eval.metrics import Series, read_metrics
 from eval.multi_needle import MultiNeedleSample, build_multi_samples, measure_multi_needles
 from eval.needle import NeedleSample, build_samples, measure_needles
-from eval.options import config_of
+from eval.options import KEPT, check_output, config_of
 from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity, plan_perplexity
 from eval.report import Study, summary_lines, write_report
 from eval.results import Measurement, load_measurement, result_key, save_measurement
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, wandb = config_of(EvalConfig, options), wandb_config(options)
         return evaluate(options.runs, Path(options.data), Path(options.output), config, wandb, given)
 
-    return run_command(work, arguments)
+    return run_command(work, arguments, stopped=KEPT)
 
 
 def _parser() -> ArgumentParser:
@@ -115,6 +115,7 @@ def evaluate(
     if config.thresholds is not None and not {"softmax", "ssmax"} & set(kinds):
         raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
+    check_output(output)
     held_out = open_held_out(data, subjects, config)
     measurements = [_measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)

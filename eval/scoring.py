@@ -1,6 +1,6 @@
 """Token losses and greedy hits of many contexts, packed into rows of bounded length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,10 @@ from tqdm import tqdm
 
 # Float32 logits alive at once: 2**24 of them are 64 MiB.
 LOGITS_AT_ONCE = 2**24
+
+
+def nothing() -> None:
+    """Nobody asks how far the work is."""
 
 
 class NotFinite(ValueError):
@@ -54,11 +58,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a model runs: autocast is the dtype of mixed precision, None for float32 throughout."""
+    """Where and how a model runs.
+
+    Args:
+        autocast: Dtype of mixed precision, None for float32 throughout.
+        row_tokens: Most tokens packed into one forward pass.
+        done: Called after every forward pass, which is the longest that an evaluation says nothing of itself.
+    """
 
     device: torch.device
     autocast: torch.dtype | None
     row_tokens: int
+    done: Callable[[], None] = nothing
 
     def precision(self) -> AbstractContextManager:
         if self.autocast is None:
@@ -104,6 +115,7 @@ def score(
         for row in pack_rows(lengths, runtime.row_tokens):
             scores.extend(_score_row(model, [contexts[i] for i in row], runtime))
             bar.update(sum(lengths[i] for i in row))
+            runtime.done()
     return scores
 
 

@@ -25,7 +25,7 @@ from eval.frontier_measure import Measuring
 from eval.frontier_report import summarise, summary_lines, write_report
 from eval.frontier_ruler import open_sets
 from eval.frontier_tables import study_records
-from eval.options import config_of
+from eval.options import KEPT, check_output, config_of
 from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_device, find_subjects, open_held_out
 from eval.tracking import WandbConfig, add_wandb_arguments, open_tracker, wandb_config
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_of(FrontierConfig, options)
         return evaluate(options.softmax, options.entmax, *folders, config, wandb_config(options), given)
 
-    return run_command(work, arguments)
+    return run_command(work, arguments, stopped=KEPT)
 
 
 def _parser() -> ArgumentParser:
@@ -83,6 +83,7 @@ def evaluate(
     for subject, wanted in zip(subjects, (False, True), strict=True):
         check_kind(subject, wanted)
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
+    check_output(output)
     held_out = open_held_out(data, subjects, config.shared())
     shortest = held_out.plan.multiples[0] * held_out.base_length
     if config.decode_tokens >= shortest:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.errors import UsageError
 from common.files import write_json
 from eval import provenance
 from eval.generate import open_tokenizer
 from eval.harness import HarnessModel
+from eval.options import check_output
 from eval.results import result_key
 from eval.ruler_files import check_tokenizer
 from eval.run import Subject, choose_autocast, choose_device, find_subjects
@@ -48,6 +50,8 @@ def evaluate(
     tasks = load_tasks(config.tasks, config.source, ruler, config.lengths, config.limit)
     if ruler is not None and any(task.length for task in tasks):
         check_tokenizer(ruler, [subject.checkpoint for subject in subjects])
+    check_replaced(output / "tasks.json", {task.group for task in tasks})
+    check_output(output)
     results = [_measure_or_reuse(subject, tasks, output, config, device) for subject in subjects]
     study = Study(
         runs=results,
@@ -62,6 +66,22 @@ def evaluate(
     page = write_report(study, rows, output)
     tracker.log("eval.tasks", study_records(study, rows))
     return summary_lines(study, rows, page)
+
+
+def check_replaced(tables: Path, asked: set[str]) -> None:
+    """tables: tasks.json of an output folder. Raises UsageError where it has tasks that are not asked for now."""
+    try:
+        report = json.loads(tables.read_bytes())
+        there = dict.fromkeys(task["group"] for task in report["runs"][0]["tasks"])
+        lost = [group for group in there if group not in asked]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return  # nothing there that could be lost
+    if lost:
+        some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise UsageError(
+            f"--output {tables.parent} has the tables of {some}, which this command would replace: name these tasks "
+            "too (what was measured is reused), or choose another --output"
+        )
 
 
 def choose_window(config: TasksConfig, subject: Subject) -> int | None:

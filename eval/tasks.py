@@ -19,7 +19,7 @@ import datasets
 from jsonargparse import ArgumentParser
 
 from common.errors import run_command
-from eval.options import config_of
+from eval.options import KEPT, config_of
 from eval.task_config import TasksConfig
 from eval.tracking import add_wandb_arguments, wandb_config
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_of(TasksConfig, options)
         return evaluate(options.runs, Path(options.output), config, wandb_config(options), given)
 
-    return run_command(work, arguments)
+    return run_command(work, arguments, stopped=KEPT)
 
 
 def _parser() -> ArgumentParser:

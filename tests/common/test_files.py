@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import error_line
 from common.files import read_json, write_file, write_json
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     write_json(path, {"a": 1})
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as raised:
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         write_file(path, b"other")
+    assert error_line(raised.value) == f"{path}: No space left on device"
     assert path.read_bytes() == b'{\n "a": 1\n}\n' and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})

@@ -41,6 +41,14 @@ def test_packed_scores_are_those_of_each_context_alone(monkeypatch: pytest.Monke
         np.testing.assert_array_equal(one.hit, (logits.argmax(-1).numpy() == context.targets))
 
 
+def test_every_forward_pass_is_told() -> None:
+    told: list[int] = []
+    counted = Runtime(torch.device("cpu"), None, 64, done=lambda: told.append(1))
+    contexts = [shifted(np.arange(41), 0, 40) for _ in range(3)]
+    score(UniformModel(50), contexts, counted)
+    assert len(told) == len(pack_rows([40] * 3, 64)) == 3
+
+
 def test_only_targets_are_scored_and_contexts_without_any_give_nothing() -> None:
     some = Context(np.arange(4), np.array([-100, 3, -100, 0]))
     none = Context(np.arange(3), np.full(3, -100))

@@ -196,6 +196,24 @@ def test_scores_are_of_the_samples_that_fit(
     assert "6 of 6 samples do not fit 2 tokens" in printed and "arc_easy acc: asentmax no sample fits" in printed
 
 
+def test_tables_of_other_tasks_are_not_replaced(
+    runs: list[str], local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (local / "openbookqa").mkdir()
+    row = {"id": "1", "question_stem": "value?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    (local / "openbookqa" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    options = [runs[0], "--device", "cpu", "--source", str(local), "--output", str(tmp_path / "out"), "--tasks"]
+    assert main([*options, "arc_easy"]) == 0
+    tables = (tmp_path / "out/tasks.md").read_text()
+    assert "has the tables of arc_easy, which this command would replace" in failing_line(
+        capsys, *options, "openbookqa"
+    )
+    assert (tmp_path / "out/tasks.md").read_text() == tables
+    assert main([*options, "openbookqa", "arc_easy"]) == 0
+    report = json.loads((tmp_path / "out/tasks.json").read_text())
+    assert {row["task"] for row in report["scores"]} == {"openbookqa", "arc_easy"}
+
+
 def test_examples_come_from_the_training_split(runs: list[str], local: Path, tmp_path: Path) -> None:
     options = ["--device", "cpu", "--tasks", "arc_easy", "--source", str(local)]
     assert main([runs[0], *options, "--output", str(tmp_path / "none")]) == 0
