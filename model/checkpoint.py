@@ -3,13 +3,15 @@
 RUN/checkpoints/step-00000010/ holds
     state-00000.safetensors, ...  whole float32 tensors, each in one file: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME
     trainer.ckpt                  Lightning's loops and schedules, the data's position, AdamW's step counters
-    complete.json                 what was trained, the size of each file, the file of each tensor; written last
+    complete.json                 what was trained, sizes of files, the file and checksum of each tensor; written last
 Nothing in it depends on the number of processes that wrote it, nor on how they divided the state.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.files import flush
+from common.files import check_keys, flush, read_json, write_json
+from model.checksums import Verify, file_checksum, is_finite, tensor_checksum
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Transformer
 
@@ -28,7 +31,22 @@ STATE_FILE = "state-{:05d}.safetensors"
 EXPORT_CONFIG = "config.json"
 FORMAT = 2
 WEIGHT = "weight/"
+CHECKSUM = "xxh3_64"
+NAME = re.compile(r"step-(\d{8,})")
+WAY_OUT = "choose another checkpoint (once this one is moved away, --resume auto takes the one before)"
 FINGERPRINT_VALUES = 4096
+
+
+class InterruptedSave(ValueError):
+    """A folder without marker: a checkpoint that never was complete, or whose removal was interrupted."""
+
+
+class DamagedCheckpoint(ValueError):
+    """It has been complete, and is not what it was."""
+
+
+class UnknownFormat(ValueError):
+    """Its marker is that of another version of this code."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,24 @@ class CheckpointInfo:
     path: Path
     step: int
     meta: dict[str, Any]
+
+    def require(self, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+        """meta, if it has these keys with values of these types. Raises ValueError that names marker and key."""
+        return check_keys(self.meta, kinds, str(_marker(self.path)), WAY_OUT)
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """ "path" and "fingerprint" of the tokenizer that it was trained with. Raises ValueError as `require`."""
+        where = f"tokenizer in {_marker(self.path)}"
+        return check_keys(self.require(tokenizer=dict)["tokenizer"], {"path": str, "fingerprint": str}, where, WAY_OUT)
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """Raises ValueError when it is none of this version."""
+        try:
+            return config_from_dict(self.require(model=dict)["model"])
+        except (TypeError, AttributeError) as error:  # values of other types
+            raise ValueError(f"model in {_marker(self.path)} is no architecture ({error}); {WAY_OUT}") from error
 
 
 @dataclass(frozen=True)
@@ -57,27 +93,42 @@ def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
-def write_complete(folder: str | Path, meta: dict[str, Any], marker: str = MARKER) -> None:
+def named_step(folder: Path) -> int | None:
+    """The step in the name of a folder, if this code gives such names: a copy named step-00000010-best has none."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match and checkpoint_folder("", int(match[1])).name == folder.name else None
+
+
+def write_complete(
+    folder: str | Path, meta: dict[str, Any], marker: str = MARKER, checksums: Mapping[str, str] | None = None
+) -> None:
     """Makes a finished checkpoint folder a complete one: every file is flushed to disk, then the marker appears in
     one rename.
 
-    meta: JSON-able; "format", "files" (sizes in bytes of all files in the folder) and "tensors" (the file of each
-        tensor) are added. Raises OSError if the disk refuses.
+    Args:
+        meta: JSON-able; "format", "files" (size in bytes of each file in the folder; with its checksum where it holds
+            no tensors), "tensors" (the file of each tensor) and "checksums" (of each tensor) are added.
+        checksums: of tensors by key, taken while they were in memory; others are read again.
+
+    Raises:
+        OSError: the disk refuses.
     """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in (*files, *{p.parent for p in files}):
         flush(path)
-    sizes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size} for p in files}
+    entries: dict[str, dict[str, Any]] = {str(p.relative_to(folder)): {"bytes": p.stat().st_size} for p in files}
     tensors: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    sums = dict(checksums or {})
+    for path in files:
+        if path.suffix != ".safetensors":
+            entries[str(path.relative_to(folder))][CHECKSUM] = file_checksum(path)
+            continue
         with safe_open(path, framework="pt") as file:
             tensors |= dict.fromkeys(file.keys(), path.name)
-    pending = folder / f"{marker}.partial"
-    pending.write_text(json.dumps({"format": FORMAT, **meta, "files": sizes, "tensors": tensors}, indent=2))
-    flush(pending)
-    pending.rename(folder / marker)
-    flush(folder)
+            sums |= {key: tensor_checksum(file.get_tensor(key)) for key in file.keys() if key not in sums}  # noqa: SIM118
+    content = {**meta, "files": entries, "tensors": tensors, "checksums": {key: sums[key] for key in tensors}}
+    write_json(folder / marker, {"format": FORMAT, **content}, indent=2)
     flush(folder.parent)
 
 
@@ -87,51 +138,123 @@ def share(path: Path) -> None:
 
 
 def read_complete(folder: str | Path) -> CheckpointInfo:
-    """The checkpoint or exported model in a folder. Raises ValueError that says why it is not a complete one."""
+    """The checkpoint or exported model in a folder; only sizes of its files are looked at.
+
+    Raises:
+        InterruptedSave, UnknownFormat, DamagedCheckpoint: all ValueErrors, that say why it is not a complete one.
+    """
     folder = Path(folder)
-    marker = folder / (EXPORT_CONFIG if (folder / EXPORT_CONFIG).is_file() else MARKER)
+    marker = _marker(folder)
     if not marker.is_file():
-        raise ValueError(f"{folder} is no complete checkpoint: it has no {MARKER} (its save was interrupted)")
+        raise InterruptedSave(f"{folder} is no complete checkpoint: it has no {MARKER} (its save was interrupted)")
     try:
-        meta = json.loads(marker.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{marker} is not valid JSON ({error}): choose another checkpoint") from error
-    if meta.get("format") != FORMAT:
-        raise ValueError(
-            f"{marker} has format {meta.get('format')!r}, expected {FORMAT}: written by another version of this code"
-        )
+        meta = read_json(marker, WAY_OUT)
+        if meta.get("format") != FORMAT:
+            raise UnknownFormat(
+                f"{marker} has format {meta.get('format')!r}, expected {FORMAT}: written by another version of this "
+                "code, which can use it"
+            )
+        return _checked(CheckpointInfo(folder, meta.get("step", 0), meta))
+    except UnknownFormat:
+        raise
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def _marker(folder: Path) -> Path:
+    return folder / (EXPORT_CONFIG if (folder / EXPORT_CONFIG).is_file() else MARKER)
+
+
+def _checked(found: CheckpointInfo) -> CheckpointInfo:
+    """Raises ValueError where the marker lacks something, or the folder does not have what the marker says."""
+    meta = found.require(step=int, files=dict, tensors=dict)
     for name, entry in meta["files"].items():
-        path = folder / name
+        path = found.path / name
+        wanted = check_keys(entry, {"bytes": int}, f"files, {name} in {_marker(found.path)}", WAY_OUT)["bytes"]
         size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {found}, expected {entry['bytes']} bytes: choose another checkpoint")
-    return CheckpointInfo(folder, int(meta["step"]), meta)
+        if size != wanted:
+            what = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{path} {what}, expected {wanted} bytes: {WAY_OUT}")
+    for key, name in meta["tensors"].items():
+        if not isinstance(name, str) or name not in meta["files"]:
+            raise ValueError(f"tensors, {key} in {_marker(found.path)} is {name!r}, expected one of files; {WAY_OUT}")
+    if "checksums" in meta:
+        found.require(checksums=dict)
+    return found
 
 
-def find_checkpoints(run_dir: str | Path) -> tuple[list[CheckpointInfo], list[str]]:
-    """Complete checkpoints of a run folder, oldest first, and a line on what each incomplete one lacks."""
-    complete, incomplete = [], []
-    for folder in sorted((Path(run_dir) / "checkpoints").glob("step-*")):
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """What lies in a run's checkpoints folder under names that this code gives; other names are the user's own.
+
+    complete: oldest first. others: in the order of their steps, why each of them is not complete.
+    """
+
+    complete: list[CheckpointInfo]
+    others: dict[Path, ValueError]
+
+    @property
+    def newest(self) -> CheckpointInfo | None:
+        return self.complete[-1] if self.complete else None
+
+    @property
+    def lost(self) -> list[ValueError]:
+        """Of those that were complete once and are newer than the newest complete one."""
+        last = self.newest.step if self.newest else -1
+        return [
+            error
+            for folder, error in self.others.items()
+            if not isinstance(error, InterruptedSave) and (named_step(folder) or 0) > last
+        ]
+
+
+def list_checkpoints(run_dir: str | Path) -> RunCheckpoints:
+    complete, others = [], {}
+    folders = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if named_step(path) is not None]
+    for folder in sorted(folders, key=lambda path: named_step(path) or 0):
+        if not folder.is_dir():
+            continue
         try:
             complete.append(read_complete(folder))
         except ValueError as error:
-            incomplete.append(str(error))
-    return sorted(complete, key=lambda c: c.step), incomplete
+            others[folder] = error
+    return RunCheckpoints(sorted(complete, key=lambda found: found.step), others)
+
+
+def find_checkpoints(run_dir: str | Path) -> tuple[list[CheckpointInfo], list[str]]:
+    """Complete checkpoints of a run folder, oldest first, and a line on what each of the others lacks."""
+    found = list_checkpoints(run_dir)
+    return found.complete, [str(error) for error in found.others.values()]
 
 
 def resolve_checkpoint(path: str | Path) -> CheckpointInfo:
     """path: a checkpoint folder, a run folder (its newest complete checkpoint), or a folder written by model.export.
-    Raises FileNotFoundError or ValueError."""
+
+    Raises FileNotFoundError or ValueError, also where a run's newest checkpoint is damaged or of another format: an
+    older one is taken by its own path only.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; expected a run folder or one of its checkpoints/step-*")
-    if path.name.startswith("step-") or any((path / name).is_file() for name in (MARKER, EXPORT_CONFIG)):
+    of_checkpoint = named_step(path) is not None and not (path / "checkpoints").is_dir()
+    if of_checkpoint or any((path / name).is_file() for name in (MARKER, EXPORT_CONFIG)):
         return read_complete(path)
-    complete, incomplete = find_checkpoints(path)
-    if not complete:
-        raise FileNotFoundError(f"{path} holds no complete checkpoint" + "".join(f"; {line}" for line in incomplete))
-    return complete[-1]
+    found = list_checkpoints(path)
+    if found.newest is None:
+        lines = "".join(f"; {line}" for line in found.others.values())
+        raise FileNotFoundError(f"{path} holds no complete checkpoint{lines}")
+    if found.lost:
+        raise ValueError(f"{path}: {found.lost[-1]}; the newest complete one is {found.newest.path}")
+    return found.newest
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises ValueError for a tensor file that cannot be read."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {WAY_OUT}") from error
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -142,16 +265,15 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: CheckpointInfo) -> None:
         self.folder, self.files = checkpoint.path, dict(checkpoint.meta["tensors"])
+        self.checksums: dict[str, str] = checkpoint.meta.get("checksums", {})  # none before there were any
         self._open: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.files[key]
-        try:
+        with _readable(self.folder / name):
             if name not in self._open:
                 self._open[name] = safe_open(self.folder / name, framework="pt")
             return self._open[name].get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.folder / name} cannot be read ({error}): choose another checkpoint") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -159,12 +281,51 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, from the files' headers."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in dict.fromkeys(self.files.values()):
+            with _readable(self.folder / name), safe_open(self.folder / name, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        for key, name in self.files.items():
+            if key not in shapes:
+                raise ValueError(f"{self.folder / name} has no tensor {key}: {WAY_OUT}")
+        return shapes
 
-def stored_weights(checkpoint: CheckpointInfo) -> dict[str, Tensor]:
-    """Weights by parameter name, mapped into memory; float32 in a checkpoint."""
-    stored = StoredTensors(checkpoint)
-    # an exported model has weights only, by their plain names
-    return {key.removeprefix(WEIGHT): stored[key] for key in stored if key.startswith(WEIGHT) or "/" not in key}
+    def check(self, key: str, tensor: Tensor | None = None) -> None:
+        """Raises ValueError when a tensor (which may be at hand already) has not the bytes that were written."""
+        if key not in self.checksums:
+            return
+        found, wanted = tensor_checksum(self[key] if tensor is None else tensor), self.checksums[key]
+        if found != wanted:
+            raise ValueError(
+                f"{self.folder / self.files[key]} is damaged: {key} has checksum {found}, expected {wanted}; {WAY_OUT}"
+            )
+
+
+def check_file(checkpoint: CheckpointInfo, name: str) -> None:
+    """Raises ValueError when a file without tensors has not the bytes that were written."""
+    wanted = checkpoint.meta["files"][name].get(CHECKSUM)
+    if wanted is not None and (found := file_checksum(checkpoint.path / name)) != wanted:
+        raise ValueError(f"{checkpoint.path / name} is damaged: it has checksum {found}, expected {wanted}; {WAY_OUT}")
+
+
+def stored_weights(checkpoint: CheckpointInfo, verify: Verify = "checksum") -> dict[str, Tensor]:
+    """Weights by parameter name, mapped into memory; float32 in a checkpoint.
+
+    Raises ValueError that names file and tensor: where one has not the bytes that were written, unless verify is
+    "size", or holds numbers that are not finite.
+    """
+    stored, weights = StoredTensors(checkpoint), {}
+    for key in stored:
+        if not key.startswith(WEIGHT) and "/" in key:
+            continue  # an exported model has weights only, by their plain names
+        weights[key.removeprefix(WEIGHT)] = tensor = stored[key]
+        if verify == "checksum":
+            stored.check(key, tensor)
+        if not is_finite(tensor):
+            raise ValueError(f"{stored.folder / stored.files[key]}: {key} is not finite; choose another checkpoint")
+    return weights
 
 
 def model_fingerprint(model: Transformer) -> str:
@@ -177,14 +338,21 @@ def model_fingerprint(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(path: str | Path, device: str | torch.device = "cpu", verify: Verify = "checksum") -> LoadedModel:
     """The model of a checkpoint or of a folder written by model.export, in eval mode, weights as saved.
 
-    path: as in `resolve_checkpoint`. Raises ValueError when the weights do not fit the recorded architecture.
+    Args:
+        path: as in `resolve_checkpoint`.
+        verify: "checksum" reads all weights and compares them with what was written (model/checksums.py says what that
+            costs); "size" compares sizes of files only.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resolve_checkpoint` and `stored_weights`, or the weights do not fit the
+            recorded architecture.
     """
     found = resolve_checkpoint(path)
-    config = config_from_dict(found.meta["model"])
-    weights = stored_weights(found)
+    config, tokenizer = found.architecture, found.tokenizer
+    weights = stored_weights(found, verify)
     with torch.device("meta"):
         model = Transformer(config)
     try:
@@ -192,12 +360,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     except RuntimeError as error:
         raise ValueError(f"{found.path}: weights do not fit the recorded model: {error}") from error
     model.set_step(found.step)  # in the middle of annealing, alpha is what it was then
-    tokenizer = found.meta["tokenizer"]
     return LoadedModel(
         model=model.to(device).eval(),
         config=config,
         step=found.step,
-        training_length=int(found.meta["sequence_length"]),
+        training_length=found.require(sequence_length=int)["sequence_length"],
         tokenizer_path=tokenizer["path"],
         tokenizer_fingerprint=tokenizer["fingerprint"],
         path=found.path,

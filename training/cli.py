@@ -30,21 +30,14 @@ from training.callbacks import (
     StepProgress,
     ValidationConfig,
 )
-from training.checkpointing import (
-    CheckpointConfig,
-    RunCheckpoint,
-    StartPoint,
-    check_architecture,
-    check_tokenizer,
-    choose_start,
-    read_data_state,
-)
+from training.checkpointing import CheckpointConfig, RunCheckpoint
 from training.guard import GuardConfig, StepGuard
 from training.interruption import Interruption
 from training.loss import resolve_loss_backend
 from training.module import LanguageModule
 from training.parallel import ParallelConfig, build_strategy, check_combinations
 from training.profiling import ProfileConfig, StepProfiler
+from training.resume import StartPoint, check_architecture, check_tokenizer, choose_start, read_data_state
 from training.sequence_parallel import check_sequence_parallel
 from training.start import check_transfer, transfer_weights
 from training.throughput import StepClock
@@ -223,10 +216,12 @@ class TrainingCLI(LightningCLI):
                 str(self.datamodule.tokenizer_path),
                 self.datamodule.tokenizer_fingerprint,
             )
-            self.datamodule.load_state_dict(read_data_state(self.start.checkpoint, PackedDataModule.__qualname__))
+            verify = self.config_init.checkpoint.verify
+            state = read_data_state(self.start.checkpoint, PackedDataModule.__qualname__, verify)
+            self.datamodule.load_state_dict(state)
         elif self.init_from:
             check_tokenizer(self.init_from, str(self.datamodule.tokenizer_path), self.datamodule.tokenizer_fingerprint)
-            transfer_weights(self.init_from, self.model.model)
+            transfer_weights(self.init_from, self.model.model, self.config_init.checkpoint.verify)
         config = self.parser.dump(self.config, skip_none=False)
         record_session(self.run_dir, self.start.step, config, self.version)
         log_config(self.trainer.loggers, yaml.safe_load(config), self.version)

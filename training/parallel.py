@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import StoredTensors, read_complete
 from training.engine import Engine, PlainEngine
-from training.state import TrainingState, agreement, read_state, whole_state, write_state
+from training.state import TrainingState, agreement, read_state, together, whole_state, write_state
 
 ZERO_PRECISIONS = ("32-true", "bf16-mixed")
 STEPS = "optimizer_steps"
@@ -62,6 +62,7 @@ class ElasticCheckpoints(Strategy):
     any strategy and any number of processes. Lightning's own file keeps loops, schedules and the data's position."""
 
     _engine: Engine | None = None
+    checksums: dict[str, str] = {}  # of the tensors that were saved last
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -91,7 +92,7 @@ class ElasticCheckpoints(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the state files and Lightning's file into one folder. Raises SaveError, on all ranks alike."""
         path, state = Path(filepath), self.training_state()
-        write_state(path.parent, state, self.root_device)
+        self.checksums = write_state(path.parent, state, self.root_device)
         with agreement():
             if self.is_global_zero:
                 buffer = io.BytesIO()
@@ -109,7 +110,9 @@ class ElasticCheckpoints(Strategy):
         return {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        read_state(StoredTensors(read_complete(self._restored_from)), self.training_state())
+        state = self.training_state()
+        with together():
+            read_state(StoredTensors(read_complete(self._restored_from)), state)
         self.state_restored(checkpoint[STEPS])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

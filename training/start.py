@@ -3,9 +3,10 @@
 from dataclasses import asdict
 
 from model.checkpoint import CheckpointInfo, load_model
-from model.config import ModelConfig, config_from_dict
+from model.checksums import Verify
+from model.config import ModelConfig
 from model.transformer import Transformer
-from training.checkpointing import flatten
+from training.resume import flatten
 from training.tracking import say
 
 # Keys of the model config that may differ from the checkpoint's: they change how the same weights are used.
@@ -40,15 +41,15 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
         )
 
 
-def transfer_weights(checkpoint: CheckpointInfo, model: Transformer) -> None:
+def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Verify = "checksum") -> None:
     """Give `model` the checkpoint's weights, and say what has changed and what keeps its initial values. Learned alphas
     stay what they are, wherever the config's alpha starts.
 
-    Raises ValueError as check_transfer does.
+    Raises ValueError as check_transfer and load_model do.
     """
     check_transfer(checkpoint, model.config)
     saved, wanted = _architectures(checkpoint, model.config)
-    source = load_model(checkpoint.path).model
+    source = load_model(checkpoint.path, verify=verify).model
     missing, dropped = model.load_state_dict(source.state_dict(), strict=False)
     for new, old in zip(model.layers(), source.layers(), strict=True):
         if new.attention.alpha is not None and old.attention.alpha is not None:
@@ -65,7 +66,7 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer) -> None:
 
 
 def _architectures(checkpoint: CheckpointInfo, network: ModelConfig) -> tuple[dict[str, object], dict[str, object]]:
-    return flatten(asdict(config_from_dict(checkpoint.meta["model"]))), flatten(asdict(network))
+    return flatten(asdict(checkpoint.architecture)), flatten(asdict(network))
 
 
 def _names(keys: list[str]) -> list[str]:

@@ -18,9 +18,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from common.errors import error_line
 from common.files import flush
-from model.checkpoint import STATE_FILE, WEIGHT, share
+from model.checkpoint import STATE_FILE, WEIGHT, StoredTensors, share
+from model.checksums import is_finite, tensor_checksum
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30
@@ -124,27 +127,33 @@ def plan_files(
     return plan
 
 
-def write_state(folder: Path, state: TrainingState, device: torch.device) -> None:
+def write_state(folder: Path, state: TrainingState, device: torch.device) -> dict[str, str]:
     """Write this rank's files and flush them to disk. To be called by all ranks alike.
 
     Args:
         device: where tensors travel between ranks.
+
+    Returns:
+        The checksum of each tensor that any rank has written.
 
     Raises:
         SaveError: on all ranks, when the disk of any of them refuses.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     plan = plan_files(state.shapes, world_size)
+    checksums: dict[str, str] = {}
     with agreement() as failures:
         for file, tensors in _collect(state, plan, rank, device):
             if failures:
                 continue  # the other ranks need this one in their exchanges
             try:
+                checksums |= {key: tensor_checksum(tensor) for key, tensor in tensors.items()}
                 save_file(tensors, folder / file.name)
                 share(folder / file.name)
                 flush(folder / file.name)
             except (OSError, SafetensorError) as error:
                 failures.append(error)
+    return {key: value for mine in gather_objects(checksums) for key, value in mine.items()}
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -172,6 +181,30 @@ def agreement() -> Iterator[list[Exception]]:
     failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
     if failed:
         raise SaveError("; ".join(failed[:3]) + (f" (and {len(failed) - 3} more ranks)" if failed[3:] else ""))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Reading that must succeed on all ranks, which wait for each other at the end: raises ValueError on all of them
+    with the message of the first one where it failed."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failure = error
+    for message in gather_objects(error_line(failure) if failure else None):
+        if message is not None:
+            raise ValueError(message) from failure
+
+
+def check_stored(stored: StoredTensors) -> None:
+    """Raises ValueError on all ranks when a tensor has not the bytes that were written; each reads its share."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    plan = plan_files(stored.shapes() if stored.checksums else {}, world_size)
+    with together():
+        for file in tqdm(plan[rank], desc=f"checksums of {stored.folder}", unit="file", delay=5, disable=rank > 0):
+            for key in file.keys:
+                stored.check(key)
 
 
 def _collect(
@@ -268,7 +301,7 @@ def read_state(stored: Mapping[str, Tensor], state: TrainingState) -> None:
     """Copy this rank's share of the stored tensors into its fragments.
 
     Raises:
-        ValueError: a tensor is missing or has another shape.
+        ValueError: a tensor is missing, has another shape or is not finite.
     """
     for fragment in state.fragments:
         tensor, shape = stored.get(fragment.key), state.shapes[fragment.key]
@@ -276,3 +309,5 @@ def read_state(stored: Mapping[str, Tensor], state: TrainingState) -> None:
             found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
             raise ValueError(f"the checkpoint's {fragment.key} {found}, expected shape {shape}")
         fragment.values.copy_(tensor.view(-1).narrow(0, fragment.start, fragment.values.numel()))
+        if not is_finite(fragment.values):
+            raise ValueError(f"the checkpoint's {fragment.key} is not finite: choose another checkpoint")

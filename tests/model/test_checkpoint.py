@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint import checkpoint_folder, find_checkpoints, load_model, resolve_checkpoint, write_complete
 from model.config import ModelConfig
+from model.export import export
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(vocab_size=50, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24)
@@ -70,6 +71,71 @@ def test_an_older_format_is_refused(tmp_path) -> None:
         load_model(folder)
 
 
+def test_one_from_before_checksums_loads(tmp_path) -> None:
+    marker = save(tmp_path, 10, Transformer(CONFIG)) / "complete.json"
+    meta = json.loads(marker.read_text())
+    files = {name: {"bytes": entry["bytes"]} for name, entry in meta["files"].items()}
+    del meta["checksums"]
+    marker.write_text(json.dumps({**meta, "files": files}))
+    assert load_model(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_flipped_byte_is_named_by_file_and_tensor(tmp_path, exported) -> None:
+    model = Transformer(CONFIG)
+    torch.nn.init.normal_(model.norm.weight)
+    folder = save(tmp_path, 10, model)
+    if exported:
+        export(folder, tmp_path / "exported", torch.float32)
+        folder = tmp_path / "exported"
+    (state,) = folder.glob("*.safetensors")
+    content = bytearray(state.read_bytes())
+    content[content.index(model.norm.weight.detach().numpy().tobytes())] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{state} is damaged: (weight/)?norm.weight has checksum \w+, expected \w+"):
+        load_model(folder)
+    assert load_model(folder, verify="size").step == 10
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value) -> None:
+    model = Transformer(CONFIG)
+    torch.nn.init.constant_(model.norm.weight[3:4], value)
+    folder = save(tmp_path, 10, model)
+    with pytest.raises(ValueError, match=f"{folder}/state-00000.safetensors: weight/norm.weight is not finite"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "10"}, "has a string as 'step', expected a whole number"),
+        ({"files": []}, "has a list as 'files', expected an object"),
+        ({"files": {"trainer.ckpt": 5}}, "files, trainer.ckpt in .* holds a whole number, expected an object"),
+        ({"tensors": None}, "has null as 'tensors'"),
+        ({"tensors": {"weight/a": "elsewhere"}}, "tensors, weight/a in .* is 'elsewhere', expected one of files"),
+        ({"checksums": 3}, "has a whole number as 'checksums'"),
+        ({"model": None}, "has null as 'model'"),
+        ({"model": {"n_layers": "two"}}, "model in .* is no architecture"),
+        ({"model": {"attention": 3}}, "model in .* is no architecture"),
+        ({"tokenizer": {"path": "x"}}, "tokenizer in .* lacks 'fingerprint', expected a string"),
+        ({"sequence_length": True}, "has true or false as 'sequence_length'"),
+    ],
+)
+def test_markers_with_other_content_are_one_line(tmp_path, change, message) -> None:
+    marker = save(tmp_path, 10, Transformer(CONFIG)) / "complete.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(marker.parent)
+    assert str(marker) in str(caught.value) and "choose another" in str(caught.value)
+
+
+def test_a_run_folder_may_be_named_like_a_checkpoint(tmp_path) -> None:
+    for name in ("step-by-step", "step-00000004"):
+        save(tmp_path / name, 10, Transformer(CONFIG))
+        assert resolve_checkpoint(tmp_path / name).step == 10
+
+
 def test_a_damaged_file_is_named(tmp_path) -> None:
     folder = save(tmp_path, 10, Transformer(CONFIG))
     state = folder / "state-00000.safetensors"
@@ -88,6 +154,9 @@ def test_marker_lists_every_file(tmp_path) -> None:
     folder = save(tmp_path, 10, Transformer(CONFIG))
     meta = json.loads((folder / "complete.json").read_text())
     names = ("state-00000.safetensors", "trainer.ckpt")
-    assert meta["files"] == {name: {"bytes": (folder / name).stat().st_size} for name in names}
+    assert {name: entry["bytes"] for name, entry in meta["files"].items()} == {
+        name: (folder / name).stat().st_size for name in names
+    }
+    assert meta["checksums"].keys() == meta["tensors"].keys()
     assert meta["tensors"]["weight/embedding.weight"] == "state-00000.safetensors"
-    assert not list(folder.glob("*.partial"))
+    assert {path.name for path in folder.iterdir()} == {*names, "complete.json"}

@@ -20,7 +20,7 @@ import training.state
 from model.checkpoint import TRAINER_STATE, write_complete
 
 
-def die(*_: object) -> None:
+def die(*_: object, **_options: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

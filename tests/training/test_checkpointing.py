@@ -1,5 +1,6 @@
 """Choosing, comparing, keeping and surviving checkpoints."""
 
+import json
 import shutil
 import signal
 from dataclasses import asdict
@@ -17,19 +18,13 @@ from model.checkpoint import (
     checkpoint_folder,
     find_checkpoints,
     load_model,
+    resolve_checkpoint,
 )
 from model.checkpoint import write_complete as mark
 from model.config import ModelConfig
 from tests.training.conftest import TrainProcess, callbacks, stored_tensors
-from training.checkpointing import (
-    CheckpointConfig,
-    RunCheckpoint,
-    StartPoint,
-    check_architecture,
-    check_tokenizer,
-    checkpoints_to_keep,
-    choose_start,
-)
+from training.checkpointing import CheckpointConfig, RunCheckpoint, checkpoints_to_keep, make_room
+from training.resume import StartPoint, check_architecture, check_tokenizer, choose_start
 from training.throughput import StepClock
 
 
@@ -63,6 +58,75 @@ def test_auto_takes_the_newest_complete_one_and_names_those_it_passes_over(
     assert "resuming from" in printed and "step-00000010 (step 10)" in printed
     passed_over = [line for line in printed.splitlines() if line.startswith("passing over")]
     assert len(passed_over) == 2 and "step-00000015" in passed_over[0] and "step-00000020" in passed_over[1]
+
+
+def of_another_format(run_dir: Path, step: int) -> Path:
+    marker = make_checkpoint(run_dir, step) / MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 3}))
+    return marker.parent
+
+
+def test_a_newest_one_of_another_format_is_refused_and_stays(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 5)
+    newest = of_another_format(tmp_path, 10)
+    with pytest.raises(ValueError, match=rf"{newest}/{MARKER} has format 3, expected 2: .* takes --resume .*00000005"):
+        choose_start(tmp_path, "auto")
+    with pytest.raises(ValueError, match="format 3"):
+        resolve_checkpoint(tmp_path)
+    assert choose_start(tmp_path, str(checkpoint_folder(tmp_path, 5))).step == 5
+    remove_old(tmp_path)
+    assert newest.exists()
+    shutil.rmtree(checkpoint_folder(tmp_path, 5))
+    for resume in ("auto", "none"):
+        with pytest.raises(ValueError, match="format 3.* another --run_dir"):
+            choose_start(tmp_path, resume)
+    make_checkpoint(tmp_path, 15)  # an older one is in nobody's way
+    assert choose_start(tmp_path, "auto").step == resolve_checkpoint(tmp_path).step == 15
+
+
+def test_where_all_are_damaged_no_run_starts_over(tmp_path: Path) -> None:
+    (make_checkpoint(tmp_path, 5) / MARKER).write_text("{}")
+    (make_checkpoint(tmp_path, 10) / TRAINER_STATE).write_bytes(b"cut")
+    for resume in ("auto", "none", str(make_checkpoint(tmp_path / "other", 3))):
+        with pytest.raises(ValueError, match="trainer.ckpt has 3 bytes, expected 10.* another --run_dir"):
+            choose_start(tmp_path, resume)
+
+
+def test_damaged_ones_are_never_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (5, 10, 15):
+        make_checkpoint(tmp_path, step)
+    for content in ("", "[]", '{"format": 2}', "\x00"):
+        (checkpoint_folder(tmp_path, 15) / MARKER).write_text(content)
+        assert choose_start(tmp_path, "auto").step == 10
+        remove_old(tmp_path)
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    with pytest.raises(ValueError, match="the newest complete one is .*step-00000010"):
+        resolve_checkpoint(tmp_path)
+    for number in (1, 2):  # trained again up to there
+        make_room(checkpoint_folder(tmp_path, 15))
+        assert f"stays as step-00000015.replaced-{number}" in capsys.readouterr().err
+        make_checkpoint(tmp_path, 15)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
+
+
+def test_names_that_are_not_ours_stay(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        make_checkpoint(tmp_path, step)
+    checkpoints = tmp_path / "checkpoints"
+    copies = ["step-00000005-best", "step-best", "step-5", "step-000000005", "best"]
+    for name in copies:
+        shutil.copytree(checkpoint_folder(tmp_path, 5), checkpoints / name)
+    (checkpoints / "step-00000005.txt").write_text("notes")
+    (checkpoints / "step-00000003").symlink_to(checkpoint_folder(tmp_path, 5), target_is_directory=True)
+    remove_old(tmp_path)
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {*copies, "step-00000010", "step-00000015", "step-00000005.txt"}
+    assert [info.step for info in find_checkpoints(tmp_path)[0]] == [10, 15]
+    assert resolve_checkpoint(checkpoints / "step-best").step == 5
+
+
+def remove_old(run_dir: Path) -> None:
+    RunCheckpoint(run_dir, CheckpointConfig(keep_last=2), StartPoint(), "v", StepClock()).remove_old()
 
 
 def test_starting_over_existing_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -170,8 +234,7 @@ def test_old_ones_are_removed_marker_first(tmp_path: Path, monkeypatch: pytest.M
         "training.checkpointing.shutil.rmtree",
         lambda f: (seen.append((f.name, (f / MARKER).exists())), rmtree(f)),
     )
-    callback = RunCheckpoint(tmp_path, CheckpointConfig(keep_last=2), StartPoint(), "v", StepClock())
-    callback.remove_old()
+    remove_old(tmp_path)
     assert sorted(seen) == [("step-00000005", False), ("step-00000010", False)]
     assert [info.step for info in find_checkpoints(tmp_path)[0]] == [15, 20]
 
@@ -269,15 +332,33 @@ def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_then_the_run(
     assert [info.step for info in find_checkpoints(run_dir)[0]] == [5, 15, 20]
     (checkpoint_folder(run_dir, 20) / "state-00001.safetensors").unlink()
     (checkpoint_folder(run_dir, 15) / "state-00000.safetensors").write_bytes(b"cut")
+    # what was complete once stays, beside what is trained again
     again = train(*options)
     assert again.returncode == 0, again.stderr
     passed_over = [line for line in again.stderr.splitlines() if line.startswith("passing over")]
     assert "step-00000015/state-00000.safetensors has 3 bytes" in passed_over[0]
     assert "step-00000020/state-00001.safetensors is missing" in passed_over[1]
     assert "step-00000005 (step 5)" in again.stderr
+    assert (checkpoint_folder(run_dir, 15).with_name("step-00000015.replaced-1") / MARKER).is_file()
     ours, theirs = stored_tensors(run_dir, 20), stored_tensors(undisturbed, 20)
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_flipped_byte_ends_the_resume_with_file_and_tensor(
+    undisturbed: Path, train: TrainProcess, tmp_path: Path
+) -> None:
+    half = shutil.copytree(checkpoint_folder(undisturbed, 15), tmp_path / "copy")
+    state, options = half / "state-00000.safetensors", ("--run_dir", tmp_path / "run", "--resume", half)
+    position = state.read_bytes().index(stored_tensors(undisturbed, 15)["weight/norm.weight"].numpy().tobytes())
+    with state.open("r+b") as file:
+        file.seek(position)
+        file.write(bytes([state.read_bytes()[position] ^ 1]))
+    refused = train(*options)
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(
+        f"error: {state} is damaged: weight/norm.weight has checksum "
+    )
+    assert train(*options, "--checkpoint.verify", "size").returncode == 0
 
 
 def test_resume_with_another_micro_batch_size_keeps_steps_whole(
