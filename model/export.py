@@ -7,14 +7,19 @@ architecture, the tokenizer's path and fingerprint, the training length. `model.
 read it.
 """
 
-import argparse
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from jsonargparse import ArgumentParser
+from safetensors import SafetensorError
 
-from model.checkpoint import EXPORT_CONFIG, resolve_checkpoint, share, stored_weights, write_complete
+from common.errors import UsageError, run_command
+from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, share, stored_weights, write_complete
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -22,34 +27,70 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard_size: str = "5GB") -> None:
     """Write the weights of `checkpoint`, in `dtype`, to the folder `output`; one tensor file holds at most shard_size.
 
+    The folder is written aside and renamed: it is complete or not there.
+
     Raises:
-        FileNotFoundError, ValueError: as model.checkpoint.resolve_checkpoint, or `output` is not empty.
+        FileNotFoundError, ValueError: as model.checkpoint.resolve_checkpoint, or `output` cannot take an export.
+        OSError: the disk refuses; nothing is left.
     """
     found, output = resolve_checkpoint(checkpoint), Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"output {output} is not empty: expected a new folder")
-    output.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.to(dtype) for name, tensor in stored_weights(found).items()}
-    save_torch_state_dict(weights, output, max_shard_size=shard_size)
-    for path in output.glob("*.safetensors"):
-        share(path)
-    meta = {key: value for key, value in found.meta.items() if key not in ("format", "files", "tensors")}
-    write_complete(output, {**meta, "dtype": str(dtype).removeprefix("torch.")}, marker=EXPORT_CONFIG)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m model.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", help="a run folder (its newest complete checkpoint) or one of its checkpoints")
-    parser.add_argument("output", help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the written weights (%(default)s)")
-    options = parser.parse_args(arguments)
+    check_output(found, output)
+    aside = output.resolve().with_name(f".export-{os.getpid()}.tmp")
     try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"output {output} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        weights = {name: tensor.to(dtype) for name, tensor in stored_weights(found).items()}
+        try:
+            save_torch_state_dict(weights, aside, max_shard_size=shard_size)
+        except SafetensorError as error:  # what the disk says, without a number
+            raise OSError(f"{output} cannot be written ({error})") from error
+        for path in aside.glob("*.safetensors"):
+            share(path)
+        meta = {key: value for key, value in found.meta.items() if key not in ("format", "files", "tensors")}
+        write_complete(aside, {**meta, "dtype": str(dtype).removeprefix("torch.")}, marker=EXPORT_CONFIG)
+        aside.replace(output.resolve())
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def check_output(checkpoint: CheckpointInfo, output: Path) -> None:
+    """Raises UsageError for a folder that is not new, or inside the checkpoint or its run's checkpoints."""
+    try:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"output {output} is a file: expected a new folder")
+        if output.exists() and any(output.iterdir()):
+            raise UsageError(f"output {output} is not empty: expected a new folder")
+    except OSError as error:
+        raise UsageError(f"output {output} cannot be written ({error.strerror}): choose another folder") from error
+    folder = checkpoint.path.resolve()
+    kept = folder.parent if folder.parent.name == "checkpoints" else folder
+    if output.resolve().is_relative_to(kept):
+        raise UsageError(f"output {output} is inside {kept}, which belongs to training: expected a folder elsewhere")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
         export(options.checkpoint, options.output, DTYPES[options.dtype])
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+        return []
+
+    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m model.export", description=__doc__, exit_on_error=False)
+    parser.add_argument(
+        "checkpoint", type=str, help="a run folder (its newest complete checkpoint) or one of its checkpoints"
+    )
+    parser.add_argument("output", type=str, help="a new folder")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

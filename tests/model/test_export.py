@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import model.export
 from model.checkpoint import load_model, resolve_checkpoint
 from model.export import export, main
 from model.transformer import Transformer
@@ -17,7 +19,7 @@ from tests.model.test_checkpoint import CONFIG, save
 def test_the_command_writes_what_load_model_reads(dtype: str, tmp_path: Path) -> None:
     model, output = Transformer(CONFIG), tmp_path / "exported"
     save(tmp_path / "run", 10, model)
-    main([str(tmp_path / "run"), str(output), "--dtype", dtype])
+    assert main([str(tmp_path / "run"), str(output), "--dtype", dtype]) == 0
     wanted = {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
     written, loaded = load_file(output / "model.safetensors"), load_model(output)
     assert written.keys() == wanted.keys()
@@ -42,13 +44,50 @@ def test_large_models_are_cut_with_an_index(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path / "exported")
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path / "run", 10, Transformer(CONFIG))
-    for arguments, part in (
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
         (["nowhere", "out"], "nowhere: no such folder"),
-        ([str(tmp_path / "run"), str(tmp_path / "run")], "is not empty: expected a new folder"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert end.value.code == 2
-        assert part in capsys.readouterr().err
+        (["RUN", "RUN"], "is not empty: expected a new folder"),
+        (["RUN", "RUN/file"], "RUN/file is a file: expected a new folder"),
+        (["RUN", "RUN/file/below"], "RUN/file/below cannot be written (Not a directory)"),
+        (["RUN", "RUN/checkpoints/exported"], "is inside RUN/checkpoints, which belongs to training"),
+        (["RUN", "RUN/checkpoints/step-00000010/exported"], "is inside RUN/checkpoints, which belongs to training"),
+        (["RUN", "RUN/" + "x" * 300], "cannot be written (File name too long): choose another"),
+        (["RUN", "/proc/none"], "No such file or directory"),
+        (["RUN", "out", "--dtype", "float16"], "--dtype"),
+        (["RUN"], "output"),
+        (["RUN", "out", "--dtpye", "float32"], "--dtpye"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save(tmp_path / "run", 10, Transformer(CONFIG)).parents[1]
+    (run / "file").write_text("kept")
+    before = sorted(run.rglob("*"))
+    assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ") and part.replace("RUN", str(run)) in line and "\n" not in line
+    assert sorted(run.rglob("*")) == before and (run / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("stage", ["weights", "marker", "Ctrl-C"])
+def test_a_full_disk_leaves_nothing(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save_some(weights: object, folder: Path, **_: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt if stage == "Ctrl-C" else SafetensorError("I/O error: No space left on device")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path / "run", 10, Transformer(CONFIG))
+    monkeypatch.setattr(
+        model.export, *(("write_complete", full) if stage == "marker" else ("save_torch_state_dict", save_some))
+    )
+    assert main([str(tmp_path / "run"), str(tmp_path / "new" / "exported")]) == (130 if stage == "Ctrl-C" else 2)
+    line = capsys.readouterr().err.strip()
+    assert ("No space left on device" if stage != "Ctrl-C" else "nothing is written") in line and "\n" not in line
+    assert list((tmp_path / "new").iterdir()) == []
