@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from common.files import check_keys
 from data.length_generalisation import NO_TASK, TaskConfig, TaskSource
 from data.mixture import Mixture, SourceConfig
 from data.packing import Sequences
@@ -24,6 +25,7 @@ from data.workers import start_worker, worker_context
 
 Batch = dict[str, Tensor | int]
 NO_SOURCES: list[SourceConfig] = []
+SAME_DATA = "restore it, or start a new run from the checkpoint's weights"
 
 
 class TokenSource(Protocol):
@@ -309,12 +311,32 @@ class PackedDataModule(lightning.LightningDataModule):
         return {"consumed_samples": self.consumed_samples, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue behind the consumed samples. Raises ValueError when the data order of the run was another."""
+        """Continue behind the consumed samples. Raises ValueError when the data or their order were others."""
         self.setup()
-        for key, value in self._order().items():
-            if (trained := state_dict["order"].get(key)) != value:
-                raise ValueError(
-                    f"the checkpoint was trained with data.{key} {trained}, the config has {value}; "
-                    "restore it, or start a new run from the checkpoint's weights"
-                )
+        check_keys(
+            state_dict, {"consumed_samples": int, "order": dict}, "the data's state in the checkpoint", SAME_DATA
+        )
+        check_order(state_dict["order"], self._order(), [source.path for source in self.sources])
         self.consumed_samples = state_dict["consumed_samples"]
+
+
+def check_order(trained: dict[str, Any], found: dict[str, Any], paths: list[str]) -> None:
+    """Raises ValueError that says in what the data of a checkpoint differ from those found. paths: of found's sources.
+
+    The content of a source does not count where it was not recorded, in checkpoints from before it was.
+    """
+    before, now = trained.get("sources"), found.get("sources", [])
+    if isinstance(before, list) and len(before) == len(now):
+        before = [{"content": new["content"], **old} for old, new in zip(before, now, strict=True)]
+        trained = {**trained, "sources": before}
+        for path, old, new in zip(paths, before, now, strict=True):
+            if old != new and {**old, "content": new["content"]} == new:
+                raise ValueError(
+                    f"the checkpoint was trained on other shards of {path} ({old['content'][:12]}, now "
+                    f"{new['content'][:12]}): it was prepared again, from other text or with other options; {SAME_DATA}"
+                )
+    for key, value in found.items():
+        if trained.get(key) != value:
+            raise ValueError(
+                f"the checkpoint was trained with data.{key} {trained.get(key)}, the config has {value}; {SAME_DATA}"
+            )

@@ -148,6 +148,7 @@ class Mixture:
                 "weight": source.weight,
                 "length_buckets": {str(bound): source.length_buckets[bound] for bound in sorted(source.length_buckets)},
                 "tokens": store.num_tokens,
+                "content": store.content,
                 "tokenizer_fingerprint": store.fingerprint_of_tokenizer,
             }
             for source, store in zip(self.sources, self._stores["train"], strict=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,12 @@ class TokenStore:
         if verify == "checksum":
             self.verify_checksums()
         self._open_caches()
+
+    @property
+    def content(self) -> str:
+        """Identity of the tokens and their order: sha256 over the shards' recorded checksums."""
+        checksums = [[name, record["sha256"]] for meta in self._shards for name, record in meta["files"].items()]
+        return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
 
     def _check_tokenizer(self) -> None:
         if not self.tokenizer_path.is_file():

@@ -148,6 +148,23 @@ def test_checkpoints_that_do_not_fit(
     assert "data.seed 0" in refused(*again, "--data.seed", 9)
 
 
+def test_a_run_is_extended_with_leave(
+    main: Callable[..., int], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("--run_dir", tmp_path / "run", "--resume", "auto", "--checkpoint.every_n_steps", 2)
+    assert main(*run, "--trainer.max_steps", 4) == 0
+    longer = (*run, "--trainer.max_steps", 6, "--model.optimizer.lr", 0.02)
+    line = refused(*longer)
+    assert "trainer.max_steps 4 (config: 6)" in line and line.endswith('--allow_changes "[trainer.max_steps]"')
+    assert "--allow_changes has 'max_steps'" in refused(*longer, "--allow_changes", "[max_steps]")
+    assert not (tmp_path / "run" / "config.step-00000004.yaml").exists()  # a refused session leaves no record
+    for _time in range(2):  # as a requeued job, after its last step
+        assert main(*longer, "--allow_changes", "[trainer.max_steps]") == 0
+    printed = capsys.readouterr().err
+    assert "changed since step-00000004: model.optimizer.lr 0.01 (config: 0.02), trainer.max_steps 4 (con" in printed
+    assert "already at step 6" in printed
+
+
 def test_debug_shows_the_traceback(main: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n_kv_heads"):
         main("--run_dir", tmp_path / "run", "--model.network.n_kv_heads", 3, "--debug")

@@ -25,6 +25,7 @@ from model.checkpoint import (
 from model.checksums import Verify
 from training.module import LanguageModule
 from training.resume import StartPoint
+from training.settings import run_settings
 from training.state import SaveError, agreement, check_stored, gather_objects
 from training.throughput import StepClock
 from training.tracking import say
@@ -165,6 +166,7 @@ class RunCheckpoint(Checkpoint):
             "model": asdict(module.network_config),
             "tokenizer": {"path": str(data.tokenizer_path), "fingerprint": data.tokenizer_fingerprint},
             "sequence_length": data.sequence_length,
+            "settings": run_settings(trainer, module, data.global_batch_size),
             "code_version": self.code_version,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }

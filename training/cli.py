@@ -37,8 +37,17 @@ from training.loss import resolve_loss_backend
 from training.module import LanguageModule
 from training.parallel import ParallelConfig, build_strategy, check_combinations
 from training.profiling import ProfileConfig, StepProfiler
-from training.resume import StartPoint, check_architecture, check_tokenizer, choose_start, read_data_state
+from training.resume import (
+    StartPoint,
+    check_architecture,
+    check_tokenizer,
+    choose_start,
+    read_data_state,
+    warn_of_unknown_data,
+)
+from training.run_folder import hold_run_folder
 from training.sequence_parallel import check_sequence_parallel
+from training.settings import check_allowed, check_settings, run_settings
 from training.start import check_transfer, transfer_weights
 from training.throughput import StepClock
 from training.tracking import WandbConfig, log_config, make_loggers, record_session, say
@@ -111,6 +120,12 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="Run or checkpoint folder whose weights a new run starts from; a run that is resumed has its own.",
         )
+        parser.add_argument(
+            "--allow_changes",
+            type=list[str],
+            default=[],
+            help='Options in which a run that resumes may leave its learning-rate schedule: "[trainer.max_steps]".',
+        )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(GuardConfig, "guard")
@@ -130,7 +145,9 @@ class TrainingCLI(LightningCLI):
                 f"--init_from {self.config.init_from} starts a new run, --resume {self.config.resume} continues one: "
                 "use one of them (--resume auto goes with --init_from)"
             )
+        check_allowed(self.config.allow_changes)
         self.run_dir = Path(self.config.run_dir)
+        self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
         self.start: StartPoint = choose_start(self.run_dir, self.config.resume)
         network = config_from_dict(self.config.model.network.as_dict())
         if self.start.checkpoint:
@@ -219,6 +236,9 @@ class TrainingCLI(LightningCLI):
             verify = self.config_init.checkpoint.verify
             state = read_data_state(self.start.checkpoint, PackedDataModule.__qualname__, verify)
             self.datamodule.load_state_dict(state)
+            warn_of_unknown_data(self.start.checkpoint, state)
+            settings = run_settings(self.trainer, self.model, self.datamodule.global_batch_size)
+            check_settings(self.start.checkpoint, settings, self.config_init.allow_changes)
         elif self.init_from:
             check_tokenizer(self.init_from, str(self.datamodule.tokenizer_path), self.datamodule.tokenizer_fingerprint)
             transfer_weights(self.init_from, self.model.model, self.config_init.checkpoint.verify)

@@ -147,6 +147,16 @@ def read_data_state(checkpoint: CheckpointInfo, name: str, verify: Verify = "che
     return check_keys(content, kinds, str(path), WAY_OUT)[name]
 
 
+def warn_of_unknown_data(checkpoint: CheckpointInfo, data_state: dict[str, Any]) -> None:
+    """Say so where a checkpoint does not know its data's identity."""
+    sources = data_state["order"].get("sources", [])
+    if any("content" not in source for source in sources):
+        say(
+            f"warning: {checkpoint.path} is older than the record of its shards: if data.sources were prepared again, "
+            "that goes unnoticed"
+        )
+
+
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.datamodule import MicroBatchSampler, PackedDataModule, PackedDataset, SourceConfig
 from data.store import TokenStore
+from tests.data.conftest import PrepareTexts
 
 STDLIB_YAML = Path(__file__).parents[2] / "configs" / "data" / "stdlib.yaml"
 
@@ -234,6 +235,29 @@ def test_the_state_restores_and_refuses_another_order(prepared: Path) -> None:
     regrouped.load_state_dict(state)
     with pytest.raises(ValueError, match="consumed_samples 24 is no whole number of global batches of 10"):
         regrouped.train_dataloader()
+
+
+def test_the_state_refuses_the_same_corpus_in_other_shards(
+    prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path
+) -> None:
+    again = [
+        f"--tokenizer.path={prepared / 'tokenizer.model'}",
+        "--heldout_fraction=0.2",
+    ]
+    other, same = (prepare_texts(tmp_path / size, *again, f"--shard_bytes={size}") for size in ("7000", "40000"))
+    data = make_module(prepared)
+    data.setup()
+    state = json.loads(json.dumps(data.state_dict()))
+    make_module(same).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=rf"trained on other shards of {other} \(\w{{12}}, now \w{{12}}\): it was prep"
+    ):
+        make_module(other).load_state_dict(state)
+    del state["order"]["sources"][0]["content"]  # as before shards were recorded
+    make_module(other).load_state_dict(state)
+    state["order"]["sources"][0]["tokens"] += 1
+    with pytest.raises(ValueError, match="trained with data.sources"):
+        make_module(other).load_state_dict(state)
 
 
 def test_the_stdlib_yaml_fits_the_data_module(monkeypatch: pytest.MonkeyPatch, prepared: Path, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def test_a_run_resumes_with_and_without_sharing(train: TrainProcess, runs: dict[
     losses = []
     for name, ranks in (("asentmax-nape", TWO_RANKS), ("asentmax-nape-sp2", ())):
         run_dir = runs[name]
-        done = train("--run_dir", run_dir, "--resume", "auto", *COMMON, "--trainer.max_steps", STEPS + 2, *ranks)
+        more = ("--trainer.max_steps", STEPS + 2, "--allow_changes", "[trainer.max_steps]")
+        done = train("--run_dir", run_dir, "--resume", "auto", *COMMON, *more, *ranks)
         assert done.returncode == 0, done.stderr
         with (run_dir / "metrics" / f"step-{STEPS:08d}" / "metrics.csv").open(newline="") as file:
             losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
