@@ -14,6 +14,7 @@ from model.decoding import Decoder
 from model.incremental import make_cache, prefill
 from model.transformer import Transformer
 
+RESERVED = 4096  # new tokens that the cache has room for from the start, or as many as the prompt has
 Ended = Literal["eos", "stop", "length"]
 
 
@@ -178,7 +179,9 @@ class _Row:
 
 def _decode(model: Transformer, rows: list[_Row], options: GenerationOptions) -> Iterator[Piece]:
     """rows: longest prompt first."""
-    cache = make_cache(model, len(rows), len(rows[0].prompt) + options.max_new_tokens - 1)
+    longest = len(rows[0].prompt)
+    reserved = longest + max(longest, RESERVED)
+    cache = make_cache(model, len(rows), longest + options.max_new_tokens - 1, reserved)
     decoder = Decoder(model, cache, options.cuda_graphs)
     prompts = [row.prompt for row in rows]
     if options.decode_last_prompt_token:

@@ -1,4 +1,4 @@
-"""The key/value cache of incremental decoding: preallocated, each row from slot 0 on (prompts are padded on the right).
+"""The key/value cache of incremental decoding: each row from slot 0 on (prompts are padded on the right).
 
 Token t of a row stands in slot t, so that prompts of different lengths share positions while they are prefilled: there
 the keys of shorter rows' padding come after all their tokens, invisible to them by causality, and are overwritten
@@ -6,6 +6,7 @@ before any later token could see them. In decoding each row has its own length, 
 kv_lens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,23 +66,44 @@ class LayerCache:
         return self.keys[:, :, seen], self.values[:, :, seen]
 
 
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros: slots that no row has filled get weight 0, and 0 * NaN would be NaN. Raises ValueError without room."""
+    try:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # of the allocators of CPU and CUDA
+        gib = math.prod(shape) * dtype.itemsize / 2**30
+        raise ValueError(
+            f"keys and values of {shape[2]} x {shape[4]:,} tokens take {gib:,.1f} GiB, for which {device} has no room: "
+            "ask for fewer new tokens or a shorter prompt"
+        ) from error
+
+
 class KVCache:
     """Keys and values of up to `rows` sequences of up to `max_tokens` tokens.
 
-    Memory: 2 * L * G * D * (bytes of dtype) for each token of each row, allocated when it is made: 36 KiB a token for
-    configs/models/125m.yaml in bfloat16 (4.5 GiB at 131,072 tokens), 128 KiB for 8b.yaml.
+    Memory: 2 * L * G * D * (bytes of dtype) for each slot of each row: 36 KiB a token for configs/models/125m.yaml in
+    bfloat16 (4.5 GiB at 131,072 tokens), 128 KiB for 8b.yaml. `reserved` slots are allocated when it is made, twice as
+    many whenever they are full; None: all max_tokens at once, which never moves.
 
     Attributes: lengths (list of int), tokens held of each row. max_tokens (int).
+
+    Raises: ValueError where the device has no room for it.
     """
 
     def __init__(
-        self, config: ModelConfig, rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        rows: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        reserved: int | None = None,
     ) -> None:
         if rows < 1 or max_tokens < 1:
             raise ValueError(f"a cache of {rows} rows of {max_tokens} tokens: expected at least 1 of both")
-        shape = (config.n_layers, 2, rows, config.n_kv_heads, max_tokens, config.head_size)
-        # zeros: slots that no row has filled get weight 0, and 0 * NaN would be NaN
-        self._memory = torch.zeros(shape, dtype=dtype, device=device)
+        slots = max_tokens if reserved is None else min(reserved, max_tokens)
+        shape = (config.n_layers, 2, rows, config.n_kv_heads, slots, config.head_size)
+        self._memory = _zeros(shape, dtype, device)
         self.window, self.max_tokens, self.dtype = config.window, max_tokens, dtype
         self.lengths = [0] * rows
 
@@ -89,6 +111,7 @@ class KVCache:
         """For a forward pass over n_tokens further tokens of each of the first `rows` rows: the extension, and one
         LayerCache a layer. Raises ValueError where they do not fit."""
         self.check_room(rows, n_tokens)
+        self.reserve(rows, n_tokens)
         extension = self._extension(self.lengths[:rows], n_tokens)
         return extension, self.layers(rows, extension)
 
@@ -102,6 +125,22 @@ class KVCache:
                 f"{n_tokens} tokens after {longest} make {longest + n_tokens}, but the cache has room for "
                 f"{self.max_tokens}: make it larger"
             )
+
+    @property
+    def slots(self) -> int:
+        """Of each row, how many there is memory for."""
+        return self._memory.shape[4]
+
+    def reserve(self, rows: int, n_tokens: int) -> bool:
+        """Make memory for n_tokens more of each of the first `rows` rows; true where that has moved all of it."""
+        needed = max(self.lengths[:rows]) + n_tokens
+        if needed <= self.slots:
+            return False
+        before, slots = self._memory, min(self.max_tokens, max(needed, 2 * self.slots))
+        shape = (*before.shape[:4], slots, before.shape[5])
+        self._memory = _zeros(shape, self.dtype, before.device)
+        self._memory[:, :, :, :, : before.shape[4]] = before
+        return True
 
     def layers(self, rows: int, extension: Extension) -> list[LayerCache]:
         """What each layer reads and writes in a forward pass over the first `rows` rows."""

@@ -46,6 +46,8 @@ class Decoder:
         they do not fit."""
         rows = len(tokens)
         self.cache.check_room(rows, 1)
+        if self.cache.reserve(rows, 1):
+            self._graphs.clear()  # they read the memory that was
         graph = self._graph(tokens) if self.cuda_graphs else None
         if graph is None:
             ids = torch.tensor(tokens, device=self.model.embedding.weight.device)
@@ -85,10 +87,10 @@ def step_size(cache: KVCache, rows: int) -> tuple[int, int]:
     Where one of them is full, the step has no further rows.
     """
     n_rows = min(_power_of_two(rows), len(cache.lengths))
-    if any(length == cache.max_tokens for length in cache.lengths[rows:n_rows]):
+    if any(length == cache.slots for length in cache.lengths[rows:n_rows]):
         n_rows = rows
     n_keys = max(FEWEST_KEYS, _power_of_two(max(cache.lengths[:n_rows]) + 1))
-    return n_rows, min(n_keys, cache.max_tokens)
+    return n_rows, min(n_keys, cache.slots)
 
 
 def _power_of_two(n: int) -> int:

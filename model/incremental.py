@@ -17,12 +17,13 @@ from model.cache import Extension, KVCache, LayerCache
 from model.transformer import Transformer
 
 
-def make_cache(model: Transformer, rows: int, max_tokens: int) -> KVCache:
-    """A cache in the dtype that the model's keys have here: autocast's where that is on, else the weights'."""
+def make_cache(model: Transformer, rows: int, max_tokens: int, reserved: int | None = None) -> KVCache:
+    """A cache in the dtype that the model's keys have here: autocast's where that is on, else the weights'. Arguments
+    and errors as of KVCache."""
     weight = model.embedding.weight
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return KVCache(model.config, rows, max_tokens, dtype, weight.device)
+    return KVCache(model.config, rows, max_tokens, dtype, weight.device, reserved)
 
 
 def extend(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:

@@ -183,3 +183,9 @@ def test_errors_name_the_numbers() -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenerationOptions(**{"max_new_tokens": 1, **options})
+
+
+def test_memory_is_for_the_tokens_that_come_not_for_those_allowed() -> None:
+    model = build()
+    found = generate(model, prompts(20), max_new_tokens=10**12, stop_when=lambda tokens: len(tokens) == 12)
+    assert found[0].tokens == greedy(model, prompts(20)[0], 12)

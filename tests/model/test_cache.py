@@ -144,6 +144,25 @@ def test_memory_is_what_the_docstring_says() -> None:
     )
 
 
+@pytest.mark.parametrize("window", [None, 10])
+def test_a_cache_that_grows_gives_the_same(window: int | None) -> None:
+    model = make(tiny(window=window))
+    tokens = torch.tensor(draw(40, 40))
+    whole, growing = make_cache(model, 2, 10**12, reserved=40), make_cache(model, 2, 10**12, reserved=3)
+    sizes = []
+    for start, stop in ((0, 3), (3, 5), (5, 6), (6, 39), (39, 40)):
+        expected, found = (extend(model, tokens[:, start:stop], cache) for cache in (whole, growing))
+        assert torch.equal(found, expected)
+        sizes.append(growing.slots)
+    assert sizes == [3, 6, 6, 39, 78] and whole.slots == 40
+    assert make_cache(model, 1, 8, reserved=50).slots == 8
+
+
+def test_memory_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"1 x 1,000,000,000,000,000 tokens take .* GiB, for which cpu has no room"):
+        make_cache(make(tiny()), 1, 10**15)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     model = make(tiny())
     cache = make_cache(model, 2, 8)

@@ -108,6 +108,25 @@ def test_sizes_are_powers_of_two_as_far_as_there_is_room() -> None:
 
 
 @pytest.mark.usefixtures("uncaptured")
+def test_graphs_of_memory_that_has_moved_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.decoding, "FEWEST_KEYS", 4)
+    network = make(tiny("asentmax", "nape"))
+    found = []
+    for reserved in (None, 4):
+        cache = make_cache(network, 2, 64, reserved)
+        prefill(network, draw(4, 2), cache, chunk_tokens=8)
+        decoder = Decoder(network, cache, cuda_graphs=True)
+        seen, hidden = [], []
+        for token in range(16):
+            hidden.append(decoder([token, token]))
+            seen.append(len(decoder._graphs))
+        found.append((torch.cat(hidden), seen))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+    # sizes 8, 16, 32 of one cache; of the other 8, 16, 32 too, each in memory of its own
+    assert found[0][1] == [1] * 4 + [2] * 8 + [3] * 4 and found[1][1] == [1] * 16
+
+
+@pytest.mark.usefixtures("uncaptured")
 def test_rows_behind_keep_what_they_hold() -> None:
     network = make(tiny("asentmax", "nape"))
     cache = make_cache(network, 4, 50)
