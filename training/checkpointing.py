@@ -198,7 +198,11 @@ def checkpoints_to_keep(complete: list[CheckpointInfo], config: CheckpointConfig
     if config.keep_every_hours:
         period, due = timedelta(hours=config.keep_every_hours), datetime.min.replace(tzinfo=UTC)
         for info in complete:
-            created = datetime.fromisoformat(info.meta["created"])
+            try:
+                created = datetime.fromisoformat(info.meta["created"]).astimezone(UTC)
+            except (KeyError, TypeError, ValueError):  # a damaged record is no reason to remove it
+                kept.append(info)
+                continue
             if created >= due:
                 kept.append(info)
                 due = created + period

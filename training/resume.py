@@ -102,6 +102,8 @@ def choose_start(run_dir: Path, resume: str) -> StartPoint:
 
 def _start_of(checkpoint: CheckpointInfo) -> StartPoint:
     checkpoint.require(samples=int, tokens=int)
+    if TRAINER_STATE not in checkpoint.meta["files"]:
+        raise ValueError(f"{checkpoint.path} has no {TRAINER_STATE} among its files; {WAY_OUT}")
     say(f"resuming from {checkpoint.path} (step {checkpoint.step})")
     return StartPoint(checkpoint)
 

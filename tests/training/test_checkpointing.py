@@ -211,6 +211,20 @@ def test_hourly_ones_and_milestones_are_kept_whenever_the_policy_is_applied() ->
     assert [info.step for info in checkpoints_to_keep(made, CheckpointConfig(keep_last=2))] == [19, 20]
 
 
+@pytest.mark.parametrize("record", [{}, {"created": 3}, {"created": "yesterday"}])
+def test_what_has_no_time_is_kept(record: dict[str, object]) -> None:
+    made = [CheckpointInfo(Path(str(step)), step, record) for step in range(4)]
+    kept = checkpoints_to_keep(made, CheckpointConfig(keep_last=2, keep_every_hours=1))
+    assert {info.step for info in kept} == {0, 1, 2, 3}
+
+
+def test_a_marker_without_the_trainers_state_is_one_line(tmp_path: Path) -> None:
+    marker = make_checkpoint(tmp_path, 5) / MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "files": {}}))
+    with pytest.raises(ValueError, match=f"step-00000005 has no {TRAINER_STATE} among its files; choose another"):
+        choose_start(tmp_path, "auto")
+
+
 def test_an_exported_model_is_no_checkpoint(tmp_path: Path) -> None:
     mark(tmp_path, {"step": 5}, marker=EXPORT_CONFIG)
     with pytest.raises(ValueError, match="is an exported model: it has weights only"):
