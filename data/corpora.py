@@ -6,26 +6,28 @@ A reader is chosen in YAML by `class_path` (see configs/data/prepare_*.yaml). To
 from __future__ import annotations
 
 import abc
-import gzip
 import hashlib
 import importlib.util
 import itertools
-import json
-import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from data import records
+
 Undecodable = Literal["error", "skip"]
+MissingText = Literal["error", "skip"]
 
 
 class Document(NamedTuple):
-    """text: None for a record that is left out (not UTF-8). group: package it belongs to, "" where there are none."""
+    """text: None for a record that is left out. group: package it belongs to, "" where there are none. missing: left
+    out because it has no text, not because it is not UTF-8."""
 
     text: str | None
     group: str = ""
+    missing: bool = False
 
 
 class Corpus(abc.ABC):
@@ -44,16 +46,17 @@ class Corpus(abc.ABC):
         return ""
 
 
-def _find_files(paths: list[str]) -> list[Path]:
-    """Files named by paths, folders (all files below) or glob patterns, sorted within each entry."""
+def _find_files(paths: list[str], hidden: bool) -> list[Path]:
+    """Files named by paths, folders (all files below, through symbolic links too) or glob patterns, sorted within each
+    entry; a file that several entries name is taken once. hidden: of folders, also what lies in .names."""
     found: list[Path] = []
     for entry in paths:
         path = Path(entry)
-        if any(c in entry for c in "*?["):
+        if any(c in entry for c in "*?[") and not path.exists():
             start = Path(path.anchor) if path.is_absolute() else Path()
             matches = sorted(p for p in start.glob(str(path.relative_to(start))) if p.is_file())
         elif path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.is_file())
+            matches = sorted(_files_below(path, hidden))
         else:
             matches = [path] if path.is_file() else []
         if not matches:
@@ -61,7 +64,37 @@ def _find_files(paths: list[str]) -> list[Path]:
                 f"no file matches corpus path {entry!r}; expected a file, a folder or a glob pattern"
             )
         found += matches
-    return found
+    return _each_once(found)
+
+
+def _each_once(files: list[Path]) -> list[Path]:
+    """The files without those that are another one by another name; says so where there are such."""
+    folders: dict[Path, Path] = {}
+    seen: dict[Path, Path] = {}
+    for path in files:
+        folder = folders.get(path.parent)
+        if folder is None:
+            folder = folders[path.parent] = path.parent.resolve()
+        seen.setdefault(path.resolve() if path.is_symlink() else folder / path.name, path)
+    if len(seen) < len(files):
+        print(f"{len(files) - len(seen)} files of the corpus are named more than once; each is read once")
+    return list(seen.values())
+
+
+def _files_below(root: Path, hidden: bool, leave_out: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """Files below a folder, linked folders included, but for one that leads back to a folder that it lies in."""
+    pending: list[tuple[Path, tuple[Path, ...]]] = [(root, (root.resolve(),))]
+    while pending:
+        folder, above = pending.pop()
+        for entry in folder.iterdir():
+            if leave_out(entry.name) or (entry.name.startswith(".") and not hidden):
+                continue
+            if entry.is_dir():
+                real = entry.resolve()
+                if real not in above:
+                    pending.append((entry, (*above, real)))
+            elif entry.is_file():
+                yield entry
 
 
 def _identity_of(files: list[Path]) -> str:
@@ -94,92 +127,117 @@ def _without_surrogates(text: str, on_undecodable: Undecodable, where: str) -> s
 class _FileCorpus(Corpus):
     """Corpus of the files that `paths` name: files, folders (everything below) or glob patterns."""
 
+    hidden = True  # of a folder, files and folders that begin with a dot as well
+
     def __init__(self, paths: list[str]) -> None:
         if not paths:
             raise ValueError("corpus paths are empty; give at least one file, folder or glob pattern")
         self.paths = paths
 
+    def files(self) -> list[Path]:
+        return _find_files(self.paths, self.hidden)
+
     def identity(self) -> str:
-        return _identity_of(_find_files(self.paths))
+        return _identity_of(self.files())
 
 
 class TextFiles(_FileCorpus):
     """Local text files, one document each.
 
     Args:
-        paths: files, folders (everything below) or glob patterns
+        paths: files, folders (everything below, but for names that begin with a dot, such as .git or the .cache of a
+            download) or glob patterns
         undecodable: what to do with a file that is not UTF-8
+        hidden: take files and folders whose names begin with a dot too
     """
 
-    def __init__(self, paths: list[str], undecodable: Undecodable = "error") -> None:
+    def __init__(self, paths: list[str], undecodable: Undecodable = "error", hidden: bool = False) -> None:
         super().__init__(paths)
         self.undecodable = undecodable
+        self.hidden = hidden
 
     def documents(self, skip: int) -> Iterator[Document]:
-        for path in _find_files(self.paths)[skip:]:
+        for path in self.files()[skip:]:
             yield Document(_decode(path, self.undecodable))
 
 
 class JsonLines(_FileCorpus):
-    """JSON lines, one document a line; files ending in .gz are decompressed.
+    """JSON lines, one document a line; files ending in .gz, .bz2, .xz or .zst are decompressed.
 
     Args:
-        paths: files, folders (everything below) or glob patterns
+        paths: files, folders (everything below, but for names that begin with a dot) or glob patterns
         text_field: key of the text
         undecodable: what to do with a text that is not UTF-8 (escaped lone surrogates)
+        missing_text: what to do with a record whose text is null or missing; "skip" counts it in the manifest
     """
 
-    def __init__(self, paths: list[str], text_field: str = "text", undecodable: Undecodable = "error") -> None:
+    hidden = False
+
+    def __init__(
+        self,
+        paths: list[str],
+        text_field: str = "text",
+        undecodable: Undecodable = "error",
+        missing_text: MissingText = "error",
+    ) -> None:
         super().__init__(paths)
-        self.text_field = text_field
+        self.field = TextField(text_field, missing_text)
         self.undecodable = undecodable
 
     def documents(self, skip: int) -> Iterator[Document]:
-        yield from itertools.islice(self._lines(), skip, None)
+        yield from itertools.islice(self._records(), skip, None)
 
-    def _lines(self) -> Iterator[Document]:
-        for path in _find_files(self.paths):
-            with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if not line.strip():
-                        continue
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
-                    text = _text_of(record, self.text_field, f"{path}:{number}")
-                    yield Document(_without_surrogates(text, self.undecodable, f"{path}:{number}"))
+    def _records(self) -> Iterator[Document]:
+        for path in self.files():
+            with records.opened(path) as file:
+                yield from documents_of_lines(file, str(path), self.field, self.undecodable)
+
+
+def documents_of_lines(
+    file: Iterable[bytes], name: str, field: TextField, undecodable: Undecodable
+) -> Iterator[Document]:
+    for record, where in records.json_lines(file, name):
+        document = field.document(record, where)
+        if document.text is not None:
+            document = Document(_without_surrogates(document.text, undecodable, where))
+        yield document
 
 
 class Parquet(_FileCorpus):
     """Parquet files, one document a row, read one row group at a time.
 
     Args:
-        paths: files, folders (everything below) or glob patterns
+        paths: files, folders (everything below, but for names that begin with a dot) or glob patterns
         text_field: column of the text
+        missing_text: what to do with a row whose text is null; "skip" counts it in the manifest
     """
 
-    def __init__(self, paths: list[str], text_field: str = "text") -> None:
+    hidden = False
+
+    def __init__(self, paths: list[str], text_field: str = "text", missing_text: MissingText = "error") -> None:
         super().__init__(paths)
-        self.text_field = text_field
+        self.field = TextField(text_field, missing_text)
 
     def documents(self, skip: int) -> Iterator[Document]:
+        import pyarrow
         import pyarrow.parquet
 
-        for path in _find_files(self.paths):
-            with pyarrow.parquet.ParquetFile(path) as file:
-                if self.text_field not in file.schema_arrow.names:
-                    raise _missing_field(self.text_field, file.schema_arrow.names, str(path))
-                for group in range(file.num_row_groups):
-                    rows = file.metadata.row_group(group).num_rows
-                    if skip >= rows:
-                        skip -= rows
-                        continue
-                    column = file.read_row_group(group, columns=[self.text_field]).column(0)
-                    for row in range(skip, rows):
-                        text = column[row].as_py()
-                        yield Document(_text_of({self.text_field: text}, self.text_field, f"{path} row {row}"))
-                    skip = 0
+        for path in self.files():
+            try:
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    self.field.check_column(file.schema_arrow.names, str(path))
+                    first = 0
+                    for group in range(file.num_row_groups):
+                        rows = file.metadata.row_group(group).num_rows
+                        if skip < rows:
+                            column = file.read_row_group(group, columns=[self.field.name]).column(0)
+                            for row in range(skip, rows):
+                                text = column[row].as_py()
+                                yield self.field.document({self.field.name: text}, f"{path} row {first + row}")
+                        skip = max(0, skip - rows)
+                        first += rows
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} cannot be read as Parquet ({error}); {records.WAY_OUT}") from error
 
 
 class SourceTree(Corpus):
@@ -226,7 +284,7 @@ class SourceTree(Corpus):
     def _documents_paths(self) -> Iterator[tuple[str, list[Path]]]:
         """Group and files of each document, in order."""
         for root in self.roots:
-            files = sorted(self._files_below(root))
+            files = _each_once(sorted(self._files_below(root)))
             if not files:
                 raise FileNotFoundError(f"no file below {root} matches {self.include}; change include or exclude")
             if self.join_directories:
@@ -238,13 +296,11 @@ class SourceTree(Corpus):
                 yield from ((self.group_of(root, path), [path]) for path in files)
 
     def _files_below(self, root: Path) -> Iterator[Path]:
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not _matches(name, self.exclude)]  # not walked at all
-            for name in names:
-                path = Path(folder, name)
-                wanted = _matches(name, self.include) and not _matches(name, self.exclude) and path.is_file()
-                if wanted and (self.max_file_bytes is None or path.stat().st_size <= self.max_file_bytes):
-                    yield path
+        for path in _files_below(root, True, lambda name: _matches(name, self.exclude)):
+            if _matches(path.name, self.include) and (
+                self.max_file_bytes is None or path.stat().st_size <= self.max_file_bytes
+            ):
+                yield path
 
     def documents(self, skip: int) -> Iterator[Document]:
         for group, paths in itertools.islice(self._documents_paths(), skip, None):
@@ -282,7 +338,10 @@ class StandardLibrary(SourceTree):
 
 
 class Hub(Corpus):
-    """A data set that the `datasets` library can load, from the hub or from local files of the same schema.
+    """A data set that the `datasets` library can load, from the hub or from local files.
+
+    JSON is not read by datasets, which turns strings that look like numbers or dates into such, gives null where a
+    number stands among texts, and refuses files whose other columns differ; only the files' names come from it.
 
     Args:
         path: first argument of datasets.load_dataset: a hub name, or "parquet" or "json" with data_files
@@ -292,6 +351,7 @@ class Hub(Corpus):
         revision: commit or tag of the data set; fix it for reproducible corpora
         text_field: column of the text
         streaming: read while downloading; False downloads everything first
+        missing_text: what to do with a record whose text is null; "skip" counts it in the manifest
     """
 
     def __init__(
@@ -303,23 +363,78 @@ class Hub(Corpus):
         revision: str | None = None,
         text_field: str = "text",
         streaming: bool = True,
+        missing_text: MissingText = "error",
     ) -> None:
-        self.text_field = text_field
-        self.arguments: dict[str, Any] = {"path": path, "name": name, "split": split, "streaming": streaming}
-        self.arguments |= {"data_files": data_files, "revision": revision}
+        self.path, self.split, self.streaming = path, split, streaming
+        self.field = TextField(text_field, missing_text)
+        self.arguments: dict[str, Any] = {"path": path, "name": name, "data_files": data_files, "revision": revision}
 
     def documents(self, skip: int) -> Iterator[Document]:
         import datasets
 
-        data = datasets.load_dataset(**self.arguments)
-        if not self.arguments["streaming"] and skip >= len(data):  # Dataset.skip raises there
-            return
-        if data.column_names is not None:  # None: known only after the first record
-            if self.text_field not in data.column_names:
-                raise _missing_field(self.text_field, data.column_names, f"data set {self.arguments['path']}")
-            data = data.select_columns([self.text_field])
-        for number, record in enumerate(data.skip(skip), start=skip):
-            yield Document(_text_of(record, self.text_field, f"data set {self.arguments['path']} record {number}"))
+        where = f"data set {self.path}"
+        try:
+            builder = datasets.load_dataset_builder(**self.arguments)
+            if isinstance(builder.config, _json_config()):
+                yield from itertools.islice(self._documents_of_json(builder), skip, None)
+                return
+            if isinstance(builder.config, _csv_config()):  # else numbers, dates and "NA" are no texts any more
+                as_text = {"converters": {self.field.name: str}, "keep_default_na": False}
+                builder = datasets.load_dataset_builder(**self.arguments, **as_text)
+            data = self._open(builder)
+            if data.column_names is not None:  # None: known only after the first record
+                self.field.check_column(data.column_names, where)
+                data = data.select_columns([self.field.name])
+            if not self.streaming and skip >= len(data):  # Dataset.skip raises there
+                return
+            for number, record in enumerate(data.skip(skip), start=skip):
+                yield self.field.document(record, f"{where} record {number}")
+        except (datasets.exceptions.DatasetsError, *_reading_errors()) as error:
+            cause = error.__cause__ or error
+            raise ValueError(f"{where} cannot be read ({type(cause).__name__}: {cause}); mend or remove it") from error
+
+    def _open(self, builder: Any) -> Any:
+        if self.streaming:
+            return builder.as_streaming_dataset(split=self.split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=self.split)
+
+    def _documents_of_json(self, builder: Any) -> Iterator[Document]:
+        from datasets.download import DownloadConfig, DownloadManager, StreamingDownloadManager
+        from datasets.utils.file_utils import xopen
+
+        files = builder.config.data_files or {}
+        if self.split not in files:
+            raise ValueError(f"data set {self.path} has no split {self.split!r} (it has: {', '.join(map(str, files))})")
+        kind = StreamingDownloadManager if self.streaming else DownloadManager
+        config = DownloadConfig(token=builder.token, extract_on_the_fly=True)
+        manager = kind(dataset_name=builder.dataset_name, download_config=config, base_path=builder.base_path)
+        for origin in files[self.split]:
+            single = not str(origin).endswith((".tar.gz", ".tgz", ".zip", ".tar"))  # datasets unpacks archives only
+            names = manager.iter_files(manager.download(origin) if single else manager.download_and_extract(origin))
+            for name in names:
+                with xopen(name, "rb") as file, records.reading(str(origin)):
+                    content = records.decompressed(file, str(origin)) if single else file
+                    yield from documents_of_lines(content, str(origin), self.field, "error")
+
+
+def _json_config() -> type:
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    return JsonConfig
+
+
+def _csv_config() -> type:
+    from datasets.packaged_modules.csv.csv import CsvConfig
+
+    return CsvConfig
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """What comes through datasets from damaged files."""
+    import pyarrow
+
+    return (pyarrow.ArrowException, EOFError, *records.DECOMPRESSION_ERRORS)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -334,14 +449,33 @@ def _package_folder(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _text_of(record: Any, text_field: str, where: str) -> str:
-    if not isinstance(record, dict) or text_field not in record:
-        raise _missing_field(text_field, list(record) if isinstance(record, dict) else [], where)
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} is {type(text).__name__}, expected text; set text_field")
-    return text
+class TextField:
+    """The field of a record that holds its text. missing_text: what to do where there is none."""
 
+    def __init__(self, name: str, missing_text: MissingText) -> None:
+        self.name, self.missing_text = name, missing_text
 
-def _missing_field(text_field: str, fields: list[str], where: str) -> ValueError:
-    return ValueError(f"{where} has no field {text_field!r} (it has: {', '.join(fields)}); set text_field")
+    def document(self, record: Any, where: str) -> Document:
+        """Raises ValueError for a record without the field, without text, or with something else there."""
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is {type(record).__name__}, expected an object with the field {self.name!r}")
+        text = record.get(self.name)
+        if isinstance(text, str):
+            return Document(text)
+        if text is not None:
+            raise ValueError(
+                f"{where}: field {self.name!r} is {type(text).__name__} ({str(text)[:40]!r}), expected text; mend or "
+                "remove the record, or set corpus.text_field"
+            )
+        if self.missing_text == "skip":
+            return Document(None, missing=True)
+        if self.name not in record:
+            self.check_column(list(record), where)
+        raise ValueError(
+            f"{where}: field {self.name!r} is null, expected text; set corpus.missing_text: skip to leave such records "
+            "out and count them"
+        )
+
+    def check_column(self, names: list[str], where: str) -> None:
+        if self.name not in names:
+            raise ValueError(f"{where} has no field {self.name!r} (it has: {', '.join(names)}); set corpus.text_field")

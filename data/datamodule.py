@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from common.files import check_keys
 from data.length_generalisation import NO_TASK, TaskConfig, TaskSource
 from data.mixture import Mixture, SourceConfig
-from data.packing import Sequences
+from data.packing import Packing, Sequences
 from data.store import Verify
 from data.workers import start_worker, worker_context
 
@@ -155,7 +155,7 @@ class PackedDataModule(lightning.LightningDataModule):
         intra_document: attention and loss stay within documents; False lets them cross
         num_workers: loader processes per rank
         val_sequences: held-out sequences of a validation, over all ranks, the same for every seed; 0 for no validation
-        verify: "checksum" reads every shard once at the start, "size" compares sizes only
+        verify: "checksum" reads every shard that has changed since it was last read so, "size" compares sizes only
     """
 
     def __init__(
@@ -274,6 +274,9 @@ class PackedDataModule(lightning.LightningDataModule):
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
         packing = self.train_packing()
         dataset = PackedDataset(packing, self._samples_of_run(packing))
+        if rank == 0 and isinstance(packing, Packing):
+            for line in packing.passes(len(dataset), self.consumed_samples):
+                print(line, flush=True)
         return self._loader(dataset, MicroBatchSampler(self, dataset, rank, world_size))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data.packing import Packing
-from data.store import TokenStore, Verify, read_record
+from data.store import TokenStore, Verify, read_manifest
+from data.tokenizer import Tokenizer
 
 
 @dataclass
@@ -65,10 +66,11 @@ class Mixture:
         self._stores: dict[str, list[TokenStore]] = {}
 
     def prepare(self) -> None:
-        """Verify every shard. Raises as `open`."""
+        """Verify every shard and the tokenizer. Raises as `open`."""
         for source in self.sources:
             for split in self._splits_of(source):
-                TokenStore(Path(source.path) / split, verify=self.verify)
+                store = TokenStore(Path(source.path) / split, verify=self.verify)
+            Tokenizer(store.tokenizer_path)  # refuses one that changes text
 
     def open(self) -> None:
         """Open the corpora. Raises FileNotFoundError or ValueError for missing, damaged or mismatching ones."""
@@ -91,7 +93,7 @@ class Mixture:
     def _splits_of(self, source: SourceConfig) -> list[str]:
         """The splits to open: train always, heldout where it is wanted and the source has held out anything."""
         way_out = f"prepare the corpus first: python -m data.prepare --config ... --output {source.path}"
-        splits = read_record(Path(source.path) / "manifest.json", way_out)["splits"]
+        splits = read_manifest(Path(source.path), way_out)["splits"]
         return ["train"] + ["heldout"] * bool(self.heldout and splits["heldout"]["documents"])
 
     def _store(self) -> TokenStore:

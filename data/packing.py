@@ -160,6 +160,7 @@ class Stream:
         self.store = store
         self.shard_totals = shard_totals
         self.lower, self.upper = lower, upper
+        self.name = name
         self.sequence_length = sequence_length
         self.seed, self.stream = seed, stream
         self.num_tokens = int(shard_totals.sum())
@@ -318,6 +319,17 @@ class Packing:
     def sequences_per_pass(self) -> int:
         """Sequences of one epoch of every stream, added up."""
         return sum(stream.windows_per_epoch for stream in self.streams)
+
+    def passes(self, sequences: int, consumed: int) -> list[str]:
+        """A line for each stream that a run of `sequences` goes through more than once: how many times, and in which
+        pass sequence `consumed` is."""
+        lines = []
+        for stream, share in zip(self.streams, self.shares, strict=True):
+            planned = float(share * sequences / stream.windows_per_epoch)
+            current = int(share * consumed / stream.windows_per_epoch) + 1
+            if planned > 1:
+                lines.append(f"{planned:.3g} passes over {stream.name} are planned; this is pass {current}")
+        return lines
 
     def locate(self, index: int) -> tuple[int, int]:
         """(stream, k) of sequence `index` of the run."""

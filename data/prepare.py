@@ -8,27 +8,33 @@ undisturbed one. The manifest comes last; a corpus without it is unfinished.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import os
 import shutil
+import sys
+from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 from tqdm import tqdm
 
 from common.errors import user_errors
-from common.files import write_file, write_json
+from common.files import check_keys, write_file, write_json
 from common.locks import folder_lock
 from data.corpora import Corpus, Document
 from data.encoding import map_groups, read_groups, shard_name
-from data.store import FORMAT, SPLITS, read_record
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.store import COUNT_KEYS, FORMAT, SPLITS, read_manifest, read_record
+from data.tokenizer import LEAST_VOCABULARY, Tokenizer, train_tokenizer
 
+UNFINISHED_OVERWRITE = {"overwrite": "unfinished"}
+GROUP_KEYS = {"end": int, "undecodable": int, "splits": dict}
 WAY_OUT = "choose another --output, or start over with --overwrite true"
 
 
@@ -49,6 +55,13 @@ class TokenizerConfig:
     sample_bytes: int = 32 * 2**20
     scan_bytes: int = 2 * 2**30
     split_by_unicode_script: bool = True
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < LEAST_VOCABULARY:
+            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}, expected at least {LEAST_VOCABULARY}")
+        for name in ("sample_bytes", "scan_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"tokenizer.{name} is {value}, expected at least 1")
 
 
 @dataclasses.dataclass
@@ -78,14 +91,17 @@ class PrepareConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty; name a folder")
         if not 0.0 <= self.heldout_fraction < 1.0:
             raise ValueError(f"heldout_fraction is {self.heldout_fraction}, expected a number in [0, 1)")
         if self.heldout_groups and self.heldout_fraction:
             raise ValueError("heldout_groups and heldout_fraction are both set; set one of them")
-        for name in ("max_documents", "shard_bytes", "workers"):
+        limits = {"max_documents": 2**62, "shard_bytes": 2**34, "workers": max(64, 4 * (os.cpu_count() or 1))}
+        for name, most in limits.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} is {value}, expected at least 1 and at most {most}")
 
 
 def in_group(group: str, name: str) -> bool:
@@ -107,7 +123,11 @@ def read_documents(config: PrepareConfig, skip: int) -> Iterator[Document]:
 
 def finished_groups(output: Path) -> dict[int, dict[str, Any]]:
     records = sorted((output / "progress").glob("[0-9]*.json"))
-    return {int(path.stem): read_record(path, WAY_OUT) for path in records}
+    groups = {int(path.stem): read_record(path, WAY_OUT, GROUP_KEYS) for path in records}
+    for path, group in zip(records, groups.values(), strict=True):
+        for split, counts in group["splits"].items():
+            check_keys(counts, COUNT_KEYS, f"{path}, split {split},", WAY_OUT)
+    return groups
 
 
 def encode_corpus(config: PrepareConfig, output: Path, tokenizer: Tokenizer) -> dict[int, dict[str, Any]]:
@@ -121,8 +141,9 @@ def encode_corpus(config: PrepareConfig, output: Path, tokenizer: Tokenizer) -> 
     groups = read_groups(documents, functools.partial(is_heldout, config), config.shard_bytes, first, skip)
     groups = (group for group in groups if group.index not in done)
     workers = config.workers or len(os.sched_getaffinity(0))
-    with tqdm(desc="encoding", unit="B", unit_scale=True) as bar:
-        for group_index, num_bytes, record in map_groups(groups, output, tokenizer, workers):
+    finished = map_groups(groups, output, tokenizer, workers)
+    with tqdm(desc="encoding", unit="B", unit_scale=True) as bar, contextlib.closing(finished):
+        for group_index, num_bytes, record in finished:
             done[group_index] = record
             bar.update(num_bytes)
     return done
@@ -181,12 +202,46 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_config(stored: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """Key -> "OLD there, NEW now" of what would give other shards."""
     old, new = flatten(stored), flatten(wanted)
+    for config in (old, new):  # readers' later options, at what they did before there were such
+        config.setdefault("corpus.init_args.missing_text", "error")
+        config.pop("corpus.init_args.hidden", None)  # which files there are is in the identity
+    for key in ("corpus.init_args.missing_text", "corpus.init_args.undecodable"):
+        if old.get(key) == "error":  # nothing has been left out so far, whatever happens now
+            new[key] = "error"
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return {key: f"{old.get(key)!r} there, {new.get(key)!r} now" for key in differing}
+
+
+def refuse_other_config(differing: dict[str, str], output: Path) -> None:
+    """Raises ValueError where anything differs."""
     if differing:
-        changes = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing)
+        changes = "; ".join(f"{key}: {change}" for key, change in differing.items())
         raise ValueError(f"{output} was prepared with another config ({changes}); {WAY_OUT}")
+
+
+def check_unfinished(config: PrepareConfig, stored: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+    """Raises ValueError unless a run of `wanted` may continue what one of `stored` began: nothing but its settings, or
+    documents that are the same still; those that come later may have been mended."""
+    made = (output / "tokenizer.model").exists() or any((output / split).exists() for split in SPLITS)
+    if not made and stored != UNFINISHED_OVERWRITE:
+        return
+    differing = differences(stored, wanted)
+    if differing.keys() - {"corpus_identity"}:
+        refuse_other_config(differing, output)
+    if differing and (done := finished_groups(output)):
+        print(f"the corpus has changed; comparing the documents that {output} has already", flush=True)
+        last = max(done)
+        holds_out = functools.partial(is_heldout, config)
+        found = {}
+        for group in read_groups(read_documents(config, 0), holds_out, config.shard_bytes, 0, 0):
+            found[group.index] = group.digest
+            if group.index >= last:
+                break
+        if any(found.get(index) != record.get("digest", "none") for index, record in done.items()):
+            refuse_other_config(differing, output)
 
 
 def remove_earlier_run(output: Path) -> None:
@@ -195,7 +250,7 @@ def remove_earlier_run(output: Path) -> None:
     if not config_file.exists() and not (output / "manifest.json").exists():
         return
     config_file.parent.mkdir(exist_ok=True)
-    write_json(config_file, {"format": FORMAT, "config": {"overwrite": "unfinished"}}, sort_keys=True)
+    write_json(config_file, {"format": FORMAT, "config": UNFINISHED_OVERWRITE}, sort_keys=True)
     for name in ("manifest.json", "tokenizer.model"):
         (output / name).unlink(missing_ok=True)
     for split in SPLITS:
@@ -216,17 +271,19 @@ def write_manifest(
     manifest = {"format": FORMAT, "config": config, "splits": splits}
     manifest |= {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
     manifest["undecodable_documents"] = sum(record["undecodable"] for record in groups.values())
+    manifest["documents_without_text"] = sum(record.get("missing", 0) for record in groups.values())
     write_json(output / "manifest.json", manifest, sort_keys=True)
 
 
 def summary(output: Path) -> str:
-    manifest = read_record(output / "manifest.json", WAY_OUT)
+    manifest = read_manifest(output, WAY_OUT)
     parts = [
         f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes"
         for split, counts in manifest["splits"].items()
     ]
-    skipped = manifest["undecodable_documents"]
-    return "; ".join(parts) + (f"; left out {skipped:,} documents that are not UTF-8" if skipped else "")
+    for count, why in (("undecodable_documents", "that are not UTF-8"), ("documents_without_text", "without text")):
+        parts += [f"left out {manifest[count]:,} documents {why}"] * bool(manifest.get(count))
+    return "; ".join(parts)
 
 
 def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
@@ -243,12 +300,13 @@ def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
         if config.overwrite:
             remove_earlier_run(output)
         if (output / "manifest.json").exists():
-            check_same_config(read_record(output / "manifest.json", WAY_OUT)["config"], wanted, output)
+            stored = read_record(output / "manifest.json", WAY_OUT, {"config": dict})["config"]
+            refuse_other_config(differences(stored, wanted), output)
             shutil.rmtree(progress, ignore_errors=True)  # left when a run was killed after its manifest
             print(f"{output} is already prepared: {summary(output)}")
             return
         if config_file.exists():
-            check_same_config(read_record(config_file, WAY_OUT)["config"], wanted, output)
+            check_unfinished(config, read_record(config_file, WAY_OUT, {"config": dict})["config"], wanted, output)
         elif any(path.name not in (".lock", "progress") for path in output.iterdir()):
             raise ValueError(f"{output} holds files of something else; choose another --output")
         check_heldout_groups(config)
@@ -263,16 +321,32 @@ def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
         print(f"prepared {output}: {summary(output)}")
 
 
+def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> jsonargparse.Namespace:
+    """The settings. Raises ArgumentError, or ValueError that names the file for one that is no YAML."""
+    try:
+        return parser.parse_args(arguments)
+    except (ArgumentError, UnicodeDecodeError) as error:
+        given = zip(["", *arguments], [*arguments, ""], strict=True)  # each argument with the one before it
+        for name in [now if before == "--config" else now.partition("--config=")[2] for before, now in given]:
+            try:
+                yaml.safe_load(Path(name).read_bytes() if name and Path(name).is_file() else b"")
+            except (yaml.YAMLError, UnicodeDecodeError) as problem:
+                raise ValueError(f"{name} is no valid YAML ({problem}); mend it") from error
+        raise
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = jsonargparse.ArgumentParser(prog="python -m data.prepare", description="Prepare a corpus as token shards.")
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m data.prepare", description="Prepare a corpus as token shards.", exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML file, e.g. configs/data/prepare_stdlib.yaml")
     parser.add_class_arguments(PrepareConfig)
-    settings = parser.parse_args(arguments)
+    settings = parse(parser, sys.argv[1:] if arguments is None else arguments)
     corpus_settings = settings.corpus.as_dict()
     config = PrepareConfig(**{k: v for k, v in parser.instantiate(settings).items() if k != "config"})
     prepare(config, corpus_settings)
 
 
 if __name__ == "__main__":
-    with user_errors(RuntimeError):
+    with user_errors(RuntimeError, stopped="stopped by Ctrl-C; the same command continues"):
         main()

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.files import read_json, write_file, write_json
+from common.files import check_keys, read_json, write_file, write_json
+from data.verified import read_stamp, signature, write_stamp
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -38,6 +39,23 @@ def read_record(path: Path, way_out: str, keys: Mapping[str, type | tuple[type, 
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has format {content.get('format')!r}, expected {FORMAT}; {way_out}")
     return content
+
+
+COUNT_KEYS = {"documents": int, "tokens": int, "bytes": int}
+MANIFEST_KEYS = {"splits": dict, "tokenizer_fingerprint": str, "vocab_size": int}
+SHARD_KEYS = {**COUNT_KEYS, "dtype": str, "tokenizer_fingerprint": str, "files": dict}
+
+
+def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
+    """The manifest of a prepared corpus. Raises as `read_json`, also for splits that are not what they should be."""
+    path = folder / "manifest.json"
+    manifest = read_record(path, way_out, MANIFEST_KEYS)
+    for split in SPLITS:
+        check_keys(manifest["splits"], {split: dict}, f"{path}, splits,", way_out)
+        counts = check_keys(manifest["splits"][split], {**COUNT_KEYS, "shards": list}, f"{path}, {split},", way_out)
+        if not all(isinstance(name, str) for name in counts["shards"]):
+            raise ValueError(f"{path}, {split}, names shards that are no texts; {way_out}")
+    return manifest
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -84,7 +102,8 @@ def write_shard(
 class TokenStore:
     """Read one split of a prepared corpus, e.g. TokenStore("prepared/stdlib/train"), by memory maps.
 
-    verify: "size" compares the size of every file with its record, "checksum" also its sha256.
+    verify: "size" compares the size of every file with its record, "checksum" also the sha256 of those that have
+    changed since it was last compared.
     Raises FileNotFoundError (missing manifest, shard or tokenizer) or ValueError (wrong size, checksum, tokenizer,
     or no documents). Memory is bounded: tokens and offsets stay on disk; only `lengths` and `num_bytes` hold 8 bytes
     per document. Copies sent to other processes carry no open maps.
@@ -95,7 +114,7 @@ class TokenStore:
         if verify not in ("size", "checksum"):
             raise ValueError(f"verify is {verify!r}, expected 'size' or 'checksum'")
         self.way_out = f"prepare the corpus again: python -m data.prepare --config ... --output {self.folder.parent}"
-        manifest = read_record(self.folder.parent / "manifest.json", self.way_out)
+        manifest = read_manifest(self.folder.parent, self.way_out)
         if self.folder.name not in manifest["splits"]:
             raise FileNotFoundError(f"{self.folder} is no split of a corpus; expected one of {', '.join(SPLITS)}")
         split = manifest["splits"][self.folder.name]
@@ -136,7 +155,13 @@ class TokenStore:
             )
 
     def _read_meta(self, name: str) -> dict[str, Any]:
-        meta = read_record(self.folder / f"{name}.json", self.way_out)
+        path = self.folder / f"{name}.json"
+        meta = read_record(path, self.way_out, SHARD_KEYS)
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"{path} has dtype {meta['dtype']!r}, expected 'uint16' or 'uint32'; {self.way_out}")
+        for file_name in (f"{name}.bin", f"{name}.idx.npy"):
+            check_keys(meta["files"], {file_name: dict}, f"{path}, files,", self.way_out)
+            check_keys(meta["files"][file_name], {"bytes": int, "sha256": str}, f"{path}, {file_name},", self.way_out)
         if meta["tokenizer_fingerprint"] != self.fingerprint_of_tokenizer:
             raise ValueError(
                 f"shard {self.folder / name} was written with tokenizer {meta['tokenizer_fingerprint'][:12]}, the "
@@ -154,19 +179,34 @@ class TokenStore:
                     raise ValueError(f"shard file {path} has {size} bytes, expected {record['bytes']}; {self.way_out}")
 
     def verify_checksums(self) -> None:
-        """Raises ValueError when the sha256 of a shard file differs from its record."""
-        files = {name: record for meta in self._shards for name, record in meta["files"].items()}
+        """Read the shard files that have changed since they were last verified (see data.verified).
+
+        Raises ValueError when the sha256 of one differs from its record.
+        """
+        records = {name: record for meta in self._shards for name, record in meta["files"].items()}
+        before = {name: signature((self.folder / name).stat(), record["sha256"]) for name, record in records.items()}
+        stamp = read_stamp(self.folder)
+        verified = {name: sign for name, sign in before.items() if stamp.get(name) == sign}
+        files = {name: record for name, record in records.items() if name not in verified}
         total = sum(record["bytes"] for record in files.values())
-        with tqdm(desc=f"checksums of {self.folder}", total=total, unit="B", unit_scale=True, delay=5) as bar:
-            for name, record in files.items():
-                with open(self.folder / name, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != record["sha256"]:
-                    raise ValueError(
-                        f"shard file {self.folder / name} has sha256 {found[:12]}, expected {record['sha256'][:12]} "
-                        f"(damaged); {self.way_out}"
-                    )
-                bar.update(record["bytes"])
+        try:
+            with tqdm(desc=f"checksums of {self.folder}", total=total, unit="B", unit_scale=True, delay=5) as bar:
+                for name, record in files.items():
+                    self._verify_checksum(name, record["sha256"])
+                    verified[name] = before[name]  # of before it was read, so that a change meanwhile shows
+                    bar.update(record["bytes"])
+        finally:
+            if files:
+                write_stamp(self.folder, verified)
+
+    def _verify_checksum(self, name: str, expected: str) -> None:
+        with open(self.folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"shard file {self.folder / name} has sha256 {found[:12]}, expected {expected[:12]} (damaged); "
+                f"{self.way_out}"
+            )
 
     def _open_caches(self) -> None:
         self._open_tokens = functools.lru_cache(OPEN_SHARDS)(self._map_tokens)
@@ -177,7 +217,15 @@ class TokenStore:
         return np.memmap(path, dtype=self._shards[shard]["dtype"], mode="r")
 
     def _map_index(self, shard: int) -> NDArray[np.int64]:
-        return np.load(self.folder / f"{self.shard_names[shard]}.idx.npy", mmap_mode="r")
+        path = self.folder / f"{self.shard_names[shard]}.idx.npy"
+        expected = (2, self._shards[shard]["documents"] + 1)
+        try:
+            index = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no index of a shard ({error}); {self.way_out}") from error
+        if index.shape != expected or index.dtype != np.int64:
+            raise ValueError(f"{path} has {index.dtype} {index.shape}, expected int64 {expected}; {self.way_out}")
+        return index
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_open_")}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import math
 import os
 import re
 import string
@@ -26,8 +27,23 @@ SPACE_MARK = "\u2581"
 # are encoded in chunks that end at a newline. Texts up to this length are encoded whole.
 CHUNK_CHARACTERS = 32768
 TRAINING_LINE_CHARACTERS = 4096
-# Characters that are pieces in every tokenizer, whatever its corpus. Not losing the space depends on it.
+# Characters that become pieces unless they fall among the rarest ones of the corpus, which COVERAGE leaves to bytes.
+# The space never does: not losing it depends on its piece.
 ALWAYS_PIECES = " \n\t" + string.digits + string.ascii_letters + string.punctuation
+COVERAGE = 0.9995
+LEAST_VOCABULARY = 3 + 256 + 1  # unk, bos and eos, the bytes, the space
+# Texts that a tokenizer must give back. Of the last two, encoded in chunks, one has the seam inside spaces, the other
+# behind a newline.
+PROBES = (
+    "def f(x):\n    return  1\n", " x", "x ", "", " ", "  ", "a  b   c", "\t\tx\t y", "\n\n\n", "a\r\nb\rc",
+    "A\0b\x01\x7f\x85c", "e\u0301 \u212b \ufb01 \xbd \uff21 \u3000\xa0x", "\ufeffx\u200b\u200d\u2028y",
+    "\U0001f469\u200d\U0001f680 \U0010ffff", "\u2581 \u2581", "<s></s><unk><0x0A>", string.printable, " " * 40,
+    "a" * (CHUNK_CHARACTERS - 2) + "     b", "a b\n" * (CHUNK_CHARACTERS // 4) + " c",
+)  # fmt: skip
+LOSSLESS = (
+    "use one that data.prepare trains, or train it with normalization_rule_name identity, add_dummy_prefix false and "
+    "remove_extra_whitespaces false"
+)
 
 
 def split_into_chunks(text: str, limit: int) -> Iterator[str]:
@@ -47,7 +63,8 @@ class Tokenizer:
     """Encode and decode with a SentencePiece model file trained by `train_tokenizer`.
 
     Attributes: path (Path), fingerprint (sha256 hex of the model file), vocab_size, bos_id, eos_id (int).
-    Raises FileNotFoundError when the file is missing, ValueError when it is no SentencePiece model with byte fallback.
+    Raises FileNotFoundError when the file is missing, ValueError when it is no SentencePiece model with byte fallback
+    or one that changes texts.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,13 +76,14 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"{self.path} is not a SentencePiece model ({error}); prepare the corpus again") from error
+            raise ValueError(f"{self.path} is not a SentencePiece model; prepare the corpus again") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self._piece_bytes = [self._bytes_of_piece(i) for i in range(self.vocab_size)]
-        self._check_is_lossless()
+        self._check_pieces()
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+        self._check_is_lossless()
 
     def _bytes_of_piece(self, token: int) -> bytes:
         piece: str = self._processor.id_to_piece(token)
@@ -75,14 +93,37 @@ class Tokenizer:
             return b""
         return piece.replace(SPACE_MARK, " ").encode()
 
-    def _check_is_lossless(self) -> None:
+    def _check_pieces(self) -> None:
         byte_pieces = sum(self._processor.is_byte(i) for i in range(self.vocab_size))
         has_space = self._processor.piece_to_id(SPACE_MARK) != self._processor.unk_id()
         if byte_pieces != 256 or not has_space or min(self.bos_id, self.eos_id) < 0:
             raise ValueError(
                 f"tokenizer {self.path} has {byte_pieces} byte pieces, space piece: {has_space}, bos {self.bos_id}, "
-                f"eos {self.eos_id}; expected 256 byte pieces, a space piece, bos and eos: train it with data.prepare"
+                f"eos {self.eos_id}; expected 256 byte pieces, a space piece, bos and eos: use one that data.prepare "
+                "trains"
             )
+
+    def _check_is_lossless(self) -> None:
+        """Raises ValueError when a probe is given back changed, or any character of the first two planes."""
+        for probe in PROBES:
+            self.check_round_trip(probe, self.encode(probe), LOSSLESS)
+        characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000)]))
+        if self._processor.normalize(characters) != characters.replace(" ", SPACE_MARK):
+            for character in characters:
+                self.check_round_trip(f"x{character}y", self.encode(f"x{character}y"), LOSSLESS)
+
+    def check_round_trip(self, text: str, ids: Sequence[int], way_out: str) -> None:
+        """Raises ValueError, which shows where, when `ids` do not decode to `text`. way_out: ends the message."""
+        if b"".join([self._piece_bytes[i] for i in ids]) == text.encode():
+            return
+        back = self.decode(ids)
+        same = len(os.path.commonprefix([text, back]))
+        start = max(0, same - 20)
+        where = f" (from character {start})" if start else ""
+        raise ValueError(
+            f"tokenizer {self.path} changes text: {text[start : same + 30]!r}{where} comes back as "
+            f"{back[start : same + 30]!r}; {way_out}"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos and eos. Raises ValueError on lone surrogates (not UTF-8)."""
@@ -160,13 +201,16 @@ def train_tokenizer(
     BPE, not unigram: on 11 MB of Python sources it gives 3 to 5 % more bytes per token and trains in 2 s, not 50 s.
     Identity normalisation, no dummy prefix, whitespace runs and newlines kept, digits split, byte fallback.
     split_by_unicode_script: False lets a piece join letters and punctuation, 8 to 17 % more bytes per token on code.
-    Raises ValueError when the sample cannot give `vocab_size` pieces.
+    Raises ValueError, which says what size would fit, when the sample cannot give `vocab_size` pieces.
     """
+    if vocab_size < LEAST_VOCABULARY:
+        raise ValueError(f"tokenizer.vocab_size is {vocab_size}, expected at least {LEAST_VOCABULARY}")
     sample = sample_lines(texts, sample_bytes, scan_bytes)
     if not sample:
         raise ValueError("cannot train a tokenizer: the training split of the corpus has no text")
     # U+2581 never reaches SentencePiece in encode, so neither here. Only characters that occur can become pieces.
     lines = [part for line in sample for part in line.split(SPACE_MARK) if part] + [ALWAYS_PIECES]
+    lines += [" "] * _missing_spaces(lines)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -181,7 +225,7 @@ def train_tokenizer(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             split_by_unicode_script=split_by_unicode_script,
-            character_coverage=0.9995,
+            character_coverage=COVERAGE,
             required_chars=ALWAYS_PIECES.replace(" ", SPACE_MARK),
             max_sentence_length=4 * TRAINING_LINE_CHARACTERS,
             unk_id=0,
@@ -191,10 +235,29 @@ def train_tokenizer(
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
-        size = sum(len(line) for line in sample)
-        raise ValueError(
-            f"vocab_size {vocab_size} cannot be trained on a sample of {size} characters ({error}); "
-            "change vocab_size or give more text"
-        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _no_such_vocabulary(vocab_size, sum(map(len, sample)), str(error)) from error
     write_file(Path(model_path), model.getvalue())
+
+
+def _missing_spaces(lines: list[str]) -> int:
+    """Spaces to add so that the space is not among the rarest characters, which SentencePiece drops to reach COVERAGE
+    even where they are required_chars: after DNA or base64 there would be none. Lines of one space form no pairs."""
+    total, spaces = sum(map(len, lines)), sum(line.count(" ") for line in lines)
+    rare = 1 - COVERAGE
+    return math.ceil((rare * total - spaces) / (1 - rare)) + 1 if spaces <= rare * total else 0
+
+
+def _no_such_vocabulary(vocab_size: int, characters: int, message: str) -> ValueError:
+    """What SentencePiece's message about a vocabulary means for whoever runs data.prepare."""
+    start = f"tokenizer.vocab_size {vocab_size} is"
+    if most := re.search(r"size too high .* a value <= (\d+)", message):
+        return ValueError(
+            f"{start} too large for a sample of {characters} characters, which gives at most {most[1]} pieces; set "
+            f"tokenizer.vocab_size to {most[1]} or less, or give more text"
+        )
+    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+        return ValueError(f"{start} too small for the characters of the corpus, expected at least {least[1]}")
+    if vocab_size >= 2**31:
+        return ValueError(f"{start} too large, expected less than 2147483648")
+    return ValueError(f"{start} no size that a sample of {characters} characters can be trained to ({message})")

@@ -232,3 +232,18 @@ def test_a_stream_shorter_than_one_sequence_is_refused(sequence_length: int, buc
     store = MemoryStore([[10, 10]])
     with pytest.raises(ValueError, match=f"{what}.*fewer than one sequence of {sequence_length}"):
         make_packing(store, sequence_length=sequence_length, length_buckets=[buckets])
+
+
+def test_passes_are_told_by_source_with_the_one_that_is_running() -> None:
+    small, large = MemoryStore([[40, 40]]), MemoryStore([[400, 400]])
+    packing = Packing(
+        [small, large], weights=[1, 3], length_buckets=[{0: 1.0}, {0: 1.0}], names=["small", "large"],
+        sequence_length=8, seed=0, intra_document=True,
+    )  # fmt: skip
+    assert packing.passes(40, 0) == []
+    assert packing.passes(128, 0) == [
+        "3.2 passes over documents of small with 0 <= tokens < infinity are planned; this is pass 1"
+    ]
+    assert [line.rpartition(";")[2] for line in packing.passes(200, 120)] == [" this is pass 4", " this is pass 1"]
+    first_of_pass = next(i for i in range(1000) if packing.locate(i) == (0, 30))
+    assert packing.passes(128, first_of_pass + 1)[0].endswith("this is pass 4")

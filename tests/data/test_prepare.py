@@ -141,6 +141,125 @@ def test_a_changed_corpus_is_refused_and_overwrite_starts_over(tmp_path: Path) -
     assert TokenStore(output / "train").num_documents == 2
 
 
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.fixture
+def lines(prepared: Path, tmp_path: Path) -> tuple[Path, list[str], list[str]]:
+    """A file of JSON lines, its lines, and the options that prepare it in groups of about 10 lines."""
+    good = [json.dumps({"text": f"document {number} " + "abc " * 50}) for number in range(60)]
+    path = tmp_path / "a.jsonl"
+    options = ["--corpus=data.corpora.JsonLines", f"--corpus.paths=[{path}]", "--workers=1", "--shard_bytes=2000"]
+    return path, good, [*options, f"--tokenizer.path={prepared / 'tokenizer.model'}"]
+
+
+def test_a_mended_line_continues_to_the_bytes_of_a_run_without_it(
+    lines: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good, options = lines
+    stopped, whole = [*options, f"--output={tmp_path / 'stopped'}"], [*options, f"--output={tmp_path / 'whole'}"]
+    write_lines(path, [*good[:40], '{"text": ', *good[41:]])
+    with pytest.raises(ValueError, match="a.jsonl:41 is not JSON"):
+        main(stopped)
+    finished = list((tmp_path / "stopped" / "progress").glob("[0-9]*.json"))
+    assert len(finished) > 2
+    write_lines(path, good)
+    main(stopped)
+    assert f"continuing {tmp_path / 'stopped'}: {len(finished)} groups" in capsys.readouterr().out
+    main(whole)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_a_change_in_what_is_finished_is_refused(lines: tuple[Path, list[str], list[str]], tmp_path: Path) -> None:
+    path, good, options = lines
+    write_lines(path, [*good[:40], "{"])
+    with pytest.raises(ValueError, match="a.jsonl:41 is not JSON"):
+        main([*options, f"--output={tmp_path / 'out'}"])
+    write_lines(path, ['{"text": "another"}', *good[1:]])
+    with pytest.raises(ValueError, match="corpus_identity: .* there, .* now"):
+        main([*options, f"--output={tmp_path / 'out'}"])
+
+
+def test_leaving_out_records_without_text_continues_and_counts_them(
+    lines: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good, options = lines
+    options = [*options, f"--output={tmp_path / 'out'}"]
+    write_lines(path, [*good[:40], '{"text": null}', *good[41:], '{"text": null}'])
+    with pytest.raises(ValueError, match="a.jsonl:41: field 'text' is null, .* set corpus.missing_text: skip"):
+        main(options)
+    main([*options, "--corpus.missing_text=skip"])
+    out = capsys.readouterr().out
+    assert "groups of documents are finished" in out and "left out 2 documents without text" in out
+    assert TokenStore(tmp_path / "out" / "train").num_documents == 59
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["documents_without_text"] == 2
+    with pytest.raises(ValueError, match="missing_text: 'skip' there, 'error' now"):
+        main(options)
+
+
+def test_a_corpus_prepared_before_readers_had_these_options_is_still_the_same(
+    prepare_texts: PrepareTexts, tmp_path: Path
+) -> None:
+    output = prepare_texts(tmp_path / "out")
+    manifest = json.loads((output / "manifest.json").read_text())
+    del manifest["config"]["corpus"]["init_args"]["hidden"]
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(output)
+    prepare_texts(output)
+    assert contents(output) == before
+
+
+def test_settings_that_made_nothing_yet_can_be_mended(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size 99999 is too large"):
+        prepare_texts(tmp_path / "out", "--tokenizer.vocab_size=99999")
+    prepare_texts(tmp_path / "out")
+
+
+def test_a_tokenizer_that_changes_text_is_refused_before_anything_is_encoded(
+    prepare_texts: PrepareTexts, tmp_path: Path
+) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words of text"] * 50), model_prefix=str(tmp_path / "foreign"), vocab_size=290,
+        byte_fallback=True, model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="foreign.model changes text: 'def f.* comes back as ' def f"):
+        prepare_texts(tmp_path / "out", f"--tokenizer.path={tmp_path / 'foreign.model'}")
+    assert not (tmp_path / "out" / "train").exists()
+
+
+def any_process_of_group(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_ctrl_c_ends_with_one_line_and_leaves_no_worker(prepared: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    write_lines(lines, [json.dumps({"text": f"document {number}"}) for number in range(1500)])
+    arguments = ["--corpus=data.corpora.JsonLines", f"--corpus.paths=[{lines}]", f"--output={tmp_path / 'out'}"]
+    arguments += [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--workers=2", "--shard_bytes=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data.prepare", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not list((tmp_path / "out" / "progress").glob("[0-9]*.json")) and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "stopped by Ctrl-C; the same command continues"
+    assert "Traceback" not in stderr
+    deadline = time.monotonic() + 30  # multiprocessing's own helper ends a moment later
+    while time.monotonic() < deadline and any_process_of_group(process.pid):
+        time.sleep(0.05)
+    assert not any_process_of_group(process.pid)
+
+
 def test_a_run_killed_behind_its_manifest_is_done(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
     output = prepare_texts(tmp_path / "out")
     before = contents(output)
@@ -227,7 +346,13 @@ def test_heldout_documents_are_chosen_by_their_text(
         (["--heldout_fraction=0.1", "--heldout_groups=[a]"], "both set"),
         (["--heldout_groups=[asyncioo]"], "names 'asyncioo', which the corpus does not have"),
         (["--workers=0"], "workers is 0, expected at least 1"),
-        (["--tokenizer.vocab_size=99999"], "vocab_size 99999 cannot be trained"),
+        (["--workers=100000"], "workers is 100000, expected at least 1 and at most"),
+        (["--heldout_fraction=.nan"], "heldout_fraction is nan, expected a number in"),
+        (["--shard_bytes=-1"], "shard_bytes is -1, expected at least 1"),
+        (["--tokenizer.vocab_size=3"], "tokenizer.vocab_size is 3, expected at least 260"),
+        (["--tokenizer.scan_bytes=0"], "tokenizer.scan_bytes is 0, expected at least 1"),
+        (["--output="], "output is empty"),
+        (["--tokenizer.vocab_size=99999"], "vocab_size 99999 is too large for a sample of"),
         (["--tokenizer.path=/nowhere/t.model"], "/nowhere/t.model does not exist"),
         (["--corpus.paths=[/nowhere/*.txt]"], "no file matches corpus path '/nowhere/"),
         (["--max_documents=1", "--heldout_fraction=0.999999"], "training split"),

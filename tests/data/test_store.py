@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from data.store import TokenStore, token_dtype, write_shard
 from data.tokenizer import Tokenizer
+from data.verified import stamp_path
 
 
 @pytest.fixture
@@ -124,3 +126,149 @@ def test_an_unfinished_corpus_an_unknown_split_and_option_are_named(corpus: Path
     (corpus / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"manifest.json does not exist; prepare the corpus again: python -m"):
         TokenStore(corpus / "train")
+
+
+def change_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("key", ["splits", "tokenizer_fingerprint", "vocab_size"])
+@pytest.mark.parametrize("value", [None, [], 1.5])
+def test_a_manifest_without_what_it_must_have_is_named(corpus: Path, key: str, value: object) -> None:
+    change_json(corpus / "manifest.json", lambda content: content.update({key: value}))
+    with pytest.raises(ValueError, match=f"manifest.json has .* as '{key}', expected"):
+        TokenStore(corpus / "train")
+    change_json(corpus / "manifest.json", lambda content: content.pop(key))
+    with pytest.raises(ValueError, match=f"manifest.json lacks '{key}'"):
+        TokenStore(corpus / "train")
+
+
+@pytest.mark.parametrize("value", [[], {"shards": [1]}, {"documents": "3"}])
+def test_a_manifest_with_a_damaged_split_is_named(corpus: Path, value: object) -> None:
+    def damage(content: dict[str, object]) -> None:
+        splits = content["splits"]
+        assert isinstance(splits, dict)
+        splits["train"] = {**splits["train"], **value} if isinstance(value, dict) else value
+
+    change_json(corpus / "manifest.json", damage)
+    with pytest.raises(ValueError, match="manifest.json, (splits|train),"):
+        TokenStore(corpus / "train")
+
+
+@pytest.mark.parametrize("key", ["documents", "tokens", "bytes", "dtype", "tokenizer_fingerprint", "files"])
+def test_a_shard_record_without_what_it_must_have_is_named(corpus: Path, key: str) -> None:
+    path = corpus / "train" / "000000.json"
+    change_json(path, lambda content: content.update({key: None}))
+    with pytest.raises(ValueError, match=f"000000.json has null as '{key}', expected"):
+        TokenStore(corpus / "train")
+    change_json(path, lambda content: content.pop(key))
+    with pytest.raises(ValueError, match=f"000000.json lacks '{key}'"):
+        TokenStore(corpus / "train")
+
+
+def test_a_shard_record_of_other_files_or_numbers_is_named(corpus: Path) -> None:
+    path = corpus / "train" / "000000.json"
+    before = path.read_text()
+    change_json(path, lambda content: content.update(dtype="float64"))
+    with pytest.raises(ValueError, match="000000.json has dtype 'float64', expected 'uint16' or 'uint32'"):
+        TokenStore(corpus / "train")
+    path.write_text(before)
+    change_json(path, lambda content: content.update(files={}))
+    with pytest.raises(ValueError, match="000000.json, files, lacks '000000.bin'"):
+        TokenStore(corpus / "train")
+
+
+def test_an_index_of_another_shape_is_named(corpus: Path) -> None:
+    path = corpus / "train" / "000000.idx.npy"
+    size = path.stat().st_size
+    np.save(path, np.zeros((1, (size - 128) // 8), np.int64))
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match=r"000000.idx.npy has int64 \(1, .*expected int64 \(2, "):
+        TokenStore(corpus / "train").document(0)
+    path.write_bytes(bytes(size))
+    with pytest.raises(ValueError, match=r"000000.idx.npy is no index of a shard"):
+        TokenStore(corpus / "train").document(0)
+
+
+@pytest.fixture
+def settled(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The corpus as it was an hour ago, and a cache of its own."""
+    monkeypatch.setenv("LONGSPLASH_CACHE", str(tmp_path / "cache"))
+    for path in (corpus / "train").iterdir():
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    return corpus
+
+
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the names of the shard files that are read from now on."""
+    found: list[str] = []
+    verify = TokenStore._verify_checksum
+
+    def note(self: TokenStore, name: str, expected: str) -> None:
+        found.append(name)
+        verify(self, name, expected)
+
+    monkeypatch.setattr(TokenStore, "_verify_checksum", note)
+    return found
+
+
+def test_only_files_that_changed_since_they_were_verified_are_read_again(
+    settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = read_files(monkeypatch)
+    TokenStore(settled / "train", verify="checksum")
+    assert len(read) == 2 * len(list((settled / "train").glob("*.bin")))
+    read.clear()
+    TokenStore(settled / "train", verify="checksum")
+    assert read == []
+    path = settled / "train" / "000001.bin"
+    times = path.stat()
+    flip_a_bit(path)
+    with pytest.raises(ValueError, match="000001.bin has sha256"):
+        TokenStore(settled / "train", verify="checksum")
+    assert read == ["000001.bin"]
+    flip_a_bit(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    shutil.copy2(path, path.with_suffix(".other"))
+    os.replace(path.with_suffix(".other"), path)  # another inode, everything else the same
+    read.clear()
+    TokenStore(settled / "train", verify="checksum")
+    assert read == ["000001.bin"]
+
+
+def test_a_damaged_file_is_read_at_every_start(settled: Path) -> None:
+    path = settled / "train" / "000001.bin"
+    flip_a_bit(path)
+    os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="000001.bin has sha256"):
+            TokenStore(settled / "train", verify="checksum")
+
+
+def test_a_file_that_has_just_changed_is_read_again(settled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(settled / "train" / "000000.bin", (4e9, 4e9))  # always less than two seconds ago
+    read = read_files(monkeypatch)
+    for _ in range(2):
+        TokenStore(settled / "train", verify="checksum")
+    assert read[-1] == "000000.bin" and read.count("000000.bin") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"000000.bin": 3}', b"\xff"])
+def test_a_damaged_stamp_only_costs_time(settled: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    TokenStore(settled / "train", verify="checksum")
+    path = stamp_path(settled / "train")
+    before = path.read_bytes()
+    path.write_bytes(content)
+    TokenStore(settled / "train", verify="checksum")
+    assert path.read_bytes() == before
+
+
+def test_where_no_stamp_can_be_kept_it_is_said(
+    settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LONGSPLASH_CACHE", str(tmp_path / "file"))
+    TokenStore(settled / "train", verify="checksum")
+    assert f"{settled / 'train'} will be verified again at the next start" in capsys.readouterr().out

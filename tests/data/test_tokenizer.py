@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import re
+import string
 import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -129,8 +133,77 @@ def test_a_text_without_spaces_still_gives_a_lossless_tokenizer(tmp_path: Path) 
     assert len(tokenizer.encode("Z ~")) == 3  # ASCII is never spelt in bytes
 
 
+def foreign_model(folder: Path, **options: object) -> Path:
+    """What SentencePiece trains with its defaults, but for `options`."""
+    lines = ["def f(x): return 1", "hello world wide", "Some more text here"] * 50
+    settings: dict[str, object] = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "foreign"), **settings | options
+    )
+    return folder / "foreign.model"
+
+
+IDENTITY = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, r"'def f\(x\):\\n    return  1\\n' comes back as ' def f\(x\): return 1'"),
+        (IDENTITY | {"add_dummy_prefix": True}, r"comes back as ' def f"),
+        (IDENTITY | {"add_dummy_prefix": True, "treat_whitespace_as_suffix": True}, r"comes back as '.*return  1\\n '"),
+        (IDENTITY | {"remove_extra_whitespaces": True}, r"comes back as 'def f\(x\):\\n return 1"),
+        (IDENTITY | {"normalization_rule_name": "nmt_nfkc"}, r"comes back as 'def f\(x\):     return  1 '"),
+        (IDENTITY | {"normalization_rule_name": "nfkc"}, "\ufb01.* comes back as 'é Å fi"),
+        (IDENTITY | {"normalization_rule_tsv": "0436\t0416"}, "'xжy' comes back as 'xЖy'"),
+    ],
+)
+def test_a_tokenizer_that_changes_text_is_refused_with_the_text(
+    tmp_path: Path, options: dict[str, object], shown: str
+) -> None:
+    if "normalization_rule_tsv" in options:
+        rule = tmp_path / "rule.tsv"
+        rule.write_text(f"{options['normalization_rule_tsv']}\n")
+        options = {**options, "normalization_rule_tsv": str(rule)}
+    with pytest.raises(ValueError, match=f"changes text: .*{shown}.*; use one that data.prepare trains"):
+        Tokenizer(foreign_model(tmp_path, **options))
+
+
+def test_a_foreign_tokenizer_that_keeps_text_is_taken(tmp_path: Path) -> None:
+    Tokenizer(foreign_model(tmp_path, **IDENTITY))
+
+
+def test_a_document_that_comes_back_changed_is_shown_at_its_first_difference(tokenizer: Tokenizer) -> None:
+    text = "x" * 100 + "abc" + "y" * 100
+    tokenizer.check_round_trip(text, tokenizer.encode(text), "")
+    with pytest.raises(ValueError, match=r"'x{19}abcy{28}' \(from character 81\) comes back as 'x{19}acy"):
+        tokenizer.check_round_trip(text, tokenizer.encode(text.replace("b", "")), "use another")
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", string.ascii_letters + string.digits + "+/"])
+def test_a_corpus_without_spaces_gives_a_lossless_tokenizer(tmp_path: Path, alphabet: str) -> None:
+    texts = ["".join(random.Random(seed).choices(alphabet, k=4000)) for seed in range(20)]
+    train(tmp_path / "t.model", 500, texts)
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode(" A  C ")) == " A  C "
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(100_000, "gives at most (\\d+) pieces"), (300, "expected at least (\\d+)"), (-5, "expected at least (260)")],
+)
+def test_a_vocabulary_that_does_not_fit_is_told_with_one_that_does(tmp_path: Path, size: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^tokenizer.vocab_size (is )?{size}.*{expected}") as caught:
+        train(tmp_path / "t.model", size)
+    assert "INTERNAL" not in str(caught.value)
+    found = re.search(expected, str(caught.value))
+    assert found
+    if size > 0:
+        train(tmp_path / "t.model", int(found[1]))
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vocab_size 100000 cannot be trained"):
+    with pytest.raises(ValueError, match="vocab_size 100000 is too large"):
         train(tmp_path / "t.model", 100_000)
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([], 400, tmp_path / "t", sample_bytes=1, scan_bytes=1, split_by_unicode_script=True)
