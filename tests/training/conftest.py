@@ -94,16 +94,18 @@ def command(*options: object) -> list[str]:
 def train(tiny_config: Path) -> TrainProcess:
     """Run train.py with the tiny config in a process of its own: train("--run_dir", path, ...)."""
 
-    def run(*options: object, configs: tuple[object, ...] = ()) -> Ended:
+    def run(*options: object, configs: tuple[object, ...] = (), quick: bool = False) -> Ended:
         more = [part for config in configs for part in ("--config", config)]
-        return run_train("--config", tiny_config, *more, *options)
+        return run_train("--config", tiny_config, *more, *options, quick=quick)
 
     return run
 
 
-def run_train(*options: object, **environment: str) -> Ended:
-    """Run train.py from the repository's root in a process of its own, with more environment variables."""
-    ended = warm_interpreter("train").run(command(*options)[1:], child_environment() | environment, timeout=200)
+def run_train(*options: object, quick: bool = False, **environment: str) -> Ended:
+    """Run train.py from the repository's root in a process of its own, with more environment variables; quick: as in
+    WarmInterpreter."""
+    interpreter = warm_interpreter("train", quick=quick)
+    ended = interpreter.run(command(*options)[1:], child_environment() | environment, timeout=200)
     assert not ended.left, f"{ended.left} processes that {ended.args} has started do not end: {ended.stderr}"
     return ended
 

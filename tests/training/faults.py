@@ -193,7 +193,7 @@ class KillRank(Callback):
 
 
 class KillAtRandom(Callback):
-    """SIGKILL at a random moment: of the process's life, or of one of its saves.
+    """SIGKILL at a random moment: of the process's life, or of one of its saves. Each rank has its own moment.
 
     A file named "saving" stands in `folder` from the start of each save to the next batch, so that whoever finds it
     there knows what the kill has interrupted.
@@ -205,9 +205,9 @@ class KillAtRandom(Callback):
     """
 
     def __init__(self, seed: int, during_save: bool, seconds: float, folder: str) -> None:
-        generator = random.Random(seed)
-        self.during_save, self.delay = during_save, generator.uniform(0, seconds)
-        self.saves_before = generator.randrange(3)
+        self.during_save = during_save
+        self.saves_before = random.Random(seed).randrange(3)
+        self.delay = random.Random(f"{seed} {os.environ.get('LOCAL_RANK', '0')}").uniform(0, seconds)
         self.saving = Path(folder) / "saving"
         if not during_save:
             self._start()
