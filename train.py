@@ -12,6 +12,7 @@ import sys
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from common.ending import run_and_end
 from common.errors import user_errors
 from training.cli import TrainingCLI
 
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

@@ -54,3 +54,30 @@ def test_kernels_import_torch_and_triton_only() -> None:
 
 def test_entry_point_is_a_table_of_contents() -> None:
     assert len((ROOT / "train.py").read_text().splitlines()) < 80
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_circles() -> None:
+    """A module's imports, inside functions too, never lead back to it."""
+    paths = {module_name(path): path for folder in ALLOWED for path in modules(folder)}
+    edges: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        wanted = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                wanted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        edges[name] = (wanted & paths.keys()) - {name}
+    while True:  # leave out what imports none of the rest, and what none of the rest imports
+        imported = set().union(*edges.values())
+        kept = {name: targets & edges.keys() for name, targets in edges.items() if targets & edges.keys()}
+        kept = {name: targets for name, targets in kept.items() if name in imported}
+        if kept == edges:
+            break
+        edges = kept
+    assert not edges, f"these lead back to themselves: {edges}"

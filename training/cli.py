@@ -35,7 +35,7 @@ from training.guard import GuardConfig, StepGuard
 from training.interruption import Interruption
 from training.loss import resolve_loss_backend
 from training.module import LanguageModule
-from training.parallel import ParallelConfig, build_strategy, check_combinations
+from training.parallel import ParallelConfig, check_combinations
 from training.profiling import ProfileConfig, StepProfiler
 from training.resume import (
     StartPoint,
@@ -49,6 +49,7 @@ from training.run_folder import hold_run_folder
 from training.sequence_parallel import check_sequence_parallel
 from training.settings import check_allowed, check_settings, run_settings
 from training.start import check_transfer, transfer_weights
+from training.strategies import build_strategy
 from training.throughput import StepClock
 from training.tracking import WandbConfig, log_config, make_loggers, record_session, say
 from training.watchdog import Watchdog, WatchdogConfig

@@ -1,4 +1,4 @@
-"""How a run is spread over devices: options, and the Lightning strategy they ask for."""
+"""How a run is spread over devices: options, and Lightning strategies for one process and for DDP."""
 
 import io
 from collections.abc import Mapping
@@ -154,12 +154,3 @@ def check_combinations(config: ParallelConfig, *, precision: str, compile: bool)
             "model.compile is true: parallel.zero_stage 3 gathers weights in hooks that torch.compile cannot trace; "
             "use stage 1 or 2, or model.compile false"
         )
-
-
-def build_strategy(config: ParallelConfig, *, processes: int, device: torch.device) -> Strategy:
-    """The strategy for a run of `processes` ranks; device: of a single process."""
-    if config.zero_stage:
-        from training.zero import ZeroStrategy  # importing DeepSpeed takes seconds
-
-        return ZeroStrategy(config, device.type)
-    return OneDevice(device) if processes == 1 else DataParallelStrategy(config)

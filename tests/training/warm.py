@@ -19,11 +19,10 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_MESSAGE = 2**18
@@ -225,30 +224,12 @@ def run_as_python_does(arguments: list[str]) -> None:
     runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
 
 
-def run_and_end(arguments: list[str]) -> NoReturn:
-    """The same, up to and with the exit handlers."""
-    code: object = 1
-    try:
-        run_as_python_does(arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
-    atexit._run_exitfuncs()
-    if not isinstance(code, int | None):
-        print(code, file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
-
-
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # as for a script there
     command = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[3:])
     if sys.argv[2] == "quick":
-        run_and_end(command)
+        from common.ending import run_and_end
+
+        run_and_end(functools.partial(run_as_python_does, command))
     gc.unfreeze()
     run_as_python_does(command)
