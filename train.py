@@ -5,23 +5,26 @@
 
 Several --config files merge key by key, later ones win, options on the command line win over files
 (--trainer.max_steps 20), and --print_config shows the result. Exit code 2: an error in what was asked for; 75: stopped
-by a signal (SIGUSR1, SIGTERM, Ctrl-C) with everything saved; common/exits.py has the others.
+by a signal (SIGUSR1, SIGTERM, Ctrl-C) with what there is saved; common/exits.py has the others.
 """
 
 import sys
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from common.ending import run_and_end
 from common.errors import user_errors
-from training.cli import TrainingCLI
+from training.signals import stop_signals
 
 
 def main() -> None:
-    with user_errors(MisconfigurationException) as setup:
-        session = TrainingCLI()  # options -> checkpoint to start from -> data, module, trainer
-        session.prepare()  # open the data, check that everything fits, record config and code version
-        code = session.fit(on_start=setup.close)  # step: module.py, logs: callbacks.py, saves: checkpointing.py
+    with stop_signals() as stop:  # the imports take seconds, and a signal may come meanwhile
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from training.cli import TrainingCLI
+
+        with user_errors(MisconfigurationException) as setup:
+            session = TrainingCLI(stop)  # options -> checkpoint to start from -> data, module, trainer
+            session.prepare()  # open the data, check that everything fits, record config and code version
+            code = session.fit(on_start=setup.close)  # step: module.py, logs: callbacks.py, saves: checkpointing.py
     sys.exit(code)
 
 

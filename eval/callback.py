@@ -5,7 +5,7 @@ Named by class_path in YAML (configs/eval/during_training.yaml); nothing of the 
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from eval.needle import build_samples, context_of
 from eval.perplexity import PerplexityPlan, length_windows, plan_perplexity
 from eval.scoring import Context, NotFinite, Runtime, score, shifted
 from model.transformer import Transformer
+from training.progress import note_progress, told_to_stop
 
 LENGTHS = [1, 2, 4]
 DEFAULTS = EvalConfig()
@@ -45,6 +46,10 @@ class HeldOutSet:
     perplexity: dict[str, list[Context]]
     needles: dict[str, list[Context]]
     profiled: list[tuple[int, int]]
+
+    def tally(self) -> "Tally":
+        attention = [f"{field}_{multiple}x" for multiple in self.plan.multiples for field in ATTENTION]
+        return Tally([*self.perplexity, *self.needles, *attention])
 
 
 class Tally:
@@ -72,7 +77,9 @@ class HeldOutEvaluation(Callback):
     A step is evaluated when the next one begins, so that it is saved before, and a run that is told to stop does not
     evaluate first. The ranks divide the contexts among them and add up; where ranks share sequences in training, here
     each context runs whole on one rank. Training is not disturbed: weights, random states and the data's position stay
-    as they are, bit by bit, and the time does not count as training's. It should stay well below watchdog.minutes.
+    as they are, bit by bit, and the time does not count as training's. The watchdog counts each layer of each
+    forward pass as progress. A run that is told to stop leaves an evaluation,
+    logs nothing of it, and ends after one more step.
 
     Args:
         every_n_steps: optimizer steps between evaluations.
@@ -143,8 +150,19 @@ class HeldOutEvaluation(Callback):
         with _clock_paused(trainer), undisturbed(module), trainer.precision_plugin.forward_context():
             module.model.set_step(trainer.global_step)  # alpha as of this step, where it is annealed
             runtime = Runtime(trainer.strategy.root_device, None, self.config.row_tokens)
-            tally = measure(module.model, self.held_out, self.config, runtime, trainer.global_rank, trainer.world_size)
-            sums: Any = trainer.strategy.reduce(tally.sums.to(runtime.device), reduce_op="sum")
+            place = (trainer.global_rank, trainer.world_size)
+            measured = unless_told_to_stop(
+                trainer, module.model, lambda: measure(module.model, self.held_out, self.config, runtime, *place)
+            )
+            tally = measured or self.held_out.tally()
+            cut = torch.full((1, 2), float(measured is None), dtype=torch.float64)
+            sums = torch.cat([tally.sums, cut])
+            total: Any = trainer.strategy.reduce(sums.to(runtime.device), reduce_op="sum")
+        if total[-1, 0] > 0:
+            if trainer.is_global_zero:
+                tqdm.write(f"step {trainer.global_step}: told to stop, so its evaluation is not finished", sys.stderr)
+            return
+        metrics = finished(tally.means(total[:-1]))
         metrics = finished(tally.means(sums))
         for logger in trainer.loggers:
             try:
@@ -184,8 +202,7 @@ def measure(
     model: Transformer, held_out: HeldOutSet, config: EvalConfig, runtime: Runtime, rank: int, world_size: int
 ) -> Tally:
     """This rank's share of all contexts; a loss that is not finite makes its metric NaN."""
-    attention = [f"{field}_{multiple}x" for multiple in held_out.plan.multiples for field in ATTENTION]
-    tally = Tally([*held_out.perplexity, *held_out.needles, *attention])
+    tally = held_out.tally()
     for name, contexts in (held_out.perplexity | held_out.needles).items():
         try:
             for one in score(model, contexts[rank::world_size], runtime):
@@ -220,6 +237,29 @@ def one_line(metrics: dict[str, float]) -> str:
     perplexity = [f"{name.split('_')[1]} {value:.2f}" for name, value in wanted.items() if "perplexity" in name]
     needles = [f"{name.split('_')[1]} {100 * value:.0f} %" for name, value in wanted.items() if "needle" in name]
     return f"held-out perplexity {', '.join(perplexity)}; needle tokens right {', '.join(needles)}"
+
+
+class _ToldToStop(Exception):
+    pass
+
+
+def unless_told_to_stop(trainer: Trainer, model: Transformer, work: Callable[[], Tally]) -> Tally | None:
+    """What the work gives, which runs the model often; None where this process is told to stop meanwhile. The run is
+    told of each layer, so that a long evaluation is not taken for one that hangs."""
+
+    def note(*_: Any) -> None:
+        note_progress(trainer, "evaluating")
+        if told_to_stop(trainer):
+            raise _ToldToStop
+
+    hooks = [block.attention_norm.register_forward_pre_hook(note) for block in model.layers()]
+    try:
+        return work()
+    except _ToldToStop:
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _clock_paused(trainer: Trainer) -> AbstractContextManager[Any]:

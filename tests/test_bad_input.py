@@ -21,7 +21,7 @@ IMPORTED_LATE = ("eval.task_evaluation", "attrs")  # by these commands: seconds
 
 
 def start(command: list[str], timeout: float, **environment: str) -> Ended:
-    return warm_interpreter("train", *MODULES, *IMPORTED_LATE, quick=True).run(
+    return warm_interpreter("train", "training.cli", *MODULES, *IMPORTED_LATE, quick=True).run(
         command, child_environment() | environment, timeout
     )
 

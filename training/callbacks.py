@@ -146,15 +146,19 @@ class MetricsLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.val_sum[0] += outputs["loss_sum"]
-        self.val_sum[1] += batch["valid_tokens"]
+        if outputs is not None:
+            self.val_sum[0] += outputs["loss_sum"]
+            self.val_sum[1] += batch["valid_tokens"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.clock.resume()
+        if self.guard.interruption.validation_is_cut:
+            say(f"step {trainer.global_step}: told to stop, so this validation was not finished")
+            return
         loss_sum, valid_tokens = trainer.strategy.reduce(self.val_sum, reduce_op="sum").tolist()
         loss = loss_sum / max(1, valid_tokens)
         log(trainer, {"val/loss": loss, "val/perplexity": perplexity(loss)})
         say(f"step {trainer.global_step}: validation loss {loss:.4f} over {int(valid_tokens):,} tokens")
-        self.clock.resume()
 
 
 def head_metrics(name: str, values: Tensor | None, first: int = 0) -> dict[str, float]:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -32,7 +33,7 @@ from training.callbacks import (
 )
 from training.checkpointing import CheckpointConfig, RunCheckpoint
 from training.guard import GuardConfig, StepGuard
-from training.interruption import Interruption
+from training.interruption import Interruption, InterruptionConfig
 from training.loss import resolve_loss_backend
 from training.module import LanguageModule
 from training.parallel import ParallelConfig, check_combinations
@@ -48,6 +49,7 @@ from training.resume import (
 from training.run_folder import hold_run_folder
 from training.sequence_parallel import check_sequence_parallel
 from training.settings import check_allowed, check_settings, run_settings
+from training.signals import StopSignals
 from training.start import check_transfer, transfer_weights
 from training.strategies import build_strategy
 from training.throughput import StepClock
@@ -93,7 +95,8 @@ class TrainingCLI(LightningCLI):
 
     needs_run_dir = True
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopSignals | None = None) -> None:
+        self.stop = stop
         for pattern in HARMLESS_WARNINGS:
             warnings.filterwarnings("ignore", pattern)
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -130,6 +133,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(GuardConfig, "guard")
+        parser.add_class_arguments(InterruptionConfig, "interruption")
         parser.add_class_arguments(ParallelConfig, "parallel")
         parser.add_class_arguments(ProfileConfig, "profile")
         parser.add_class_arguments(StatsConfig, "stats")
@@ -139,6 +143,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what needs no model and no data, and choose the checkpoint to start from."""
+        self._note("looking at options and checkpoints")
         defaults = {key: self.parser.get_default(f"trainer.{key}") for key in OWNED_BY_THE_RECIPE}
         check_trainer_options(self.config.trainer, defaults)
         if self.config.init_from and self.config.resume not in ("none", "auto"):
@@ -159,6 +164,10 @@ class TrainingCLI(LightningCLI):
             say(f"already at step {self.start.step} of trainer.max_steps {wanted}: nothing to train")
             sys.exit(0)
 
+    def _note(self, activity: str) -> None:
+        if self.stop is not None:
+            self.stop.progress.note(activity, None)
+
     def _choose_weights(self, network: ModelConfig) -> CheckpointInfo | None:
         """The checkpoint of --init_from, where it applies."""
         if self.config.init_from is None or self.start.checkpoint:
@@ -172,6 +181,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         options = {**self.config_init.trainer, "default_root_dir": self.run_dir}
         asked = options.pop("accumulate_grad_batches")
+        self.max_time = duration(options.pop("max_time"))
         every = self.config_init.validation.every_n_steps
         if not every:
             options["limit_val_batches"] = 0
@@ -189,6 +199,8 @@ class TrainingCLI(LightningCLI):
             # Lightning would save inside its signal handler, where ranks wait for each other: see interruption.py
             options["plugins"] = [*as_list(options["plugins"]), SLURMEnvironment(auto_requeue=False)]
         trainer = Trainer(**options)
+        # signals.py handles them: Lightning's SIGTERM handler would wait for other ranks
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         check_combinations(parallel, precision=trainer.precision, compile=self.config.model.compile)
         data_ranks = trainer.world_size // parallel.sequence_parallel
         trainer.accumulate_grad_batches = self.datamodule.accumulation(data_ranks)
@@ -204,11 +216,12 @@ class TrainingCLI(LightningCLI):
         clock = StepClock()
         self.version = code_version()
         config = self.config_init
-        self.interruption = Interruption()
+        assert self.stop is not None
+        self.interruption = Interruption(config.interruption, self.stop, self.max_time)
         self.model.guard = self.guard = StepGuard(config.guard, self.interruption, self.run_dir, self.version)
         metrics = MetricsLogger(clock, self.guard, self.start.tokens)
         return [
-            Watchdog(config.watchdog),
+            Watchdog(config.watchdog, self.stop.progress, self.stop.ranks),
             StepProfiler(config.profile, self.run_dir, clock),
             self.guard,
             self.interruption,
@@ -221,6 +234,7 @@ class TrainingCLI(LightningCLI):
 
     def prepare(self) -> None:
         """Open the data, check that it fits, and record this session in the run folder."""
+        self._note("loading the data")
         self.datamodule.setup("fit")
         vocab_size = self.model.network_config.vocab_size
         if self.datamodule.vocab_size > vocab_size:
@@ -283,11 +297,11 @@ class TrainingCLI(LightningCLI):
                 f"{self.guard.folder}; --resume auto goes on behind it (exit code {code})"
             )
         elif self.interruption.agreed and trainer.global_step < trainer.max_steps:
-            self.interruption.ignore_signals()
+            self.interruption.signals.ignore()
             code = INTERRUPTED
             say(
-                f"stopped by a signal at step {trainer.global_step}, which is saved: the same command with "
-                f"--resume auto continues (exit code {code})"
+                f"stopped by {self.interruption.reason} at step {trainer.global_step}, which is saved: the same "
+                f"command with --resume auto continues (exit code {code})"
             )
         return code if trainer.is_global_zero else 0
 
@@ -295,6 +309,16 @@ class TrainingCLI(LightningCLI):
 def as_list(value: Any) -> list[Any]:
     """Lightning's options that are one thing, several or none, as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def duration(max_time: Any) -> timedelta | None:
+    """Of trainer.max_time: "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta."""
+    if max_time is None:
+        return None
+    seconds = Timer(max_time)._duration
+    if seconds is None or seconds <= 0:
+        raise UsageError(f"trainer.max_time is {max_time!r}: expected a time, as in 00:12:00:00 (DD:HH:MM:SS)")
+    return timedelta(seconds=seconds)
 
 
 def count_processes(options: dict[str, Any]) -> int:

@@ -1,53 +1,104 @@
-"""Stopping on a signal: the ranks agree at the next optimizer step, save, and end together."""
+"""Stopping in time: the ranks agree at the next optimizer step, save, and end together."""
 
-import os
-import signal
-from types import FrameType
+import time
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+from common.checks import check_number
+from training.signals import StopSignals
+
+
+@dataclass
+class InterruptionConfig:
+    """How long a run that is told to stop (SIGUSR1, SIGTERM, Ctrl-C) may take until it ends.
+
+    Before the first optimizer step of a session has ended it ends at once: there is nothing new to save. Later the step
+    that is running ends and is saved; evaluations and validations are cut short.
+
+    Args:
+        grace_seconds: for that step, or twice as long as the longest one of the session, if that is more; a process
+            whose step has not ended by then ends without saving. The save itself is waited for. Slurm's lead
+            (--signal in slurm/pretrain.sbatch) should be longer.
+    """
+
+    grace_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        check_number("interruption.grace_seconds", self.grace_seconds, least=0)
 
 
 class Interruption(Callback):
-    """Turns SIGUSR1, SIGTERM and a first Ctrl-C into a stop after the current optimizer step.
+    """Turns a request to stop into a stop after the current optimizer step, with everything saved.
 
-    The handlers only set a flag: a save or a collective inside a handler would wait for ranks that are waiting for this
-    one. The flag travels in the step guard's all-reduce, so one rank that was told to stop stops all of them at the
-    same step. A second Ctrl-C stops at once, without saving. Where Ctrl-C is ignored, as shells have it for commands in
-    the background, it stays ignored.
+    Signals only set a flag: a save or a collective inside a handler would wait for ranks that are waiting for this one.
+    The flag travels in the step guard's all-reduce, so one rank that was told to stop stops all of them at the same
+    step.
+
+    Args:
+        config: how long it may take.
+        signals: of this process.
+        max_time: of training in this session, after which it stops as by a signal; None for no limit.
 
     Attributes:
-        requested: this process has been told to stop.
         agreed: all ranks know that one of them has been told to stop.
+        validation_is_cut: the same of the current validation, whose other batches are passed over.
     """
 
-    def __init__(self) -> None:
-        self.requested = self.agreed = False
+    def __init__(self, config: InterruptionConfig, signals: StopSignals, max_time: timedelta | None) -> None:
+        self.config, self.signals, self.max_time = config, signals, max_time
+        self.agreed = self.validation_is_cut = False
+        self._deadline = float("inf")
+        self._step, self._began, self._longest = 0, 0.0, 0.0
+        signals.grace = lambda: max(config.grace_seconds, 2 * self._longest)
+
+    @property
+    def requested(self) -> bool:
+        """This process has been told to stop, or its time is up."""
+        return self.signals.requested or time.monotonic() > self._deadline
+
+    @property
+    def reason(self) -> str:
+        """For the terminal."""
+        return "a signal" if self.signals.requested or not self.max_time else f"trainer.max_time {self.max_time}"
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.signals.ranks.launcher = trainer.strategy.launcher
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        # Not earlier: Lightning's own SIGTERM handler, which broadcasts, is in place by now and gets replaced. When
-        # training ends, Lightning restores the handlers that it had found.
-        self._keyboard = signal.getsignal(signal.SIGINT)
-        for signum in STOP_SIGNALS:
-            if signum != signal.SIGINT or self._keyboard != signal.SIG_IGN:
-                signal.signal(signum, self._request)
+        self._step = trainer.global_step
+        if self.max_time is not None:
+            self._deadline = time.monotonic() + self.max_time.total_seconds()
 
-    def _request(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, self._keyboard)
-            os.write(2, b"\nstopping after this optimizer step; Ctrl-C again stops at once, without saving\n")
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._began = self._began or time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.agreed:
+            self.signals.saving = True
             stop(trainer)
+        if trainer.global_step > self._step:
+            if self.signals.progress.stepped:  # the first one compiles
+                self._longest = max(self._longest, time.monotonic() - self._began)
+            self._step, self._began = trainer.global_step, 0.0
+            self.signals.progress.stepped = True
 
-    def ignore_signals(self) -> None:
-        """For a process that is ending by itself: records are still being flushed, and the exit code says something."""
-        for signum in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.signals.saving = True  # the last step is saved; what follows is cut short where it may be long
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.validation_is_cut = False
+
+    def cuts_validation(self, trainer: Trainer) -> bool:
+        """Whether any rank has been told to stop. Asked by all ranks for each batch: those that share weights or
+        sequences have to run the same ones."""
+        if not self.validation_is_cut:
+            flag = torch.tensor(float(self.requested), device=trainer.strategy.root_device)
+            self.validation_is_cut = bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
+        return self.validation_is_cut
 
 
 def stop(trainer: Trainer) -> None:

@@ -129,7 +129,9 @@ class LanguageModule(LightningModule):
             self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids)
         return {"loss": loss_sum / batch["labels"].numel(), "loss_sum": loss_sum.detach()}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
+        if self.guard and self.guard.interruption.cuts_validation(self.trainer):
+            return None
         return {"loss_sum": self.loss_sum(batch)}
 
     def loss_sum(self, batch: Batch) -> Tensor:

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from common.checks import check_number
 from common.exits import STALLED
+from training.progress import Progress
+from training.signals import LocalRanks
 
-# In the environment of ranks that Lightning starts: the process that starts them, which is rank 0 of the machine.
-LAUNCHER = "LONGSPLASH_LAUNCHER_PID"
 REPORT_SECONDS = 4.0  # for the watchdogs of other ranks, which are due at about the same time
 
 
 @dataclass
 class WatchdogConfig:
-    """When a process that makes no progress is ended. Progress is a batch, trained or validated, or a save.
+    """When a process that makes no progress is ended. Progress is a batch, trained or validated, a context of an
+    evaluation, or a save.
 
     The default lies below the 30 minutes after which torch's process groups abort without saying what hung.
 
@@ -33,8 +34,8 @@ class WatchdogConfig:
     first_minutes: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.minutes < 0:
-            raise ValueError(f"watchdog.minutes is {self.minutes}: expected 0 (never) or more")
+        check_number("watchdog.minutes", self.minutes, least=0, zero="never")
+        check_number("watchdog.first_minutes", self.first_minutes)
         if self.first_minutes < self.minutes:
             raise ValueError(
                 f"watchdog.first_minutes is {self.first_minutes}: expected at least watchdog.minutes {self.minutes}"
@@ -49,57 +50,52 @@ class Watchdog(Callback):
     Lightning has started them itself, this thread does.
     """
 
-    def __init__(self, config: WatchdogConfig) -> None:
-        self.config = config
-        self.start_step: int | None = None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.environ[LAUNCHER] = str(os.getpid())
-        # The process of rank 0, in ranks that Lightning has started from it.
-        self._parent = os.getppid() if os.environ.get(LAUNCHER) == str(os.getppid()) else None
+    def __init__(self, config: WatchdogConfig, progress: Progress, ranks: LocalRanks) -> None:
+        self.config, self.progress, self.ranks = config, progress, ranks
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.progress.note("setting up", None)
         if not self.config.minutes or self._thread:
             return
         self.trainer = trainer
-        self._note("setting up", None)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def _note(self, activity: str, step: int | None) -> None:
-        """Something has been done; `activity` is what comes next."""
-        minutes = self.config.first_minutes if step in (None, self.start_step) else self.config.minutes
-        self.state = (activity, step or 0, minutes, time.monotonic())  # one assignment, so that the thread sees a whole
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.start_step = trainer.global_step
-        self._note("waiting for a batch", trainer.global_step)
+        self.progress.start_step = trainer.global_step
+        self.progress.note("waiting for a batch", trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._note("training", trainer.global_step)
+        self.progress.note("training", trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._note("between batches", trainer.global_step)
+        self.progress.note("between batches", trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._note("saving", trainer.global_step)
+        self.progress.note("saving", trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.progress.note("validating", trainer.global_step)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._note("validating", trainer.global_step)
+        self.progress.note("validating", trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._ended.set()
 
     def _watch(self) -> None:
         while not self._ended.wait(1.0):
-            activity, step, minutes, since = self.state
+            activity, step, since = self.progress.state
+            first = step in (None, self.progress.start_step)
+            minutes = self.config.first_minutes if first else self.config.minutes
             if time.monotonic() - since > 60 * minutes:
-                self._report(f"no progress for {minutes:g} minutes while {activity} after optimizer step {step}")
+                self._report(f"no progress for {minutes:g} minutes while {activity} after optimizer step {step or 0}")
                 self._end_local_ranks()
                 os._exit(STALLED)
-            if self._parent is not None and os.getppid() != self._parent:
-                self._report(f"the process of rank 0 is gone; ending while {activity} after optimizer step {step}")
+            if self.ranks.parent is not None and os.getppid() != self.ranks.parent:
+                self._report(f"the process of rank 0 is gone; ending while {activity} after optimizer step {step or 0}")
                 os._exit(STALLED)
 
     def _report(self, what: str) -> None:
@@ -120,11 +116,10 @@ class Watchdog(Callback):
 
         SIGKILL, because a stopped process takes no other signal.
         """
-        launcher = self.trainer.strategy.launcher
-        if self._parent is not None:
+        if self.ranks.parent is not None:
             time.sleep(2 * REPORT_SECONDS)  # rank 0 first: its exit code is the run's
-            if os.getppid() == self._parent:
-                os.kill(self._parent, signal.SIGKILL)
-        elif isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+            if os.getppid() == self.ranks.parent:
+                os.kill(self.ranks.parent, signal.SIGKILL)
+        elif getattr(self.ranks.launcher, "procs", []):
             time.sleep(REPORT_SECONDS)
-            launcher.kill(signal.SIGKILL)
+            self.ranks.signal_children(signal.SIGKILL)

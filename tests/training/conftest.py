@@ -104,7 +104,7 @@ def train(tiny_config: Path) -> TrainProcess:
 def run_train(*options: object, quick: bool = False, **environment: str) -> Ended:
     """Run train.py from the repository's root in a process of its own, with more environment variables; quick: as in
     WarmInterpreter."""
-    interpreter = warm_interpreter("train", quick=quick)
+    interpreter = warm_interpreter("train", "training.cli", quick=quick)
     ended = interpreter.run(command(*options)[1:], child_environment() | environment, timeout=200)
     assert not ended.left, f"{ended.left} processes that {ended.args} has started do not end: {ended.stderr}"
     return ended

@@ -141,6 +141,15 @@ class SignalInStep(Callback):
             self.times = 0  # not once more for each micro-batch of the step
 
 
+class SignalInValidation(Callback):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+        if on_rank(self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class BadGradient(Callback):
     """A gradient that is not a number in the given optimizer steps (1 is the first), on one rank, before reduction."""
 
@@ -158,7 +167,7 @@ class BadGradient(Callback):
 class Hang(Callback):
     """One rank stops doing anything in a step: asleep, or stopped by the kernel, so that no thread of it runs."""
 
-    def __init__(self, step: int, rank: int, stopped: bool) -> None:
+    def __init__(self, step: int, rank: int, stopped: bool = False) -> None:
         self.step, self.rank, self.stopped = step, rank, stopped
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 from common.exits import TOO_MANY_SKIPPED
 from model.checkpoint import find_checkpoints
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
+from tests.training.test_interruption import interruption
 from training.engine import PlainEngine
 from training.failures import by_block
 from training.guard import GuardConfig, History, StepGuard
-from training.interruption import Interruption
 
 
 def column(run_dir: Path, name: str) -> dict[int, float]:
@@ -75,7 +75,7 @@ def check_dump(folder: Path) -> None:
 def make_guard(tmp_path: Path, config: GuardConfig) -> tuple[StepGuard, Trainer, PlainEngine]:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
     (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
-    return StepGuard(config, Interruption(), tmp_path, "version"), trainer, PlainEngine(nn.Linear(1, 1))
+    return StepGuard(config, interruption(), tmp_path, "version"), trainer, PlainEngine(nn.Linear(1, 1))
 
 
 def admitted(parts: tuple[StepGuard, Trainer, PlainEngine], loss: float, norm: float = 1.0) -> bool:
@@ -136,7 +136,7 @@ def test_a_request_to_stop_is_agreed_on(tmp_path: Path) -> None:
     parts = make_guard(tmp_path, GuardConfig())
     admitted(parts, 3.0)
     assert not parts[0].interruption.agreed
-    parts[0].interruption.requested = True
+    parts[0].interruption.signals.requested = True
     admitted(parts, 3.0)
     assert parts[0].interruption.agreed
 

@@ -6,12 +6,17 @@ import subprocess
 import time
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-
-from common.exits import INTERRUPTED
+from common.exits import INTERRUPTED, KEYBOARD
 from model.checkpoint import find_checkpoints
 from tests.training.conftest import ROOT, TrainProcess, assert_same_weights, callbacks, child_environment, command
-from training.interruption import STOP_SIGNALS, Interruption
+from training.interruption import Interruption, InterruptionConfig
+from training.progress import Progress
+from training.signals import STOP_SIGNALS, LocalRanks, StopSignals
+
+
+def interruption() -> Interruption:
+    """One that no signal reaches."""
+    return Interruption(InterruptionConfig(), StopSignals(Progress(), LocalRanks()), None)
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -41,7 +46,44 @@ def test_ctrl_c_once_saves_and_twice_stops_at_once(train: TrainProcess, tmp_path
     assert once.returncode == INTERRUPTED and steps_of(tmp_path / "once") == [5, 8]
     assert "Ctrl-C again stops at once" in once.stderr
     twice = train("--run_dir", tmp_path / "twice", callbacks(("SignalInStep", {**interrupt, "times": 2})))
-    assert twice.returncode == 1 and steps_of(tmp_path / "twice") == [5]
+    assert twice.returncode == KEYBOARD and steps_of(tmp_path / "twice") == [5]
+
+
+def test_before_the_first_step_has_ended_a_signal_ends_the_run_at_once(train: TrainProcess, tmp_path: Path) -> None:
+    first = ("SignalInStep", {"step": 0, "rank": 0, "name": "SIGUSR1"}), ("Hang", {"step": 0, "rank": 0})
+    stopped = train("--run_dir", tmp_path / "run", callbacks(*first))
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert "stopped by SIGUSR1 while " in stopped.stderr
+    assert "nothing new to save" in stopped.stderr and steps_of(tmp_path / "run") == []
+
+
+def test_a_step_that_does_not_end_is_given_the_grace_time_on_all_ranks(train: TrainProcess, tmp_path: Path) -> None:
+    stuck = ("SignalInStep", {"step": 7, "rank": 1, "name": "SIGTERM"}), ("Hang", {"step": 7, "rank": 1})
+    options = ("--run_dir", tmp_path / "run", "--trainer.devices", 2, "--interruption.grace_seconds", 1)
+    stopped = train(*options, callbacks(*stuck))  # returns when no process is left that holds its pipes
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert "waiting for the optimizer step to end, 0:00 of at most 0:0" in stopped.stderr
+    assert (
+        "without saving: in optimizer step 8, 0:0" in stopped.stderr
+        and "(interruption.grace_seconds)" in stopped.stderr
+    )
+    assert steps_of(tmp_path / "run") == [5]
+
+
+def test_a_validation_is_cut_short_and_what_was_trained_is_saved(train: TrainProcess, tmp_path: Path) -> None:
+    options = ("--run_dir", tmp_path / "run", "--validation.every_n_steps", 7)
+    stopped = train(*options, callbacks(("SignalInValidation", {"rank": 0})))
+    assert stopped.returncode == INTERRUPTED and steps_of(tmp_path / "run") == [5, 8], stopped.stderr
+    assert "step 7: told to stop, so this validation was not finished" in stopped.stderr
+    assert "validation loss" not in stopped.stderr
+
+
+def test_max_time_ends_as_a_signal_does(train: TrainProcess, tmp_path: Path) -> None:
+    options = ("--run_dir", tmp_path / "run", "--trainer.max_time", "00:00:00:01", "--trainer.max_steps", 1000)
+    stopped = train(*options, callbacks(("Pause", {"seconds": 0.2})))
+    (*_, newest) = steps_of(tmp_path / "run")
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert f"stopped by trainer.max_time 0:00:01 at step {newest}, which is saved" in stopped.stderr
 
 
 def test_in_the_background_ctrl_c_stays_ignored() -> None:
@@ -49,12 +91,15 @@ def test_in_the_background_ctrl_c_stays_ignored() -> None:
     try:
         for keyboard in (signal.SIG_IGN, signal.default_int_handler):
             signal.signal(signal.SIGINT, keyboard)
-            stop = Interruption()
-            stop.on_train_start(Trainer(logger=False, enable_checkpointing=False), None)
+            stop = StopSignals(Progress(), LocalRanks())
+            stop.progress.stepped, stop.grace = True, lambda: 100.0
+            stop.install()
             signal.raise_signal(signal.SIGINT)
             assert stop.requested == (keyboard != signal.SIG_IGN)
             signal.raise_signal(signal.SIGTERM)
             assert stop.requested
+            stop.close()
+            assert signal.getsignal(signal.SIGINT) == keyboard
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
