@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from common.checks import check_number
 from common.files import check_keys
 from data.length_generalisation import NO_TASK, TaskConfig, TaskSource
 from data.mixture import Mixture, SourceConfig
@@ -139,6 +140,13 @@ class BatchLoader(DataLoader[Batch]):
         return map(as_tensors, super().__iter__())
 
 
+def check_sizes(sequence_length: int, global_batch_size: int, micro_batch_size: int) -> None:
+    """Raises ValueError for sizes that no batch can have."""
+    check_number("data.sequence_length", sequence_length, least=2, most=2**27, whole=True)
+    check_number("data.global_batch_size", global_batch_size, least=1, most=2**27, whole=True)
+    check_number("data.micro_batch_size", micro_batch_size, least=1, most=2**27, whole=True)
+
+
 class PackedDataModule(lightning.LightningDataModule):
     """Mixture of prepared corpora, packed, or the samples of a task; see the module's docstring for the order.
 
@@ -176,12 +184,10 @@ class PackedDataModule(lightning.LightningDataModule):
             raise ValueError("data.sources is empty; give at least one prepared corpus, or a task: data.task.name")
         if sources and task.name is not None:
             raise ValueError(f"data.task.name is {task.name}, but data.sources has corpora too; leave one of them out")
-        limits = {"sequence_length": (sequence_length, 2), "global_batch_size": (global_batch_size, 1)}
-        limits |= {"micro_batch_size": (micro_batch_size, 1), "num_workers": (num_workers, 0)}
-        limits |= {"val_sequences": (val_sequences, 0), "seed": (seed, 0)}
-        for name, (value, least) in limits.items():
-            if value < least:
-                raise ValueError(f"data.{name} is {value}, expected at least {least}")
+        check_sizes(sequence_length, global_batch_size, micro_batch_size)
+        check_number("data.num_workers", num_workers, least=0, most=1024, whole=True)
+        check_number("data.val_sequences", val_sequences, least=0, whole=True, zero="no validation")
+        check_number("data.seed", seed, least=0, whole=True)
         self.sources, self.task = sources, task
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size

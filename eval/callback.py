@@ -25,7 +25,6 @@ from eval.needle import build_samples, context_of
 from eval.perplexity import PerplexityPlan, length_windows, plan_perplexity
 from eval.scoring import Context, NotFinite, Runtime, score, shifted
 from model.transformer import Transformer
-from training.progress import note_progress, told_to_stop
 
 LENGTHS = [1, 2, 4]
 DEFAULTS = EvalConfig()
@@ -248,8 +247,10 @@ def unless_told_to_stop(trainer: Trainer, model: Transformer, work: Callable[[],
     told of each layer, so that a long evaluation is not taken for one that hangs."""
 
     def note(*_: Any) -> None:
-        note_progress(trainer, "evaluating")
-        if told_to_stop(trainer):
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if (progress := getattr(callback, "progress", None)) is not None:
+                progress.note("evaluating", trainer.global_step)
+        if any(getattr(callback, "requested", False) is True for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise _ToldToStop
 
     hooks = [block.attention_norm.register_forward_pre_hook(note) for block in model.layers()]

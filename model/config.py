@@ -3,9 +3,17 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from common.checks import check_number
+
 AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax"]
 Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
+
+BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
+# Far above any model that trains: a number beyond is a slip.
+LARGEST = {
+    "vocab_size": 2**24, "n_layers": 1000, "d_model": 2**18, "n_heads": 2**12, "n_kv_heads": 2**12, "d_ff": 2**20,
+}  # fmt: skip
 
 
 def _expect(ok: bool, name: str, value: object, expected: str) -> None:
@@ -47,6 +55,7 @@ class AttentionConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        _expect(self.backend in BACKENDS, "attention.backend", self.backend, f"one of {BACKENDS}")
         _expect(self.kind in get_args(AttentionKind), "attention.kind", self.kind, f"one of {get_args(AttentionKind)}")
         _expect(
             1 < self.alpha <= 2, "attention.alpha", self.alpha, "a number in (1, 2] (for softmax set kind: softmax)"
@@ -62,7 +71,10 @@ class AttentionConfig:
             f"a start strictly inside {bounds} when learn_alpha is true (or set learn_alpha: false)",
         )
 
-        _expect(self.anneal_steps >= 0, "attention.anneal_steps", self.anneal_steps, "0 (never) or more")
+        check_number("attention.anneal_steps", self.anneal_steps, least=0, whole=True, zero="never")
+        check_number("attention.temperature_offset", self.temperature_offset, least=0, most=1e4)
+        check_number("attention.temperature_range", self.temperature_range, least=0, most=16)
+        check_number("attention.temperature_bias", self.temperature_bias, least=-1e4, most=1e4)
         _expect(1 < self.anneal_from <= 2, "attention.anneal_from", self.anneal_from, "a number in (1, 2]")
         _expect(
             not self.anneal_steps or self.is_entmax,
@@ -113,8 +125,13 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
-            _expect(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
+        for name, most in LARGEST.items():
+            check_number(name, getattr(self, name), least=1, most=most, whole=True)
+        check_number("head_dim", self.head_dim, least=1, most=1024, whole=True, null="d_model / n_heads")
+        check_number("norm_eps", self.norm_eps, above=0, below=1)
+        check_number("init_std", self.init_std, above=0, most=10)
+        check_number("rope_base", self.rope_base, above=1)
+        check_number("window", self.window, least=1, whole=True, null="full attention")
         _expect(
             self.head_dim is not None or self.d_model % self.n_heads == 0,
             "n_heads",
@@ -134,7 +151,6 @@ class ModelConfig:
             _expect(
                 self.n_heads % 2 == 0, "n_heads", self.n_heads, "an even number: nape gives ALiBi to half of the heads"
             )
-        _expect(self.window is None or self.window >= 1, "window", self.window, "a positive number of tokens, or null")
 
     @property
     def head_size(self) -> int:

@@ -6,21 +6,46 @@ import torch
 
 from model.config import ModelConfig
 
-# dense bfloat16 tensor-core peaks in FLOP/s, from the vendor's datasheets (never the figures "with sparsity"); first
-# match wins
+# Dense bfloat16 tensor-core peaks in FLOP/s with float32 accumulation, from the vendor's datasheets (never the figures
+# "with sparsity"), by what torch.cuda.get_device_name says without "NVIDIA". A name that only contains one of these is
+# another device: an RTX A1000 is no A100, a MIG slice of an A100 neither.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200 120GB": 989e12,
+    "GH200 480GB": 989e12,
+    "H100 80GB HBM3": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A100-SXM-64GB": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "A800-SXM4-80GB": 312e12,
+    "A800 80GB PCIe": 312e12,
+    "A30": 165e12,
     "A40": 150e12,
     "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX A6000": 155e12,
+    "RTX 6000 Ada Generation": 364e12,
+    "GeForce RTX 4090": 165e12,
+    "GeForce RTX 3090": 71e12,
 }
+
+
+def _normalised(device_name: str) -> str:
+    words = device_name.casefold().split()
+    return " ".join(words[1:] if words[:1] == ["nvidia"] else words)  # older drivers leave the vendor out
+
+
+PEAK_BY_NAME = {_normalised(name): peak for name, peak in PEAK_FLOPS.items()}
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
@@ -28,7 +53,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     none is recorded."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return PEAK_BY_NAME.get(_normalised(device_name))
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
+from common.checks import check_number, check_numbers
 from model.flops import peak_flops
 from training.engine import engine_of
 from training.guard import StepGuard
@@ -34,11 +35,8 @@ class StatsConfig:
     tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 0:
-            raise ValueError(f"stats.every_n_steps is {self.every_n_steps}: expected 0 (never) or more")
-        for name, value in (("layers", self.layers), ("tokens", self.tokens)):
-            if value < 1:
-                raise ValueError(f"stats.{name} is {value}: expected at least 1")
+        check_number("stats.every_n_steps", self.every_n_steps, least=0, whole=True, zero="never")
+        check_numbers("stats.", self, ("layers", "tokens"), least=1, whole=True)
 
 
 @dataclass
@@ -52,8 +50,7 @@ class ValidationConfig:
     every_n_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 0:
-            raise ValueError(f"validation.every_n_steps is {self.every_n_steps}: expected 0 (never) or more")
+        check_number("validation.every_n_steps", self.every_n_steps, least=0, whole=True, zero="never")
 
 
 def log(trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -89,6 +86,12 @@ class MetricsLogger(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.step = trainer.global_step
         self.every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        device = trainer.strategy.root_device
+        if device.type == "cuda" and device_peak(device, trainer.precision) is None:
+            say(
+                f"throughput/mfu is not logged: model/flops.py has no peak of {torch.cuda.get_device_name(device)} in "
+                f"{trainer.precision}"
+            )
         self._reset()
 
     def _reset(self) -> None:

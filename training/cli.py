@@ -1,6 +1,8 @@
 """The command line of train.py: options, their checks, and how a run is put together."""
 
 import logging
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,8 +22,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from common.errors import UsageError
 from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from data.datamodule import PackedDataModule
+from data.strict_yaml import refuse_duplicate_keys
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
+from model.flops import matmul_parameters
 from model.version import code_version
 from training.callbacks import (
     AttentionStats,
@@ -36,6 +40,15 @@ from training.guard import GuardConfig, StepGuard
 from training.interruption import Interruption, InterruptionConfig
 from training.loss import resolve_loss_backend
 from training.module import LanguageModule
+from training.options import (
+    REFUSED_OPTIONS,
+    as_list,
+    check_callbacks,
+    check_plugins,
+    check_tasks,
+    check_trainer_options,
+    count_processes,
+)
 from training.parallel import ParallelConfig, check_combinations
 from training.profiling import ProfileConfig, StepProfiler
 from training.resume import (
@@ -52,24 +65,14 @@ from training.settings import check_allowed, check_settings, run_settings
 from training.signals import StopSignals
 from training.start import check_transfer, transfer_weights
 from training.strategies import build_strategy
-from training.throughput import StepClock
+from training.throughput import GIB, StepClock
 from training.tracking import WandbConfig, log_config, make_loggers, record_session, say
 from training.watchdog import Watchdog, WatchdogConfig
 
-# Trainer options that this recipe decides itself, and the option to use instead.
-OWNED_BY_THE_RECIPE = {
-    "logger": "wandb.*",
-    "default_root_dir": "--run_dir",
-    "enable_checkpointing": "checkpoint.*",
-    "val_check_interval": "validation.every_n_steps",
-    "check_val_every_n_epoch": "validation.every_n_steps",
-    "max_epochs": "trainer.max_steps",
-    "strategy": "parallel.*",
-    "gradient_clip_algorithm": "trainer.gradient_clip_val, which clips by norm",
-}
 TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False, "use_distributed_sampler": False,
 }  # fmt: skip
+LONGEST_MESSAGE = 500
 # Each of these is known to be harmless here.
 HARMLESS_WARNINGS = {
     r".*does not have many workers.*": "packing a sequence costs microseconds; data.num_workers is the user's choice",
@@ -83,11 +86,23 @@ HARMLESS_WARNINGS = {
 }
 
 
+def shortened(message: str) -> str:
+    """A parser's message in one line; of a type that has many forms, the first and the last line say what is wrong."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    line = " ".join(lines)
+    line = re.sub(r"(Union|Optional)\[[^\n]{80,}?\](?= |\.|$)", "one of several types", line)
+    return (
+        line
+        if len(line) <= LONGEST_MESSAGE
+        else f"{line[: LONGEST_MESSAGE // 2]} [...] {line[-LONGEST_MESSAGE // 2 :]}"
+    )
+
+
 class OneLineParser(LightningArgumentParser):
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(f"{' '.join(message.split())} (python train.py --help lists all options)") from ex
+        raise UsageError(f"{shortened(message)} (python train.py --help lists all options)") from ex
 
 
 class TrainingCLI(LightningCLI):
@@ -101,6 +116,7 @@ class TrainingCLI(LightningCLI):
             warnings.filterwarnings("ignore", pattern)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # banners; what matters of them is said by this file
+        refuse_duplicate_keys()
         super().__init__(
             LanguageModule, PackedDataModule, save_config_callback=None, seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS, parser_class=OneLineParser, run=False, auto_configure_optimizers=False,
@@ -144,20 +160,23 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what needs no model and no data, and choose the checkpoint to start from."""
         self._note("looking at options and checkpoints")
-        defaults = {key: self.parser.get_default(f"trainer.{key}") for key in OWNED_BY_THE_RECIPE}
-        check_trainer_options(self.config.trainer, defaults)
+        options = self.config.trainer
+        check_trainer_options(options, {key: self.parser.get_default(f"trainer.{key}") for key in REFUSED_OPTIONS})
+        check_tasks(count_processes(options))
         if self.config.init_from and self.config.resume not in ("none", "auto"):
             raise UsageError(
                 f"--init_from {self.config.init_from} starts a new run, --resume {self.config.resume} continues one: "
                 "use one of them (--resume auto goes with --init_from)"
             )
         check_allowed(self.config.allow_changes)
-        self.run_dir = Path(self.config.run_dir)
+        self.run_dir = usable_folder(self.config.run_dir)
+        check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
         self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
         self.start: StartPoint = choose_start(self.run_dir, self.config.resume)
         network = config_from_dict(self.config.model.network.as_dict())
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
+        check_runs_here(network, first_device(options))
         self.init_from = self._choose_weights(network)
         if self.start.step >= self.config.trainer.max_steps:
             wanted = self.config.trainer.max_steps
@@ -188,7 +207,12 @@ class TrainingCLI(LightningCLI):
         elif not self.datamodule.val_sequences:
             raise UsageError(f"validation.every_n_steps is {every}, but data.val_sequences is 0: set both or neither")
         options["logger"] = make_loggers(self.run_dir, self.start.step, self.config_init.wandb)
-        options["callbacks"] = [*(options["callbacks"] or []), *self._callbacks()]
+        callbacks, plugins = as_list(options["callbacks"]), as_list(options["plugins"])
+        check_callbacks(callbacks)
+        check_plugins(plugins)
+        shown = options["enable_progress_bar"] is not False
+        ours = [callback for callback in self._callbacks() if shown or not isinstance(callback, StepProgress)]
+        options["callbacks"] = [*callbacks, *ours]
         options |= {"check_val_every_n_epoch": None, "val_check_interval": 1}  # the interval follows below
         parallel = self.config_init.parallel
         ranks = count_processes(options)
@@ -197,7 +221,7 @@ class TrainingCLI(LightningCLI):
         options["strategy"] = build_strategy(parallel, processes=ranks, device=first_device(options))
         if SLURMEnvironment.detect():
             # Lightning would save inside its signal handler, where ranks wait for each other: see interruption.py
-            options["plugins"] = [*as_list(options["plugins"]), SLURMEnvironment(auto_requeue=False)]
+            options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         trainer = Trainer(**options)
         # signals.py handles them: Lightning's SIGTERM handler would wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -306,9 +330,43 @@ class TrainingCLI(LightningCLI):
         return code if trainer.is_global_zero else 0
 
 
-def as_list(value: Any) -> list[Any]:
-    """Lightning's options that are one thing, several or none, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+def usable_folder(run_dir: str) -> Path:
+    """Of --run_dir. Raises UsageError where nothing can be written there; makes it where it is not there yet."""
+    if not run_dir.strip():
+        raise UsageError("--run_dir is empty: expected the run's folder")
+    folder = Path(run_dir)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--run_dir {folder} is a file: expected a folder, or a path where one can be made")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run_dir {folder} cannot be made ({error.strerror}): choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--run_dir {folder} cannot be written to: choose another folder, or change its permissions")
+    return folder
+
+
+def check_runs_here(network: ModelConfig, device: torch.device) -> None:
+    """Raises UsageError for a network that this machine cannot hold, or a backend that it cannot run."""
+    if network.attention.backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(
+            "model.network.attention.backend is 'triton', which needs CUDA: use auto or torch on a CPU, or set "
+            "TRITON_INTERPRET=1 to interpret its kernels"
+        )
+    needed = 4 * (matmul_parameters(network) + (0 if network.tie_embeddings else network.vocab_size * network.d_model))
+    if needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise UsageError(
+            f"model.network has about {needed // 4:,} parameters, {needed / GIB:,.0f} GiB in float32, and this machine "
+            f"has {there / GIB:,.0f} GiB of memory, where every process builds it whole: choose smaller sizes"
+        )
+
+
+def check_warmup(warmup_steps: int, max_steps: int) -> None:
+    if isinstance(warmup_steps, int) and warmup_steps > max_steps:
+        say(
+            f"warning: model.optimizer.warmup_steps is {warmup_steps}, longer than trainer.max_steps {max_steps}: the "
+            "learning rate never reaches model.optimizer.lr"
+        )
 
 
 def duration(max_time: Any) -> timedelta | None:
@@ -321,38 +379,8 @@ def duration(max_time: Any) -> timedelta | None:
     return timedelta(seconds=seconds)
 
 
-def count_processes(options: dict[str, Any]) -> int:
-    """Ranks that Trainer options ask for, over all nodes."""
-    devices, accelerator = options["devices"], options["accelerator"]
-    if devices in ("auto", -1, "-1"):
-        on_cuda = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-        count = torch.cuda.device_count() if on_cuda else 1
-    elif isinstance(devices, str) and not devices.isdigit():
-        count = len([device for device in devices.split(",") if device])
-    else:
-        count = len(devices) if isinstance(devices, list) else int(devices)
-    return count * options["num_nodes"]
-
-
 def first_device(options: dict[str, Any]) -> torch.device:
     """The first device that Trainer options ask for on a node."""
     if options["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", (CUDAAccelerator.parse_devices(options["devices"]) or [0])[0])
     return torch.device("cpu")
-
-
-def check_trainer_options(options: Any, defaults: dict[str, Any]) -> None:
-    """Raises UsageError for Trainer options that cannot work, or that this recipe sets itself."""
-    for key, instead in OWNED_BY_THE_RECIPE.items():
-        if options.get(key) != defaults[key]:
-            raise UsageError(f"trainer.{key} is {options.get(key)!r}: leave it out and use {instead}")
-    if options.max_steps < 1:
-        raise UsageError(
-            f"trainer.max_steps is {options.max_steps}: expected the number of optimizer steps, at least 1"
-        )
-    if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UsageError(
-            f"trainer.accelerator is {options.accelerator!r}, but torch finds no CUDA device: use "
-            "--config configs/cluster/cpu.yaml or --trainer.accelerator cpu, or install a driver that fits torch "
-            f"{torch.__version__}"
-        )

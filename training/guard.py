@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from common.checks import check_number
 from training.engine import Engine
 from training.failures import MicroBatch, write_dump
 from training.interruption import Interruption, stop
@@ -40,12 +41,8 @@ class GuardConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        if self.spike_deviations is not None and not self.spike_deviations > 0:
-            raise ValueError(
-                f"guard.spike_deviations is {self.spike_deviations}: expected a positive number, or null for never"
-            )
-        if self.window < 4:
-            raise ValueError(f"guard.window is {self.window}: expected at least 4 steps")
+        check_number("guard.spike_deviations", self.spike_deviations, above=0, null="never")
+        check_number("guard.window", self.window, least=4, most=10**6, whole=True)
         if not 0 <= self.max_skipped < self.window:
             raise ValueError(
                 f"guard.max_skipped is {self.max_skipped}: expected at least 0 and less than guard.window {self.window}"

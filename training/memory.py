@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from common.checks import check_number
 from common.errors import user_errors
+from data.datamodule import check_sizes
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Block, Transformer
-from training.cli import TrainingCLI, count_processes
+from training.cli import TrainingCLI
+from training.options import REFUSED_OPTIONS, check_trainer_options, count_processes
 from training.parallel import BUCKET_ELEMENTS, ParallelConfig
 from training.sequence_parallel import check_sequence_parallel
 from training.throughput import GIB
@@ -351,7 +354,15 @@ class MemoryCLI(TrainingCLI):
     needs_run_dir = False
 
     def before_instantiate_classes(self) -> None:
-        config = self.config
+        config, data = self.config, self.config.data
+        check_trainer_options(
+            config.trainer,
+            {key: self.parser.get_default(f"trainer.{key}") for key in REFUSED_OPTIONS},
+            needs_device=False,
+        )
+        check_sizes(data.sequence_length, data.global_batch_size, data.micro_batch_size)
+        check_number("model.loss_chunk_tokens", config.model.loss_chunk_tokens, least=1, whole=True)
+        check_number("model.mlp_tile_tokens", config.model.mlp_tile_tokens, least=0, whole=True, zero="all at once")
         network = config_from_dict(config.model.network.as_dict())
         parallel, ranks = config.parallel, count_processes(config.trainer)
         tokens = config.data.micro_batch_size * config.data.sequence_length

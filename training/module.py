@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.checks import check_number
 from model.config import ModelConfig
 from model.flops import train_flops
 from model.sequence_parallel import SequenceShards
@@ -65,10 +66,8 @@ class LanguageModule(LightningModule):
         super().__init__()
         if cuda_graphs and loss_backend == "liger":
             raise ValueError("model.loss_backend is 'liger', which CUDA graphs cannot capture: set it to auto")
-        if loss_chunk_tokens < 1:
-            raise ValueError(f"model.loss_chunk_tokens is {loss_chunk_tokens}: expected at least 1")
-        if mlp_tile_tokens < 0:
-            raise ValueError(f"model.mlp_tile_tokens is {mlp_tile_tokens}: expected 0 (all at once) or more")
+        check_number("model.loss_chunk_tokens", loss_chunk_tokens, least=1, whole=True)
+        check_number("model.mlp_tile_tokens", mlp_tile_tokens, least=0, whole=True, zero="all at once")
         if activation_checkpointing not in (modes := get_args(ActivationCheckpointing)):
             raise ValueError(f"model.activation_checkpointing is {activation_checkpointing!r}: expected one of {modes}")
         self.network_config, self.optimizer_config = network, optimizer

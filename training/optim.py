@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.checks import check_number, check_numbers
+
 
 @dataclass
 class OptimizerConfig:
@@ -40,25 +42,16 @@ class OptimizerConfig:
     final_lr_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "a positive number")
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-        _require(self.eps > 0, "eps", self.eps, "a positive number")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _require(self.alpha_lr_factor >= 0, "alpha_lr_factor", self.alpha_lr_factor, "0 or more")
-        _require(self.schedule in ("cosine", "wsd"), "schedule", self.schedule, "cosine or wsd")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-        _require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a number in (0, 1]")
-        _require(
-            0 <= self.final_lr_fraction <= 1,
-            "final_lr_fraction",
-            self.final_lr_fraction,
-            "a number in [0, 1]",
-        )
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"model.optimizer.{name} is {value}: expected {expected}")
+        name = "model.optimizer."
+        check_numbers(name, self, ("lr", "eps"), above=0)
+        check_numbers(name, self, ("weight_decay", "alpha_lr_factor"), least=0)
+        check_number(name + "warmup_steps", self.warmup_steps, least=0, whole=True)
+        check_number(name + "decay_fraction", self.decay_fraction, above=0, most=1)
+        check_number(name + "final_lr_fraction", self.final_lr_fraction, least=0, most=1)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"model.optimizer.betas is {self.betas}: expected two numbers in [0, 1)")
+        if self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"model.optimizer.schedule is {self.schedule}: expected cosine or wsd")
 
 
 def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
+from common.checks import check_number
 from model.checkpoint import StoredTensors, read_complete
 from training.engine import Engine, PlainEngine
 from training.state import TrainingState, agreement, read_state, together, whole_state, write_state
@@ -41,9 +42,8 @@ class ParallelConfig:
     timeout_minutes: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("sequence_parallel", "timeout_minutes"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"parallel.{name} is {value}: expected at least 1")
+        check_number("parallel.sequence_parallel", self.sequence_parallel, least=1, whole=True)
+        check_number("parallel.timeout_minutes", self.timeout_minutes, least=1, most=60 * 24 * 365, whole=True)
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}: expected 0, 1, 2 or 3")
         if self.reduce_dtype not in ("float32", "bfloat16"):

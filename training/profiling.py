@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.profiler import ProfilerActivity, profile
 
+from common.checks import check_numbers
 from training.throughput import StepClock
-from training.tracking import session_name
+from training.tracking import say, session_name
 
 
 @dataclass
@@ -27,9 +28,7 @@ class ProfileConfig:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("start", self.start), ("rank", self.rank)):
-            if value < 0:
-                raise ValueError(f"profile.{name} is {value}: expected 0 or more")
+        check_numbers("profile.", self, ("steps", "start", "rank"), least=0, whole=True)
 
 
 class StepProfiler(Callback):
@@ -44,6 +43,7 @@ class StepProfiler(Callback):
     def __init__(self, config: ProfileConfig, run_dir: Path, clock: StepClock) -> None:
         self.config, self.folder, self.clock = config, run_dir / "profile", clock
         self.profiler: profile | None = None
+        self.written = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.config.rank >= trainer.world_size:
@@ -64,6 +64,11 @@ class StepProfiler(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._close()  # a session that ends earlier
+        if self.config.steps and not self.written:
+            say(
+                f"profile.steps is {self.config.steps}, but nothing was traced: the session ended at step "
+                f"{trainer.global_step}, before step {self.first} of profile.start {self.config.start}"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()
@@ -71,7 +76,7 @@ class StepProfiler(Callback):
     def _close(self) -> None:
         if self.profiler is None:
             return
-        profiler, self.profiler = self.profiler, None
+        profiler, self.profiler, self.written = self.profiler, None, True
         path = self.folder / f"{session_name(self.first)}.rank-{self.config.rank}.json.gz"
         with self.clock.paused():
             profiler.stop()

@@ -1,10 +1,7 @@
 """What a process is doing and since when: noted by the main thread, read by threads that wait for it."""
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+from typing import NamedTuple
 
 
 class State(NamedTuple):
@@ -17,6 +14,9 @@ class State(NamedTuple):
 
 class Progress:
     """The last note is the state; one assignment, so that a reader always sees a whole one.
+
+    The watchdog has it as its attribute `progress`: a callback that takes long between two batches notes each part that
+    is done there, or it is taken for hanging (eval/callback.py does).
 
     Attributes:
         start_step: optimizer steps of the run before this session; None before training begins.
@@ -45,19 +45,3 @@ class Progress:
 def minutes(seconds: float) -> str:
     """80 -> "1:20"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def note_progress(trainer: "Trainer", activity: str) -> None:
-    """For callbacks that take long between two batches: to be called for each part that is done, or the watchdog takes
-    them for hanging."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        progress: Any = getattr(callback, "progress", None)
-        if isinstance(progress, Progress):
-            progress.note(activity, trainer.global_step)
-            return
-
-
-def told_to_stop(trainer: "Trainer") -> bool:
-    """For callbacks that take long between two batches: this process has been told to stop, so that they should end
-    with what they have."""
-    return any(getattr(callback, "requested", False) is True for callback in trainer.callbacks)  # type: ignore[attr-defined]

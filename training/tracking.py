@@ -1,21 +1,28 @@
 """Where a run's records go: metric files, wandb, the resolved config and the code version."""
 
+import netrc
+import os
 import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from common.errors import UsageError
+from common.files import write_file
 from common.redaction import redact, redact_config
 
 if TYPE_CHECKING:
     import wandb
+
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 @dataclass
@@ -57,6 +64,7 @@ def make_loggers(run_dir: Path, start_step: int, wandb: WandbConfig) -> list[Log
     loggers: list[Logger] = [
         CSVLogger(run_dir, name="metrics", version=session_name(start_step), flush_logs_every_n_steps=1)
     ]
+    check_wandb_login(wandb.mode)
     if wandb.mode != "disabled":
         loggers.append(
             TolerantWandbLogger(
@@ -97,12 +105,39 @@ def wandb_settings(arguments: list[str]) -> "wandb.Settings":
     return wandb.Settings(disable_git=True, x_disable_meta=secret)
 
 
-def wandb_run_id(run_dir: Path) -> str:
-    """The run's wandb id, kept in RUN/wandb_run_id so that every session continues the same wandb run."""
+def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0 of the run, as far as is known before there is a Trainer."""
+    rank = next((environment[name] for name in RANK_VARIABLES if name in environment), "0")
+    return rank == "0" and environment.get("NODE_RANK", "0") == "0"
+
+
+def wandb_run_id(run_dir: Path) -> str | None:
+    """The run's wandb id, kept in RUN/wandb_run_id so that every session continues the same wandb run. Rank 0 decides
+    it, and it alone talks to wandb; None on others."""
+    if not is_first_process():
+        return None
     path = run_dir / "wandb_run_id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8] + "\n")
+    if not path.exists() or not path.read_text().strip():
+        write_file(path, (uuid.uuid4().hex[:8] + "\n").encode())
     return path.read_text().strip()
+
+
+def check_wandb_login(mode: str) -> None:
+    """Raises UsageError where wandb would ask for a key and nobody is there to answer."""
+    if mode != "online" or sys.stdin.isatty():
+        return
+    if any(name in os.environ for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC") or None).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known is None:
+        raise UsageError(
+            f"wandb.mode is online, but there is no API key for {host}: run `wandb login`, set WANDB_API_KEY, or use "
+            "--wandb.mode offline (sent later with `wandb sync`)"
+        )
 
 
 @rank_zero_only

@@ -1,6 +1,8 @@
 """train.py and training.memory."""
 
-from tests.bad_input.cases import Case
+from collections.abc import Callable
+
+from tests.bad_input.cases import TOO_LONG, Case, Place
 
 
 def train(*options: str) -> list[str]:
@@ -11,6 +13,48 @@ def train(*options: str) -> list[str]:
 def memory(*options: str) -> list[str]:
     return ["-m", "training.memory", "--config", "{tiny}", *options]
 
+
+def config(text: str) -> Callable[[Place], object]:
+    """Writes {tmp}/more.yaml."""
+    return lambda place: (place.tmp / "more.yaml").write_text(text)
+
+
+def file_there(place: Place) -> None:
+    (place.tmp / "new").write_text("a file")
+
+
+NUMBERS = {
+    "model.network.norm_eps": [-1, "nan"],
+    "model.network.init_std": [-1],
+    "model.network.head_dim": [0],
+    "model.network.n_layers": ["null", 10**9],
+    "model.network.d_model": [10**12],
+    "model.network.attention.temperature_range": ["nan", "1e9"],
+    "model.optimizer.lr": ["inf", "nan"],
+    "model.optimizer.weight_decay": ["inf"],
+    "model.loss_chunk_tokens": [0],
+    "watchdog.minutes": ["nan"],
+    "watchdog.first_minutes": ["inf"],
+    "interruption.grace_seconds": [-1, "nan"],
+    "guard.spike_deviations": ["nan"],
+    "stats.every_n_steps": [-1],
+    "profile.steps": [-1],
+    "parallel.timeout_minutes": [0],
+    "data.sequence_length": [-1, 10**15],
+    "data.num_workers": [-1],
+    "trainer.log_every_n_steps": [0],
+    "trainer.gradient_clip_val": ["nan", -1],
+    "trainer.num_nodes": [0],
+}
+REFUSED = {
+    "trainer.limit_train_batches": "4",
+    "trainer.overfit_batches": "2",
+    "trainer.fast_dev_run": "true",
+    "trainer.min_epochs": "2",
+    "trainer.profiler": "simple",
+    "trainer.max_epochs": "3",
+}
+CALLBACKS = ("ModelCheckpoint", "GradientAccumulationScheduler", "SpikeDetection", "StochasticWeightAveraging")
 
 CASES = [
     Case("no options", ["train.py"], ["run_dir", "required"]),
@@ -30,4 +74,41 @@ CASES = [
         ["model.network.vocab_size is 100", "384 pieces", "at least"],
     ),
     Case("memory of no config", ["-m", "training.memory", "--config", "{tmp}/none.yaml"], ["{tmp}/none.yaml"]),
-]
+    *(
+        Case(f"{name} {value}", train(f"--{name}", str(value)), [name.rpartition(".")[2], "xpected"])
+        for name, values in NUMBERS.items()
+        for value in values
+    ),
+    *(Case(name, train(f"--{name}", value), [f"{name} is", "leave it out and use"]) for name, value in REFUSED.items()),
+    Case("one callback that is refused", train("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=x"),
+         ["trainer.callbacks has EarlyStopping", "leave it out and use"]),
+    Case("devices two", train("--trainer.devices", "two"), ["trainer.devices is 'two'", "at least 1"]),
+    Case("devices -2", train("--trainer.devices", "-2"), ["trainer.devices is", "-2", "at least 1"]),
+    Case("accelerator tpu", train("--trainer.accelerator", "tpu"), ["trainer.accelerator is 'tpu'", "expected auto"]),
+    Case("max_time nonsense", train("--trainer.max_time", "soon"), ["soon"]),
+    Case("backend cuda", train("--model.network.attention.backend", "cuda"), ["attention.backend", "cuda", "triton"]),
+    Case("backend triton", train("--model.network.attention.backend", "triton"), ["backend is 'triton'", "needs CUDA"]),
+    Case("a network beyond memory", train("--model.network.n_layers", "1000", "--model.network.d_ff", "1000000",
+         "--model.network.d_model", "8192"), ["model.network has about", "GiB of memory"]),
+    Case("an unknown precision", train("--trainer.precision", "fp7"), ["trainer.precision", "fp7"]),
+    Case("wandb without a key", train("--wandb.mode", "online"), ["wandb.mode is online", "wandb login"],
+         environment={"NETRC": "/nowhere/netrc"}),
+    Case("run_dir empty", ["train.py", "--config", "{tiny}", "--run_dir", ""], ["--run_dir is empty"]),
+    Case("run_dir a file", train(), ["{tmp}/new is a file", "expected a folder"], damage=file_there),
+    Case("run_dir below a file", ["train.py", "--config", "{tiny}", "--run_dir", "{tiny}/x"], ["{tiny}/x", "another"]),
+    Case("run_dir too long", ["train.py", "--config", "{tiny}", "--run_dir", "{tmp}/" + TOO_LONG],
+         ["File name too long", "choose another folder"]),
+    Case("run_dir nowhere to be written", ["train.py", "--config", "{tiny}", "--run_dir", "/proc/x"], ["/proc/x"]),
+    Case("a key twice", train("--config", "{tmp}/more.yaml"), ["the key model.compile is there twice", "lines 2 and 3"],
+         damage=config("model:\n  compile: false\n  compile: true\n")),
+    Case("broken YAML", train("--config", "{tmp}/more.yaml"), ["more.yaml"], damage=config("model: {a: [\n")),
+    Case("a job of two tasks without srun", train(), ["2 tasks without srun", "start it with srun"],
+         environment={"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}),
+    Case("two tasks of srun, one device", train(), ["srun started 2 tasks", "trainer.devices x trainer.num_nodes is 1"],
+         environment={"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}),
+    Case("an error beside loader workers", train("--data.num_workers", "1", "--data.val_sequences", "5",
+         "--validation.every_n_steps", "5"), ["data.val_sequences 5 is not a multiple"], notes=["training "]),
+    Case("memory of a length of -1", memory("--data.sequence_length", "-1"), ["data.sequence_length is -1"]),
+    Case("memory of 0 steps", memory("--trainer.max_steps", "0"), ["trainer.max_steps is 0"]),
+    Case("memory of a nan", memory("--model.network.norm_eps", "nan"), ["norm_eps is nan"]),
+]  # fmt: skip

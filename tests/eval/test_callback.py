@@ -4,12 +4,22 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from data.store import TokenStore
-from eval.callback import HeldOutEvaluation, finished, measure, open_held_out_set, undisturbed
+from eval.callback import (
+    HeldOutEvaluation,
+    Tally,
+    finished,
+    measure,
+    open_held_out_set,
+    undisturbed,
+    unless_told_to_stop,
+)
 from eval.config import EvalConfig
 from eval.scoring import Runtime
 from model.checkpoint import load_model, resolve_checkpoint
@@ -158,3 +168,23 @@ def test_modes_random_states_and_compiled_blocks_are_as_before() -> None:
     assert compiled == [] and decoder.training and torch.equal(torch.random.get_rng_state(), state)
     decoder(tokens)
     assert compiled
+
+
+def test_each_layer_is_progress_and_a_run_that_is_told_to_stop_leaves_the_evaluation() -> None:
+    model = Transformer(ModelConfig(vocab_size=16, n_layers=2, d_model=8, n_heads=2, n_kv_heads=1, d_ff=8))
+    notes: list[tuple[str, int]] = []
+    watchdog = SimpleNamespace(progress=SimpleNamespace(note=lambda *note: notes.append(note)))
+    interruption = SimpleNamespace(requested=False)
+    trainer: Any = SimpleNamespace(callbacks=[object(), watchdog, interruption], global_step=3)
+
+    def work() -> Tally:
+        model(torch.zeros(1, 4, dtype=torch.int64))
+        return Tally(["x"])
+
+    assert unless_told_to_stop(trainer, model, work) is not None
+    assert notes == [("evaluating", 3)] * 2
+    interruption.requested = True
+    assert unless_told_to_stop(trainer, model, work) is None
+    assert len(notes) == 3
+    work()  # hooks are gone
+    assert len(notes) == 3

@@ -26,4 +26,7 @@ def test_peaks_are_dense_and_known_names_match() -> None:
     assert peak_flops("NVIDIA H100 PCIe", torch.float16) == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.bfloat16) == 312e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) is None
-    assert peak_flops("some future device", torch.bfloat16) is None
+    assert peak_flops("A100-SXM4-80GB", torch.bfloat16) == 312e12  # as older drivers say it
+    assert peak_flops("NVIDIA GeForce RTX  4090 ", torch.bfloat16) == 165e12
+    for name in ("RTX A1000", "RTX A4000", "A10G", "A100-SXM4-40GB MIG 1g.5gb", "GeForce RTX 4090 D", "future"):
+        assert peak_flops(f"NVIDIA {name}", torch.bfloat16) is None

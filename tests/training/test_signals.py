@@ -4,14 +4,11 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from common.exits import INTERRUPTED, KEYBOARD
 from tests.training.conftest import ROOT
-from training.progress import Progress, note_progress, told_to_stop
 
 # A mutex that is locked twice waits in C, signals or not, as a compiler or a collective does.
 BLOCKED = """
@@ -48,13 +45,3 @@ def test_while_the_main_thread_is_in_c(options: list[str], signals: list[int], c
         time.sleep(0.3)  # two signals of a kind merge while the first one is pending
     assert process.wait(60) == code
     assert message in process.stderr.read()
-
-
-def test_callbacks_note_progress_and_learn_that_they_should_end() -> None:
-    progress = Progress()
-    trainer: Any = SimpleNamespace(callbacks=[object(), SimpleNamespace(progress=progress)], global_step=3)
-    note_progress(trainer, "evaluating")
-    assert progress.state[:2] == ("evaluating", 3) and str(progress) == "evaluating, 0:00"
-    assert not told_to_stop(trainer)
-    trainer.callbacks.append(SimpleNamespace(requested=True))
-    assert told_to_stop(trainer)

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from tests.training.conftest import TrainProcess, callbacks
 from training.tracking import (
     WandbConfig,
+    check_wandb_login,
     log_config,
     make_loggers,
     record_session,
@@ -27,7 +28,7 @@ def test_sessions_have_their_own_metric_files(tmp_path: Path) -> None:
 
 def test_the_wandb_run_id_is_kept(tmp_path: Path) -> None:
     first = wandb_run_id(tmp_path)
-    assert len(first) == 8 and wandb_run_id(tmp_path) == first
+    assert first and len(first) == 8 and wandb_run_id(tmp_path) == first
     assert (tmp_path / "wandb_run_id").read_text().strip() == first
 
 
@@ -70,3 +71,23 @@ def test_each_session_keeps_its_config(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == (tmp_path / "config.step-00000010.yaml").read_text() == "a: 2\n"
     assert (tmp_path / "config.step-00000000.yaml").read_text() == "a: 1\n"
     assert (tmp_path / "code_version.txt").read_text() == "step-00000000 one\nstep-00000010 two-dirty\n"
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "3"}, {"LOCAL_RANK": "0", "NODE_RANK": "1"}]
+)
+def test_other_ranks_decide_no_wandb_id(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_run_id(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_wandb_online_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="wandb.mode is online, but there is no API key for api.wandb.ai: run `wandb"):
+        check_wandb_login("online")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    check_wandb_login("online")

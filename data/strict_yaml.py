@@ -1,0 +1,43 @@
+"""YAML without a key that is there twice: the first of them would be ignored without a word."""
+
+from typing import Any
+
+import jsonargparse
+import yaml
+
+
+class DuplicateKey(yaml.YAMLError):
+    """A mapping that names a key twice."""
+
+
+def check_keys(node: yaml.Node | None, path: str = "") -> None:
+    """Raises DuplicateKey with both lines."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            check_keys(item, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[Any, int] = {}
+    for key, value in node.value:
+        line, name = key.start_mark.line + 1, str(key.value)
+        if name in lines and name != "<<":
+            raise DuplicateKey(
+                f"the key {path}{name} is there twice, in lines {lines[name]} and {line}: keep one of them"
+            )
+        lines[name] = line
+        check_keys(value, f"{path}{name}.")
+
+
+def refuse_duplicate_keys() -> None:
+    """In all YAML that jsonargparse's parsers read in this process."""
+    load = jsonargparse.get_loader("yaml")
+    if getattr(load, "strict", False):
+        return
+
+    def strict_load(stream: str) -> Any:
+        if isinstance(stream, str) and "\n" in stream:  # a file's content, not one value
+            check_keys(yaml.compose(stream, Loader=yaml.SafeLoader))
+        return load(stream)
+
+    strict_load.strict = True  # type: ignore[attr-defined]
+    jsonargparse.set_loader("yaml", strict_load, exceptions=(yaml.YAMLError,))

@@ -1,0 +1,104 @@
+"""Each option and callback of the installed Lightning is one that works here, or refused with what to use instead."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch.callbacks as lightning_callbacks
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+
+from tests.training.conftest import TrainProcess
+from training.options import (
+    REFUSED_CALLBACKS,
+    REFUSED_OPTIONS,
+    WORKING_CALLBACKS,
+    WORKING_OPTIONS,
+    check_callbacks,
+    check_plugins,
+    check_tasks,
+    check_trainer_options,
+)
+
+PARAMETERS = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items() if name != "self"}
+
+
+def test_every_option_and_callback_of_lightning_is_known() -> None:
+    assert sorted([*WORKING_OPTIONS, *REFUSED_OPTIONS]) == sorted(PARAMETERS)
+    assert sorted([*WORKING_CALLBACKS, *REFUSED_CALLBACKS]) == sorted(lightning_callbacks.__all__)
+
+
+class Options(SimpleNamespace):
+    """As jsonargparse's Namespace."""
+
+    def get(self, key: str) -> Any:
+        return getattr(self, key)
+
+
+def check(**changed: object) -> None:
+    options = Options(**{**PARAMETERS, "max_steps": 5, "log_every_n_steps": 10, "accelerator": "cpu", **changed})
+    check_trainer_options(options, PARAMETERS)
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIONS)
+def test_a_refused_option_says_what_to_use(name: str) -> None:
+    check()
+    with pytest.raises(ValueError, match=f"trainer.{name} is 4: leave it out and use "):
+        check(**{name: 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("devices", ["two", -2, 0, "0", [], "1,x"]), ("accelerator", ["tpu", "mps"]),
+     ("gradient_clip_val", [-1.0, float("nan"), float("inf")]), ("log_every_n_steps", [0, -1]), ("num_nodes", [0]),
+     ("max_steps", [0, -1])],
+)  # fmt: skip
+def test_values_that_cannot_work(name: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"trainer.{name} is"):
+            check(**{name: value})
+
+
+@pytest.mark.parametrize("devices", ["auto", -1, "-1", 1, "2", [0], [0, 1], "0,1", "3,"])
+def test_devices_that_work(devices: object) -> None:
+    check(devices=devices)
+
+
+def test_callbacks_and_plugins_that_are_refused() -> None:
+    check_callbacks([LearningRateMonitor()])
+    for callback, instead in (
+        (ModelCheckpoint(), "checkpoint"), (EMAWeightAveraging(), "not be saved"), (EarlyStopping("x"), "a signal"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"trainer.callbacks has {type(callback).__name__}: .*{instead}"):
+            check_callbacks([callback])
+    with pytest.raises(ValueError, match="trainer.plugins has async: expected cluster environments only"):
+        check_plugins(["async"])
+
+
+JOB = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def test_processes_are_as_many_as_slurm_has_started() -> None:
+    check_tasks(2, {})
+    check_tasks(2, JOB | STEP)
+    check_tasks(1, JOB | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"})
+    check_tasks(1, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"})
+    with pytest.raises(ValueError, match="srun started 2 tasks, but trainer.devices x trainer.num_nodes is 1"):
+        check_tasks(1, JOB | STEP)
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=f"job of 2 tasks without srun .* is {processes}\\): start it with srun"):
+            check_tasks(processes, JOB)
+
+
+def test_one_callback_without_a_list_works_and_no_progress_bar(train: TrainProcess, tmp_path: Any) -> None:
+    options = ("--trainer.max_steps", 4, "--trainer.enable_progress_bar", "false")
+    options += ("--profile.steps", 2, "--model.optimizer.warmup_steps", 7)
+    done = train("--run_dir", tmp_path / "run", "--trainer.callbacks=DeviceStatsMonitor", *options)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" not in done.stderr
+    assert "profile.steps is 2, but nothing was traced: the session ended at step 4, before step 5" in done.stderr
+    assert "warmup_steps is 7, longer than trainer.max_steps 4" in done.stderr
+    (metrics,) = (tmp_path / "run" / "metrics").glob("*/metrics.csv")
+    assert "DeviceStatsMonitor" in metrics.read_text().splitlines()[0]
