@@ -83,7 +83,7 @@ class StopSignals:
         signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._handlers.items():
             if signal.getsignal(signum) == self._handle:
-                signal.signal(signum, handler)
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         os.write(self._write, b"\0")
         self._thread.join()
         os.close(self._read)
