@@ -1,7 +1,10 @@
 """Which implementation runs an operation: what "auto" means, and errors for what cannot run."""
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 import triton
 from torch import Tensor
 
@@ -9,7 +12,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernel
 
 
 def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported: str | None) -> str:
-    """The backend to use: "auto" is "triton" on CUDA where it can, else "torch".
+    """The backend to use: "auto" is "triton" on CUDA where it can, else "torch",
+    with one warning on CUDA.
 
     unsupported: what of this call the Triton kernels cannot do, None where they can.
 
@@ -18,6 +22,8 @@ def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported:
     if backend not in choices:
         raise ValueError(f"backend must be one of {', '.join(choices)}, got {backend!r}")
     if backend == "auto":
+        if x.is_cuda and unsupported is not None:
+            warn_of_slow_path(unsupported)
         return "triton" if x.is_cuda and unsupported is None else "torch"
     if backend == "triton":
         if unsupported is not None:
@@ -28,3 +34,14 @@ def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported:
                 "interpret its kernels on the CPU, or use backend='torch'"
             )
     return backend
+
+
+@torch.compiler.assume_constant_result  # runs while it is traced
+@cache
+def warn_of_slow_path(unsupported: str) -> None:
+    """Once a reason."""
+    warnings.warn(
+        f"backend 'auto' takes the slow PyTorch path on CUDA: the Triton one {unsupported}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

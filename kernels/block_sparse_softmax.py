@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_flag, check_tensor, readable
 from kernels.attention import check_tensors, checked_scale, unsupported_by_triton
 from kernels.backends import choose_backend
 from kernels.block_sparse_reference import (
@@ -16,6 +17,7 @@ from kernels.block_sparse_reference import (
     visible_blocks,
 )
 from kernels.block_sparse_triton import block_sparse_triton
+from kernels.derivatives import refuse_transforms
 
 BACKENDS = ("auto", "triton", "torch")
 FLOAT32_HEAD_DIM = 128  # the largest that the Triton kernel takes in float32
@@ -75,15 +77,19 @@ def block_sparse_softmax_attention(
     Returns: (B, H, Tq, D) in q's dtype; with return_stats a pair (output, BlockSparseStats). A row that sees no kept
     key is 0. A NaN score keeps its block and spoils its row.
 
-    Raises: ValueError naming the argument, its value and what was expected; RuntimeError where a gradient is asked for.
+    Raises: TypeError or ValueError naming the argument, its value and what was expected (values of thresholds and
+    slopes are read on the CPU only); RuntimeError where a gradient is asked for.
     """
     check_tensors(q, k, v)
+    check_flag("causal", causal)
+    check_flag("return_stats", return_stats)
     _check_gate(q, k, thresholds, blocks, query_block)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("block_sparse_softmax_attention has no backward pass: call it under torch.no_grad()")
     scale = checked_scale(q, scale, alibi_slopes)
     backend = choose_backend(backend, BACKENDS, q, _unsupported(q))
     if backend == "triton":
+        refuse_transforms("block_sparse_softmax_attention by backend 'triton'", "take backend='torch'", q, k, v)
         out, kept = block_sparse_triton(
             q, k, v, thresholds, blocks, query_block, scale, causal, alibi_slopes, return_stats
         )
@@ -107,6 +113,7 @@ def _check_gate(q: Tensor, k: Tensor, thresholds: Tensor | None, blocks: Tensor 
             f"query_block must be one of {QUERY_BLOCKS} with blocks and {QUERY_BLOCK} without, got {query_block}"
         )
     if thresholds is not None:
+        check_tensor("thresholds", thresholds)
         if blocks is not None:
             raise ValueError("got thresholds and blocks: blocks say themselves what is kept, leave thresholds out")
         if thresholds.dim() != 2 or thresholds.shape[0] != heads or thresholds.shape[1] < 1:
@@ -116,7 +123,10 @@ def _check_gate(q: Tensor, k: Tensor, thresholds: Tensor | None, blocks: Tensor 
             )
         if thresholds.dtype != torch.float32 or thresholds.device != q.device:
             raise ValueError(f"thresholds must be float32 on {q.device}, got {thresholds.dtype} on {thresholds.device}")
+        if readable(thresholds) and bool(thresholds.isnan().any()):
+            raise ValueError("thresholds must be numbers or infinite, got NaN")
     if blocks is not None:
+        check_tensor("blocks", blocks)
         grid = grid_of_blocks(n_queries, k.shape[2], query_block)
         if blocks.dim() != 4 or blocks.shape[0] not in (1, batch) or blocks.shape[1] not in (1, heads):
             raise ValueError(f"blocks must be ({batch} or 1, {heads} or 1, *{grid}), got {tuple(blocks.shape)}")
@@ -133,4 +143,4 @@ def _unsupported(q: Tensor) -> str | None:
     """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
     if q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM:
         return f"takes float32 with head dims up to {FLOAT32_HEAD_DIM}, got {q.shape[3]}"
-    return unsupported_by_triton(q.dtype, q.shape[3])
+    return unsupported_by_triton(q.dtype, q.shape[3], q.device)

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.block_sparse_passes import attend, list_given, list_off_diagonal
 from kernels.block_sparse_reference import KEY_BLOCK, diagonal_blocks, grid_of_blocks, visible_blocks
 from kernels.launching import (
+    bfloat16_as_float32,
     ceil_div,
     describable,
     dot_precision,
@@ -142,6 +143,7 @@ def block_sparse_softmax(
         task = tl.atomic_add(p_counter, 1)
 
 
+@bfloat16_as_float32(n_outputs=1)
 def block_sparse_triton(
     q: Tensor,
     k: Tensor,

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import outside_autocast
+from kernels.derivatives import once
 from kernels.stats import count_live_tiles
 from kernels.visibility import TILE, VisibleKeys, visible_keys
 
-# scores held at once: on CPU 1 MiB of float32, whose temporaries stay in cache; on CUDA 128 MiB, for few launches
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+# scores held at once: on CPU 1 MiB of float32, whose temporaries stay in cache; else 128 MiB, for few launches
+BLOCK_ELEMENTS = {"cpu": 2**18}
+DEVICE_BLOCK_ELEMENTS = 2**25
 CAUSAL_BLOCKS = 8  # blocks of rows per widest row at least: one block would compute all scores above the diagonal
 MAX_NEWTON_STEPS = 60  # a bound only: Gaussian rows of 2048 scores took 2 to 8 for alpha 1.01 to 2
 
@@ -42,7 +44,7 @@ class _Blocks:
         self.alpha = self.per_group(alpha)
         self.slopes = None if alibi_slopes is None else self.per_group(alibi_slopes)
         widest = max((hi - lo for lo, hi, _ in visible.blocks(TILE)), default=1)
-        budget = BLOCK_ELEMENTS[q.device.type]
+        budget = BLOCK_ELEMENTS.get(q.device.type, DEVICE_BLOCK_ELEMENTS)
         rows = min(budget // max(1, self.repeat * widest), -(-widest // CAUSAL_BLOCKS), self.n_queries)
         self.rows = -(-max(rows, 1) // TILE) * TILE
         self.groups = max(1, budget // max(1, self.repeat * min(self.rows, self.n_queries) * widest))
@@ -163,6 +165,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns out (B, H, Tq, D); rows (3, B, H, Tq): maximum of z, threshold minus maximum, normaliser; support (B,
     H, Tq) and live tiles (B, H), both empty unless with_stats."""
+    if q.numel() == 0 or k.numel() == 0:
+        return _nothing(q, with_stats)
     visible = _visible(q, k, causal, cu_seqlens, kv_lens, window)
     blocks = _Blocks(q, k, alpha, visible, scale, alibi_slopes)
     v = v.flatten(0, 1)
@@ -189,13 +193,18 @@ def _forward(
     return out.view(q.shape), saved.view(3, *q.shape[:3]), support, live
 
 
+def _nothing(q: Tensor, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What _forward returns where no query sees a key: zeros."""
+    batch, heads, n_queries = q.shape[:3]
+    saved = q.new_zeros((3, batch, heads, n_queries), dtype=_accumulation_dtype(q.dtype))
+    stats = batch if with_stats else 0
+    support = q.new_zeros((stats, heads, n_queries), dtype=torch.int32)
+    return q.new_zeros(q.shape), saved, support, q.new_zeros((stats, heads), dtype=torch.int64)
+
+
 @_forward.register_fake
 def _(q, k, v, alpha, scale, causal, cu_seqlens, kv_lens, alibi_slopes, window, with_stats):
-    batch, heads, n_queries = q.shape[:3]
-    saved = q.new_empty(3, batch, heads, n_queries, dtype=_accumulation_dtype(q.dtype))
-    stats = batch if with_stats else 0
-    support = q.new_empty(stats, heads, n_queries, dtype=torch.int32)
-    return q.new_empty(q.shape), saved, support, q.new_empty(stats, heads, dtype=torch.int64)
+    return _nothing(q, with_stats)
 
 
 @torch.library.custom_op("longsplash::entmax_blockwise_backward", mutates_args=())
@@ -220,6 +229,8 @@ def _backward(
 
     ds = w (dP - delta),    dalpha = beta ** 2 * sum (dP - delta) p (1 - log u)    (s held fixed)
     """
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), torch.zeros_like(alpha)
     visible = _visible(q, k, causal, cu_seqlens, kv_lens, window)
     blocks = _Blocks(q, k, alpha, visible, scale, alibi_slopes)
     grad, saved = blocks.split_heads(grad), saved.unflatten(2, (blocks.kv_heads, blocks.repeat)).flatten(1, 2)
@@ -268,22 +279,23 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, grad, *_):
     q, k, v, alpha, saved, cu_seqlens, kv_lens, alibi_slopes = ctx.saved_tensors
-    dq, dk, dv, dalpha = _backward(
-        grad,
-        q,
-        k,
-        v,
-        alpha,
-        saved,
-        ctx.scale,
-        ctx.causal,
-        cu_seqlens,
-        kv_lens,
-        alibi_slopes,
-        ctx.window,
-        ctx.needs_input_grad[3],
-    )
-    return dq, dk, dv, dalpha, *(None,) * 7
+    with torch.no_grad():
+        gradients = _backward(
+            grad,
+            q,
+            k,
+            v,
+            alpha,
+            saved,
+            ctx.scale,
+            ctx.causal,
+            cu_seqlens,
+            kv_lens,
+            alibi_slopes,
+            ctx.window,
+            ctx.needs_input_grad[3],
+        )
+    return *once(gradients, grad, q, k, v, alpha), *(None,) * 7
 
 
 torch.library.register_autograd("longsplash::entmax_blockwise", _autograd_backward, setup_context=_setup_context)

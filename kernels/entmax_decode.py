@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.entmax_scan import nan_maximum
 from kernels.entmax_triton import MAX_STEPS, TOLERANCE
-from kernels.launching import ceil_div, on_device, padded_head_dim, strides, unit_stride
+from kernels.launching import bfloat16_as_float32, ceil_div, on_device, padded_head_dim, strides, unit_stride
 from kernels.threshold import newton_step, norm_and_slope, step_limit, support_power
 from kernels.tiles import add_position_bias, head_offset, load_rows
 from kernels.tuning import launch_for, program_count
@@ -182,6 +182,7 @@ def decode_values(
     tl.store(p_totals + row, total, mask=inside)
 
 
+@bfloat16_as_float32(n_outputs=1)
 def entmax_decode(
     q: Tensor,
     k: Tensor,

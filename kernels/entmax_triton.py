@@ -5,11 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.derivatives import once
 from kernels.entmax_backward import entmax_backward_keys, entmax_backward_queries
 from kernels.entmax_refine import entmax_refine
 from kernels.entmax_scan import entmax_scan
 from kernels.entmax_sum import entmax_sum
-from kernels.launching import ceil_div, dot_precision, on_device, padded_head_dim, strides, unit_stride
+from kernels.launching import (
+    bfloat16_as_float32,
+    ceil_div,
+    dot_precision,
+    on_device,
+    padded_head_dim,
+    strides,
+    unit_stride,
+)
 from kernels.tiles import BLOCK_FIELDS, LIST_CHUNK, Intervals, write_intervals
 from kernels.tuning import launch_for, program_count
 from kernels.visibility import TILE
@@ -70,6 +79,7 @@ def _forward_outputs(
     return out, slope_out, tau, bits, support, live, passes, rows, blocks
 
 
+@bfloat16_as_float32(n_outputs=1)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -199,6 +209,7 @@ def _(q, k, v, alpha, scale, power, causal, cu_seqlens, kv_lens, alibi_slopes, w
     return _forward_outputs(unit_stride(q), k, kv_lens, gradient, stats)
 
 
+@bfloat16_as_float32(n_outputs=3)
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -312,8 +323,9 @@ def _gradients(backward, ctx, grad):
     if not ctx.gradient:
         raise RuntimeError("entmax_triton was called with gradient=False, so it kept nothing to differentiate with")
     *saved, alibi_slopes = ctx.saved_tensors
-    gradients = backward(grad, *saved, ctx.scale, ctx.power, alibi_slopes, ctx.needs_input_grad[3])
-    return *gradients, *(None,) * 10
+    with torch.no_grad():
+        gradients = backward(grad, *saved, ctx.scale, ctx.power, alibi_slopes, ctx.needs_input_grad[3])
+    return *once(gradients, grad, *saved[:4]), *(None,) * 10
 
 
 torch.library.register_autograd(

@@ -1,9 +1,42 @@
 """What the launches of Triton kernels share: strides, padded sizes, precision of dots, the current device."""
 
 import contextlib
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from kernels.backends import INTERPRETED
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def bfloat16_as_float32(n_outputs: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Of a launcher in Triton's interpreter, which multiplies the bits of bfloat16 as integers in tl.dot and cuts off
+    where it should round (Triton 3.9): kernels get float32, and the launcher's first n_outputs results, those in
+    its operands' dtype, are rounded to bfloat16. On the GPU the launcher is as it was."""
+
+    def widened(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
+
+    def decorate(launcher: Callable[P, R]) -> Callable[P, R]:
+        @wraps(launcher)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> Any:
+            given = [*args, *kwargs.values()]
+            if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in given):
+                return launcher(*args, **kwargs)
+            wide: Any = {name: widened(x) for name, x in kwargs.items()}
+            results: Any = launcher(*map(widened, args), **wide)  # type: ignore[arg-type]
+            if isinstance(results, Tensor):
+                return results.bfloat16()
+            return *(x.bfloat16() for x in results[:n_outputs]), *results[n_outputs:]
+
+        return wrapped if INTERPRETED else launcher
+
+    return decorate
 
 
 def ceil_div(a: int, b: int) -> int:

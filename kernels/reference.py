@@ -16,8 +16,11 @@ from kernels.visibility import VisibleKeys
 
 
 def _powers(u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """u ** beta and u ** (beta - 1), the second 0 outside the support (0 ** 0 would be 1 at alpha = 2)."""
-    return u**beta, torch.where(u > 0, u, 1) ** (beta - 1) * (u > 0)
+    """u ** beta and u ** (beta - 1), 0 outside the support (0 ** 0 would be 1 at alpha = 2). NaN stays NaN. No power of
+    0 is taken: above alpha = 1.5 its second derivative is infinite."""
+    inside = ~(u <= 0)
+    u = torch.where(inside, u, 1)
+    return u**beta * inside, u ** (beta - 1) * inside
 
 
 def _bisect_threshold(z: Tensor, alpha: Tensor) -> Tensor:
@@ -47,11 +50,14 @@ def entmax_reference(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> T
         alpha: in (1, 2]; a number or a tensor that broadcasts against x with size 1 at `dim`. May require grad.
         dim: the dimension that sums to 1.
 
-    Returns: probabilities, shape and dtype of x; first-order differentiable in x and alpha.
+    Returns: probabilities, shape and dtype of x; twice differentiable in x and alpha.
 
-    The threshold is found without gradient; one Newton step from it, taken with gradient, carries the implicit
-    function theorem's derivative exactly (its value moves by rounding only).
+    The threshold is found without gradient. A Newton step from it, taken with gradient, is off by the square of the
+    distance to the true threshold, and so has its first derivative; a second step is off by the fourth power, and has
+    the second derivative (and the third) too. Their values move by rounding only.
     """
+    if x.numel() == 0:
+        return x * alpha  # differentiable in both
     alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
     x = x.movedim(dim, -1)
     if alpha.dim() > 0:
@@ -65,11 +71,11 @@ def entmax_reference(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> T
     beta = 1 / (alpha - 1)
     with torch.no_grad():
         tau = _bisect_threshold(z, alpha)
-        _, w = _powers((z - tau).clamp(min=0), beta)
-        slope = (beta * w.sum(-1, keepdim=True)).clamp(min=torch.finfo(x.dtype).tiny)
-    total = ((z - tau).clamp(min=0) ** beta).sum(-1, keepdim=True)
-    tau = torch.where(total > 0, tau + (total - 1) / slope, tau)
-    return ((z - tau).clamp(min=0) ** beta).movedim(-1, dim)
+    for _ in range(2):
+        p, w = _powers(z - tau, beta)
+        total, slope = p.sum(-1, keepdim=True), beta * w.sum(-1, keepdim=True)
+        tau = torch.where(total > 0, tau + (total - 1) / torch.where(slope > 0, slope, 1), tau)
+    return _powers(z - tau, beta)[0].movedim(-1, dim)
 
 
 @outside_autocast
@@ -88,13 +94,15 @@ def entmax_attention_reference(
     n_heads, n_queries, n_keys = q.shape[1], q.shape[2], k.shape[2]
     repeat = n_heads // k.shape[1]
     k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2)).to(alpha.dtype) * scale  # [B, H, Tq, Tk]
+    dtype = q.dtype
+    q, k, v = (x.to(alpha.dtype) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * scale  # [B, H, Tq, Tk]
     if alibi_slopes is not None:
         distance = visible.position[:, :, None] - torch.arange(n_keys, device=q.device)
         scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance[:, None]
     mask = visible.mask(0, n_queries, 0, n_keys)[:, None]
     p = entmax_reference(scores.masked_fill(~mask, -torch.inf), alpha[:, None, None])
-    out = p.to(v.dtype) @ v
+    out = (p @ v).to(dtype)
     if not return_stats:
         return out, None
     live = p.detach() > 0

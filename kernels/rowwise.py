@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.arguments import check_distance, check_integer, check_number, check_tensor, readable
 from kernels.backends import choose_backend
+from kernels.derivatives import once, refuse_transforms
 from kernels.entmax_triton import power_of
+from kernels.launching import bfloat16_as_float32
 from kernels.reference import entmax_reference
 from kernels.threshold import log2, newton_step, norm_and_slope, raise_threshold, support_distance, support_power
 
@@ -207,6 +210,7 @@ def _launch(x: Tensor) -> dict[str, int | bool]:
 
 
 @torch.library.custom_op("longsplash::entmax_rows", mutates_args=())
+@bfloat16_as_float32(n_outputs=1)
 def entmax_rows(x: Tensor, alpha: Tensor, power: str) -> tuple[Tensor, Tensor]:
     """Entmax of the rows of a matrix.
 
@@ -245,6 +249,7 @@ def _(x, alpha, power):
 
 
 @torch.library.custom_op("longsplash::entmax_rows_backward", mutates_args=())
+@bfloat16_as_float32(n_outputs=1)
 def _backward(
     grad: Tensor, x: Tensor, alpha: Tensor, rows: Tensor, power: str, with_dalpha: bool
 ) -> tuple[Tensor, Tensor]:
@@ -290,8 +295,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, grad, _):
     x, alpha, rows = ctx.saved_tensors
-    dx, dalpha = _backward(grad, x, alpha, rows, ctx.power, ctx.needs_input_grad[1])
-    return dx, dalpha, None
+    with torch.no_grad():
+        gradients = _backward(grad, x, alpha, rows, ctx.power, ctx.needs_input_grad[1])
+    return *once(gradients, grad, x, alpha), None
 
 
 torch.library.register_autograd("longsplash::entmax_rows", _autograd_backward, setup_context=_setup_context)
@@ -304,18 +310,21 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, backend: str =
     Args:
         x: scores, float64, float32, bfloat16 or float16, any shape and strides. -inf entries get exactly 0; a slice
             that is -inf throughout gives 0 throughout; NaN or +inf makes its slice NaN.
-        alpha: in (1, 2], a number or a tensor that broadcasts against x with size 1 at `dim` (arXiv:1909.00015). May
-            require grad.
+        alpha: in (1, 2], from 1.0001 on (in float64 from 1 + 1e-12): a number or a tensor that broadcasts against x
+            with size 1 at `dim` (arXiv:1909.00015). May require grad.
         dim: the dimension that sums to 1.
         backend: "triton" (CUDA, or CPU tensors under TRITON_INTERPRET=1; not float64; Newton's method from a subset's
             threshold, where arXiv:2604.15180 starts from a histogram), "torch" (the reference, bisection) or "auto":
             triton on CUDA where it can, else torch. Both compute 16-bit x in float32.
 
-    Returns: probabilities, shape and dtype of x; first-order differentiable in x and alpha.
+    Returns: probabilities, shape and dtype of x; differentiable in x and alpha, by backend "triton" once: it
+    raises RuntimeError where its gradient is differentiated, and NotImplementedError under torch.func's transforms.
 
-    Raises: ValueError naming the argument, its value and what was expected. A tensor alpha's values are checked on CPU
-    only (on CUDA this would synchronise).
+    Raises: TypeError or ValueError naming the argument, its value and what was expected. A tensor alpha's values are
+    checked on CPU only (on CUDA this would synchronise).
     """
+    check_tensor("x", x)
+    check_integer("dim", dim)
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be one of {DTYPES}, got {x.dtype}")
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
@@ -324,10 +333,11 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, backend: str =
         return entmax(x[None], alpha, 0, backend)[0]
     unsupported = f"takes float32, bfloat16 and float16, got {x.dtype}" if x.dtype == torch.float64 else None
     backend = choose_backend(backend, BACKENDS, x, unsupported)
-    power = power_of(alpha)
-    alpha = _checked_alpha(alpha, x, dim)
+    given, alpha = alpha, _checked_alpha(alpha, x, dim)
+    power = power_of(given)
     if backend == "torch":
         return _entmax_torch(x, alpha, dim)
+    refuse_transforms("entmax by backend 'triton'", "take backend='torch'", x, alpha)
     moved = x.movedim(dim, -1)
     if alpha.numel() != 1:
         alpha = alpha.expand(_shape_of_sums(x, dim)).movedim(dim, -1)
@@ -343,9 +353,7 @@ def _shape_of_sums(x: Tensor, dim: int) -> tuple[int, ...]:
 
 
 def _entmax_torch(x: Tensor, alpha: Tensor, dim: int) -> Tensor:
-    """The reference, with what it leaves open: 16 bits, no elements, NaN."""
-    if x.numel() == 0:
-        return (x * alpha).to(x.dtype)  # differentiable in both
+    """The reference, with what it leaves open: 16 bits, NaN."""
     bounded = (x < torch.inf).all(dim, keepdim=True)  # False for NaN
     p = entmax_reference(x.to(alpha.dtype), alpha, dim).to(x.dtype)
     spoiled = x * torch.where(bounded, 1.0, torch.nan).to(x.dtype)  # gives NaN slices a NaN gradient, others none
@@ -355,17 +363,22 @@ def _entmax_torch(x: Tensor, alpha: Tensor, dim: int) -> Tensor:
 def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:
     """alpha in float32 (float64 for float64 x) on x's device: (1,), or a tensor's own shape."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    smallest = 1 + torch.finfo(dtype).eps  # anything nearer to 1 would round to it
     if not isinstance(alpha, Tensor):
-        if not smallest <= alpha <= 2:
+        check_number("alpha", alpha)
+        if not 1 < alpha <= 2:
             raise ValueError(f"alpha must lie in (1, 2], got {alpha}; for softmax use torch.softmax")
-        return torch.full((1,), alpha, dtype=dtype, device=x.device)
+        check_distance(alpha, dtype)
+        return torch.full((1,), float(alpha), dtype=dtype, device=x.device)
     expected = _shape_of_sums(x, dim)
     aligned = (1,) * (x.dim() - alpha.dim()) + tuple(alpha.shape)
     if len(aligned) > x.dim() or any(size not in (1, full) for size, full in zip(aligned, expected, strict=True)):
         raise ValueError(f"alpha must be a number or broadcast to {expected}, got shape {tuple(alpha.shape)}")
-    if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = alpha.detach()[~((alpha >= smallest) & (alpha <= 2))]
+    if not alpha.is_floating_point():
+        raise ValueError(f"alpha must be floating point, got {alpha.dtype}")
+    if readable(alpha):
+        outside = alpha.detach()[~((alpha > 1) & (alpha <= 2))]
         if outside.numel():
             raise ValueError(f"alpha must lie in (1, 2], got {outside.tolist()}; bound it, e.g. by a sigmoid")
+        if alpha.numel():
+            check_distance(float(alpha.detach().min()), dtype)
     return alpha.to(x.device, dtype)

@@ -34,6 +34,8 @@ class Launch:
         return dict(num_warps=self.warps, maxnreg=self.registers)
 
 
+LARGE_SHARED_MEMORY = 160 * 1024  # bytes, of A100 and later data centre GPUs
+
 DECODING = {  # on an H200 with bfloat16, head dims 64 and 128, 4K to 128K keys; blocks of the solver with them
     "decode_scores": Launch(warps=4, stages=3, programs=4),
     "decode_solve": Launch(warps=8, stages=1, programs=1),
@@ -95,9 +97,7 @@ def launch_for(
         launch = table[f"{kernel}_pointers"]
     if not hopper:
         # Ampere and Ada, by rule: operands of their dots live in registers, so no cap; Ada has 99 KiB of shared memory
-        properties = torch.cuda.get_device_properties(device)
-        shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        small = head_dim > 64 and shared_memory < 128 * 1024
+        small = head_dim > 64 and shared_memory(device) < LARGE_SHARED_MEMORY
         return replace(launch, registers=None, programs=2, stages=1 if small else 2)
     return launch
 
@@ -107,6 +107,12 @@ def program_count(launch: Launch, device: torch.device, n_tasks: int) -> int:
     if device.type == "cpu":
         return min(launch.programs, n_tasks)
     return min(_multiprocessors(device) * launch.programs, n_tasks)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @cache

@@ -70,7 +70,7 @@ def obstacle_to_graphs(model: Transformer, dtype: torch.dtype) -> str | None:
     device, attention = model.embedding.weight.device, model.config.attention
     if attention.is_entmax and attention.backend not in ("auto", "triton"):
         return f"which needs attention.backend auto or triton, but it is {attention.backend!r}"
-    unsupported = unsupported_by_triton(dtype, model.config.head_size) if attention.is_entmax else None
+    unsupported = unsupported_by_triton(dtype, model.config.head_size, device) if attention.is_entmax else None
     if unsupported is not None:
         return f"which needs the Triton backend, but that {unsupported}"
     if any(block.attention.policy is not None for block in model.layers()):

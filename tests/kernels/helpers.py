@@ -68,6 +68,28 @@ def compute(
     return out.detach(), *torch.autograd.grad(out, wanted, weight)
 
 
+def visible_scores(q: Tensor, k: Tensor, **options: Any) -> Tensor:
+    """(B, H, Tq, Tk): scaled scores with bias, -inf where invisible, of products rounded to the dtype of q and k."""
+    n_queries, n_keys, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    slopes = options.pop("alibi_slopes", None)
+    scale = options.pop("scale", q.shape[3] ** -0.5)
+    geometry = {"causal": True, "cu_seqlens": None, "kv_lens": None, "window": None} | options
+    visible = visible_keys(n_queries, n_keys, device=q.device, **geometry)
+    scores = q @ k.repeat_interleave(repeat, 1).mT
+    scores = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scale
+    if slopes is not None:
+        distance = visible.position[:, :, None] - torch.arange(n_keys, device=q.device)
+        scores = scores - slopes.to(scores.dtype)[:, None, None] * distance[:, None]
+    return scores.masked_fill(~visible.mask(0, n_queries, 0, n_keys)[:, None], -torch.inf)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, **options: Any) -> Tensor:
+    """What plain PyTorch gives in the inputs' dtype: scores and weights are rounded to it."""
+    scores = visible_scores(q, k, **options)
+    alpha = alpha[:, None, None].to(scores.dtype) if isinstance(alpha, Tensor) else alpha
+    return entmax_reference(scores, alpha).to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
 def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...], **options: Any) -> tuple:
     """What float32 may cost beyond the reference's error, as norms: two roundings of every result, and where sums
     cancel, roundings of their terms.
@@ -79,17 +101,9 @@ def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...
     errors add up as squares.
     """
     q, k, v, weight = (x.detach().double() for x in inputs)
-    n_queries, n_keys, repeat = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
-    slopes = options.pop("alibi_slopes", None)
-    scale = options.pop("scale", q.shape[3] ** -0.5)
-    geometry = {"causal": True, "cu_seqlens": None, "kv_lens": None, "window": None} | options
-    visible = visible_keys(n_queries, n_keys, device=q.device, **geometry)
-    scores = q @ k.mT * scale
-    if slopes is not None:
-        distance = visible.position[:, :, None] - torch.arange(n_keys, device=q.device)
-        scores = scores - slopes.double()[:, None, None] * distance[:, None]
-    scores = scores.masked_fill(~visible.mask(0, n_queries, 0, n_keys)[:, None], -torch.inf)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scale = options.get("scale", q.shape[3] ** -0.5)
+    scores = visible_scores(q, k, **options)
     alpha = alpha.detach().double()[:, None, None]
     beta = 1 / (alpha - 1)
     p = entmax_reference(scores, alpha)

@@ -1,5 +1,4 @@
-"""Triton's interpreter, about fifteen times faster (without this the kernels' tests would take most of an hour) and
-right for bfloat16."""
+"""Triton's interpreter, about fifteen times faster: without this the kernels' tests would take most of an hour."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,9 +6,6 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-
-Builder = interpreter.InterpreterBuilder
-_cast, _dot = Builder.cast_impl, Builder.create_dot
 
 
 def _reduce(self: Any, values: tuple) -> list:
@@ -34,25 +30,8 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
-def _cast_to_nearest(self: Any, src: Any, dst_type: Any) -> Any:
-    """float32 to bfloat16, which the interpreter keeps as uint16 bits, rounded as on the GPU; it would truncate."""
-    if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-        return _cast(self, src, dst_type)
-    bits = np.ascontiguousarray(src.data, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    rounded = np.where(np.isnan(src.data), 0x7FC0, rounded)
-    return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
-
-
-def _dot_of_values(self: Any, a: Any, b: Any, *args: Any) -> Any:
-    """tl.dot; of bfloat16 the interpreter would multiply the bits."""
-    a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return _dot(self, a, b, *args)
-
-
 def prepare() -> None:
     interpreter.ReduceOps.generic_reduce = _reduce
     interpreter.InterpretedFunction.__call__ = _call
-    Builder.cast_impl, Builder.create_dot = _cast_to_nearest, _dot_of_values
     builder = interpreter.interpreter_builder  # int32 overflow needs lengths that no interpreted test has
     builder.options = replace(builder.options, sanitize_overflow=False)

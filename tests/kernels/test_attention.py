@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels.blockwise
 from kernels import entmax_attention
 from tests.kernels.conftest import ALPHAS, CASES, DOCUMENTS, HEADS, SLOPES, Case
+from tests.kernels.helpers import plain_attention
 
 ROOT = Path(__file__).parents[2]
 FAST_BACKENDS = ["torch"]  # that take float64; test_triton_accuracy.py has the Triton kernels
@@ -24,7 +25,10 @@ def outputs_and_gradients(case: Case, dtype: torch.dtype, alpha, backend: str, c
     alpha = torch.as_tensor(alpha, dtype=torch.float32)  # one value for all dtypes
     alpha = alpha.to(torch.float64 if (cast or dtype) == torch.float64 else torch.float32)
     alpha = alpha.expand(HEADS).clone().requires_grad_()
-    out = entmax_attention(q, k, v, alpha=alpha, backend=backend, **case.options)
+    if backend == "plain":
+        out = plain_attention(q, k, v, alpha, **case.options)
+    else:
+        out = entmax_attention(q, k, v, alpha=alpha, backend=backend, **case.options)
     return out.detach(), *torch.autograd.grad(out, (q, k, v, alpha), weight)
 
 
@@ -112,11 +116,51 @@ def test_error_is_at_most_that_of_plain_pytorch(case: Case, backend: str, dtype:
     that dtype."""
     alpha = [1.1, 1.3, 1.5, 1.9]
     truth = outputs_and_gradients(case, dtype, alpha, "reference", cast=torch.float64)
-    plain = outputs_and_gradients(case, dtype, alpha, "reference")
+    plain = outputs_and_gradients(case, dtype, alpha, "plain")
     ours = outputs_and_gradients(case, dtype, alpha, backend)
     for index, (true, theirs, mine) in enumerate(zip(truth, plain, ours, strict=True)):
         allowed = (2 if index == 0 else 3) * (theirs.double() - true).norm()
         assert (mine.double() - true).norm() <= allowed + 2 * torch.finfo(torch.float32).eps * true.norm(), index
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_sixteen_bits_are_computed_in_float32(backend: str, dtype: torch.dtype) -> None:
+    """Large scores, where rounding them to 16 bits would choose other keys: only the result is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 32, generator=generator).mul(4).to(dtype) for _ in range(3))
+    out = entmax_attention(q, k, v, backend=backend)
+    exact = entmax_attention(*(x.double() for x in (q, k, v)), backend="reference")
+    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-4 * v.abs().max().item()
+    assert ((out.double() - exact).abs() <= allowed).all()
+
+
+EMPTY = [(1, 2, 0, 5), (1, 2, 5, 0), (1, 2, 0, 0), (0, 2, 5, 5), (1, 0, 5, 5)]
+
+
+@pytest.mark.parametrize("sizes", EMPTY, ids=["no queries", "no keys", "neither", "no rows", "no heads"])
+@pytest.mark.parametrize("options", [dict(), dict(causal=False), dict(alibi_slopes=1.0, window=2)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_nothing_to_attend_to(backend: str, options: dict, sizes: tuple[int, ...]) -> None:
+    """test_triton.py has the Triton kernels."""
+    batch, heads, n_queries, n_keys = sizes
+    if "alibi_slopes" in options:
+        options = {**options, "alibi_slopes": torch.ones(heads)}
+    q, k, v = (torch.ones(batch, h, n, 16).requires_grad_() for h, n in ((heads, n_queries), (2, n_keys), (2, n_keys)))
+    alpha = torch.full((heads,), 1.5, requires_grad=True)
+    out, stats = entmax_attention(q, k, v, alpha=alpha, backend=backend, return_stats=True, **options)
+    assert out.shape == q.shape and out.dtype == q.dtype and (out == 0).all()
+    assert stats.support.shape == q.shape[:3] and stats.live_tiles.shape == (batch, heads)
+    assert (stats.support == 0).all() and (stats.live_tiles == 0).all() and stats.live_share.isfinite().all()
+    for x, gradient in zip((q, k, v, alpha), torch.autograd.grad(out.sum(), (q, k, v, alpha)), strict=True):
+        assert gradient.shape == x.shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_documents_without_tokens(backend: str) -> None:
+    x = torch.zeros(1, 2, 0, 16)
+    documents = torch.zeros(3, dtype=torch.int32)
+    assert entmax_attention(x, x, x, cu_seqlens=documents, backend=backend).shape == x.shape
 
 
 @case_parameters

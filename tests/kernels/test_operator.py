@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+import kernels.attention
 import kernels.backends
 import kernels.entmax_triton
 from kernels import entmax_attention
+from kernels.attention import unsupported_by_triton
 from kernels.entmax_triton import entmax_attention_triton
 from tests.kernels.conftest import SLOPES
 from tests.kernels.helpers import (
@@ -143,6 +146,7 @@ def test_differentiating_what_kept_nothing() -> None:
 FIRST_CALL = """
 import time, torch
 from kernels import entmax_attention
+from kernels.attention import unsupported_by_triton
 q, k, v = (torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 alpha = torch.full((2,), 1.5, device="cuda", requires_grad=True)
 torch.cuda.synchronize()
@@ -203,3 +207,20 @@ def test_memory_is_at_most_that_of_flash_attention() -> None:
             return scaled_dot_product_attention(q, k, v, is_causal=True)
 
     assert peak(lambda: entmax_attention(q, k, v, backend="triton")) <= peak(flash)
+
+
+def test_auto_says_once_why_it_is_slow(monkeypatch) -> None:
+    """And promises no launch that does not fit into the GPU's shared memory."""
+    cuda, q = torch.device("cuda", 0), SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(kernels.attention, "shared_memory", lambda device: 99 * 1024)
+    fits = [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64)]
+    assert all(unsupported_by_triton(*kind, cuda) is None for kind in fits)
+    reason = unsupported_by_triton(torch.bfloat16, 256, cuda)
+    assert reason and "head dims up to 128 on a GPU with 99 KiB" in reason
+    assert "up to 64 on a GPU" in str(unsupported_by_triton(torch.float32, 128, cuda))
+    choices = kernels.attention.BACKENDS
+    with pytest.warns(RuntimeWarning, match="slow PyTorch path on CUDA: the Triton one takes") as seen:
+        assert [kernels.backends.choose_backend("auto", choices, q, reason) for _ in range(3)] == ["torch"] * 3
+    assert len(seen) == 1
+    monkeypatch.setattr(kernels.attention, "shared_memory", lambda device: 227 * 1024)
+    assert unsupported_by_triton(torch.bfloat16, 256, cuda) is None

@@ -1,10 +1,12 @@
-"""Compiles every Triton kernel for a Hopper GPU, on a machine without one; nothing is launched.
+"""Compiles every Triton kernel for a GPU, on a machine without one; nothing is launched.
 
-    TRITON_INTERPRET=0 python -m tests.kernels.compile_for_hopper
+    TRITON_INTERPRET=0 python -m tests.kernels.compile_for 9.0 64-bfloat16 64-float32 rows
 
-Prints a line a compilation: the kernel's name and its shared memory in bytes.
+The compute capability, and for what: head dim and dtype of attention, or the row-wise op. Prints a line a compilation:
+what it is for, the kernel's name and its shared memory in bytes.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -20,17 +22,26 @@ import kernels.entmax_decode
 import kernels.entmax_triton
 import kernels.rowwise
 from kernels import block_sparse_softmax_attention, entmax, entmax_attention
+from kernels.block_sparse_reference import QUERY_BLOCKS
 
 LAUNCHING = (kernels.entmax_triton, kernels.entmax_decode, kernels.block_sparse_triton)
 CHOOSING = (kernels.attention, kernels.block_sparse_softmax, kernels.rowwise)
 CUDA = torch.device("cuda", 0)
+doing: list[str] = []
 
 
-class Hopper:
-    """What Triton asks its driver before it compiles."""
+# bytes of shared memory that one program can have: A100, RTX 30, RTX 40, H100, RTX 50
+SHARED_MEMORY = {"8.0": 163 * 1024, "8.6": 99 * 1024, "8.9": 99 * 1024, "9.0": 227 * 1024, "12.0": 99 * 1024}
+
+
+class Driver:
+    """What Triton asks before it compiles."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -44,18 +55,21 @@ class Hopper:
 
 class Properties:
     multi_processor_count = 132
+    shared_memory_per_block_optin = 0
 
 
-def pretend() -> None:
-    """CPU tensors take the launches that they would take on an H100, and launching is compiling."""
-    driver.set_active(Hopper())
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
+def pretend(capability: str) -> None:
+    """CPU tensors take the launches that they would take on that GPU, and launching is compiling."""
+    major, minor = map(int, capability.split("."))
+    Properties.shared_memory_per_block_optin = SHARED_MEMORY[capability]
+    driver.set_active(Driver((major, minor)))
+    torch.cuda.get_device_capability = lambda device=None: (major, minor)  # type: ignore[assignment]
     torch.cuda.get_device_properties = lambda device=None: Properties  # type: ignore[assignment]
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
-        print(self.fn.__name__, compiled.metadata.shared)
+        print(doing[-1], self.fn.__name__, compiled.metadata.shared, flush=True)
         return compiled
 
     JITFunction.run = compile_only
@@ -83,13 +97,22 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
     with torch.no_grad():
         lengths = torch.tensor([100], dtype=torch.int32)
         entmax_attention(draw(1), k, v, alpha=alpha, kv_lens=lengths, alibi_slopes=slopes, backend="triton")
+        if dtype == torch.float32 and head_dim > kernels.block_sparse_softmax.FLOAT32_HEAD_DIM:
+            return
         block_sparse_softmax_attention(q, k, v, thresholds=torch.zeros(2, 1), alibi_slopes=slopes, backend="triton")
+        block_sparse_softmax_attention(q, k, v, backend="triton")
+        for size in QUERY_BLOCKS:
+            grid = torch.ones(1, 1, 128 // size, 2, dtype=torch.bool)
+            block_sparse_softmax_attention(q, k, v, blocks=grid, query_block=size, backend="triton")
 
 
 if __name__ == "__main__":
-    pretend()
-    for head_dim in (64, 128):
-        attend(head_dim, torch.bfloat16)
-    attend(64, torch.float32)
-    scores = torch.randn(4, 100, requires_grad=True)
-    entmax(scores, alpha=torch.tensor(1.3, requires_grad=True)).sum().backward()
+    pretend(sys.argv[1])
+    for what in sys.argv[2:]:
+        doing.append(what)
+        if what == "rows":
+            scores = torch.randn(4, 100, requires_grad=True)
+            entmax(scores, alpha=torch.tensor(1.3, requires_grad=True)).sum().backward()
+        else:
+            head_dim, dtype = what.split("-")
+            attend(int(head_dim), getattr(torch, dtype))

@@ -1,0 +1,73 @@
+"""What the public functions check of their arguments: each error is one line that names the argument, what was expected
+and what came. Values of tensors are read on the CPU only: on CUDA that would synchronise."""
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Raises TypeError for what is no tensor, ValueError for sparse and nested ones."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(x)}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def check_flag(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {_kind(x)}")
+
+
+def check_number(name: str, x: Any) -> None:
+    """Raises TypeError for what is no real number; True and False are none."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {_kind(x)}")
+
+
+def check_integer(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not (isinstance(x, (int, torch.SymInt)) or hasattr(x, "__index__")):
+        raise TypeError(f"{name} must be an integer, got {_kind(x)}")
+
+
+def check_slopes(alibi_slopes: Any, heads: int, device: torch.device) -> None:
+    if alibi_slopes is None:
+        return
+    check_tensor("alibi_slopes", alibi_slopes)
+    if alibi_slopes.shape != (heads,):
+        raise ValueError(f"alibi_slopes must be ({heads},), one per query head, got {tuple(alibi_slopes.shape)}")
+    if not alibi_slopes.is_floating_point() or alibi_slopes.device != device:
+        raise ValueError(
+            f"alibi_slopes must be floating point on {device}, got {alibi_slopes.dtype} on {alibi_slopes.device}"
+        )
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes must not require grad, attention has no gradient for them: pass .detach()")
+    if readable(alibi_slopes) and not bool(((alibi_slopes >= 0) & (alibi_slopes < torch.inf)).all()):
+        raise ValueError(f"alibi_slopes must be finite and at least 0, got {alibi_slopes.tolist()}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be looked at: on the CPU, outside compilation."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kind(x: Any) -> str:
+    text = " ".join(repr(x).split())
+    return f"{type(x).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+# float32 rounds u = max(z - tau, 0), near 1, by 2 ** -24, and a weight u ** (1 / (alpha - 1)) by 1 / (alpha - 1) times
+# that: at 1e-4 by 6e-4, about as 16-bit floats would. 16-bit inputs are computed in float32
+NEAREST_TO_ONE = {torch.float32: 1e-4, torch.float64: 1e-12}
+
+
+def check_distance(alpha: float, dtype: torch.dtype) -> None:
+    """Raises ValueError for an alpha in (1, 2] that is nearer to 1 than the computing dtype resolves."""
+    least = NEAREST_TO_ONE[dtype]
+    if alpha - 1 < least * (1 - 1e-9):
+        raise ValueError(
+            f"alpha must be at least 1 + {least:.0e} where {dtype} is computed with, got {alpha!r}: nearer to 1 "
+            "rounding spoils the weights; for softmax use scaled_dot_product_attention or torch.softmax"
+        )
