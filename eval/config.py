@@ -15,10 +15,10 @@ class EvalConfig:
         base_length: Length in tokens that counts as 1x. None takes the checkpoints' training length.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
-        seed: Seed of every choice of documents, windows, needles and bootstrap samples.
+        seed: Seed of every choice of documents, windows and needles.
         headline_tokens: Most tokens scored for bits per byte at the training length; when the split holds
             more, a random sample of its windows is scored. 0 scores all.
-        max_documents: Most documents scored at every length.
+        max_documents: Most documents scored at every length; below 5 there are no intervals.
         needle_samples: Most needle samples in each cell of length and depth.
         needle_tokens: Most tokens of needle contexts at each length; long ones get fewer samples, at least one a cell.
         needle_depths: Number of needle depths, evenly spread from the start (0) to the end (1).
@@ -28,7 +28,6 @@ class EvalConfig:
         profile_queries: Most queries of a document whose weights are computed for entropy and sink: one at random of
             each of so many equal stretches.
         sink_tokens: First tokens of a document that count as the sink.
-        bootstrap_samples: Resamples of documents behind each bootstrap interval.
         row_tokens: Most tokens packed into one forward pass; a longer context is a row of its own.
         thresholds: File of eval.calibrate: softmax models attend by Block-Sparse FlashAttention.
         keep_blocks: Which of its ks.
@@ -40,7 +39,7 @@ class EvalConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     headline_tokens: int = 32768
-    max_documents: int = 3
+    max_documents: int = 12
     needle_samples: int = 4
     needle_tokens: int = 10240
     needle_depths: int = 5
@@ -49,7 +48,6 @@ class EvalConfig:
     profile_documents: int = 1
     profile_queries: int = 64
     sink_tokens: int = 4
-    bootstrap_samples: int = 2000
     row_tokens: int = 8192
     thresholds: str | None = None
     keep_blocks: int | None = None
@@ -72,6 +70,6 @@ class EvalConfig:
         smallest = {
             "headline_tokens": 0, "seed": 0, "max_documents": 2, "needle_samples": 1,
             "needle_tokens": 1, "needle_depths": 2, "needle_digits": 1, "needle_count": 2, "profile_documents": 1,
-            "profile_queries": 1, "sink_tokens": 1, "bootstrap_samples": 100, "row_tokens": 1, "base_length": 8,
+            "profile_queries": 1, "sink_tokens": 1, "row_tokens": 1, "base_length": 8,
         }  # fmt: skip
         check_least(self, smallest)

@@ -28,15 +28,14 @@ class FrontierConfig:
         base_length: Length in tokens that counts as 1x. None takes the checkpoints' training length.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
-        seed: Seed of every choice of documents, windows, needles and bootstrap samples.
-        max_documents: Most documents scored at every length.
+        seed: Seed of every choice of documents, windows and needles.
+        max_documents: Most documents scored at every length; below 5 there are no intervals.
         decode_tokens: Tokens at the end of each context that are decoded one by one under decoding policies.
         needle_samples: Most needle samples in each cell of length and depth.
         needle_tokens: Most tokens of needle contexts at each length; long ones get fewer samples, at least one a cell.
         needle_depths: Number of needle depths, evenly spread from the start (0) to the end (1).
         needle_digits: Digits of a needle's value.
         needle_count: Needles of a sample with several.
-        bootstrap_samples: Resamples of documents behind each bootstrap interval.
         row_tokens: Most tokens packed into one forward pass; a longer context is a row of its own.
         chunk_tokens: Most prompt tokens of one forward pass before decoding.
         timed_runs: Timed prefills behind each time to the first token; their median is reported.
@@ -53,14 +52,13 @@ class FrontierConfig:
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
-    max_documents: int = 4
+    max_documents: int = 12
     decode_tokens: int = 16
     needle_samples: int = 4
     needle_tokens: int = 10240
     needle_depths: int = 5
     needle_digits: int = 6
     needle_count: int = 4
-    bootstrap_samples: int = 2000
     row_tokens: int = 8192
     chunk_tokens: int = 8192
     timed_runs: int = 3
@@ -86,7 +84,7 @@ class FrontierConfig:
         """The settings that eval.run has too, for what is shared with it. Raises ValueError as that does."""
         names = (
             "lengths", "base_length", "device", "precision", "seed", "max_documents", "needle_samples", "needle_tokens",
-            "needle_depths", "needle_digits", "needle_count", "bootstrap_samples", "row_tokens",
+            "needle_depths", "needle_digits", "needle_count", "row_tokens",
         )  # fmt: skip
         return EvalConfig(**{name: getattr(self, name) for name in names})
 

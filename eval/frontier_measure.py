@@ -1,6 +1,5 @@
 """The measurements of eval.sparse_frontier on one checkpoint, kept one by one, so that an interrupted one goes on."""
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.dataclasses_json import read_kept
 from common.files import write_json
 from eval import provenance
 from eval.frontier_config import PHASES, Cell, FrontierConfig, PrefillTime, RulerCell
@@ -137,7 +137,7 @@ class Measuring:
         frozen: FrozenTask | None = None,
     ) -> Path:
         left_out = {
-            "policies", "densities", "lengths", "bootstrap_samples", "thresholds", "ruler", "ruler_tasks",
+            "policies", "densities", "lengths", "thresholds", "ruler", "ruler_tasks",
             "ruler_samples",
         }  # fmt: skip
         config = {name: value for name, value in asdict(self.config).items() if name not in left_out}
@@ -160,10 +160,7 @@ class Measuring:
             tqdm.write(f"reusing {path}", file=sys.stderr)
         else:
             write_json(path, asdict(self._measure(method, phase, multiple, wanted)))
-        raw = json.loads(path.read_text())
-        raw["needles"], raw["controls"] = ([tuple(pair) for pair in raw[name]] for name in ("needles", "controls"))
-        raw["several"] = {kind: [tuple(pair) for pair in pairs] for kind, pairs in raw["several"].items()}
-        return Cell(**raw)
+        return read_kept(path, Cell)
 
     def _measure(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
         started = time.monotonic()
@@ -225,7 +222,7 @@ class Measuring:
                 seconds=round(time.monotonic() - started, 2),
             )  # fmt: skip
             write_json(path, asdict(made))
-        return RulerCell(**json.loads(path.read_text()))
+        return read_kept(path, RulerCell)
 
     def _scorer(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Scorer:
         label = f"{self.subject.label}: {method}" + (f" at {wanted:g}" if wanted else "") + f", {phase}, {multiple}x"
@@ -260,7 +257,7 @@ class Measuring:
             seconds = time_prefill(self.model, tasks.text[0][0], policy, self.runtime, self.config.timed_runs)
             text = "" if policy is None else str(policy)
             write_json(path, asdict(PrefillTime(self.subject.label, method, tasks.context, wanted, text, seconds)))
-        return PrefillTime(**json.loads(path.read_text()))
+        return read_kept(path, PrefillTime)
 
 
 def outcomes(scores: Sequence[Scores]) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """The figures of eval.sparse_frontier."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from eval.plots import COLOURS, MARKERS, STYLE
+from eval.plots import COLOURS, MARKERS, STYLE, save_figure
 from eval.statistics import Interval
 
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -47,9 +48,7 @@ def over_density(rows: Sequence[Sequence[Panel]], path: Path) -> Path:
         for axes in grid.flat:
             handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    return path
+        return save_figure(figure, path)
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
@@ -62,12 +61,14 @@ def _draw(axes: Axes, panel: Panel) -> None:
         if not points:
             continue
         if method == "dense":
-            low, value, high = points[0].value.low, points[0].value.value, points[0].value.high
-            axes.axhspan(low, high, color="#777777", alpha=0.15, linewidth=0)
-            axes.axhline(value, color="#777777", linestyle="--", label=points[0].label)
+            low, high = points[0].value.drawn
+            if not math.isnan(low):
+                axes.axhspan(low, high, color="#777777", alpha=0.15, linewidth=0)
+            axes.axhline(points[0].value.value, color="#777777", linestyle="--", label=points[0].label)
             continue
         y = np.array([one.value.value for one in points])
-        errors = [y - [one.value.low for one in points], [one.value.high for one in points] - y]
+        low_ends, high_ends = np.array([one.value.drawn for one in points]).T
+        errors = [y - low_ends, high_ends - y]
         axes.errorbar(
             [one.density for one in points], y, yerr=np.maximum(errors, 0), capsize=3, label=points[0].label,
             **_style(method, curves),
@@ -113,6 +114,4 @@ def density_maps(maps: Mapping[str, Sequence[Sequence[float]]], path: Path) -> P
             axes.spines[:].set_visible(False)
         assert image is not None
         figure.colorbar(image, ax=grid, label="visible keys read (%)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    return path
+        return save_figure(figure, path)

@@ -7,15 +7,15 @@ from statistics import median
 
 import numpy as np
 
-from common.files import write_json
+from common.files import write_file, write_json
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
+from eval.formatting import count, interval_text, percent_text
 from eval.frontier_config import PHASES, Cell, PrefillTime, Study
 from eval.frontier_names import AS_THEY_ARE, density_text, method_name
 from eval.frontier_plots import Panel, Point, density_maps, over_density
 from eval.frontier_ruler_report import RulerSummary, ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.frontier_tasks import CLOSE
-from eval.report import interval_text, percent_text
-from eval.statistics import Interval, bootstrap_paired, bootstrap_ratio, wilson
+from eval.statistics import LEAST_UNITS, Interval, paired_sums, ratio_of_sums, share
 
 TITLE = "Sparse attention: trained or pruned"
 ACTS = {
@@ -49,8 +49,8 @@ class Summaries:
 
 
 def summarise(study: Study) -> Summaries:
-    """Bootstrapped once, for report, tables and summary."""
-    return Summaries([_summary(cell, _dense(study, cell), study) for cell in study.cells], summarise_ruler(study))
+    """Computed once, for report, tables and summary."""
+    return Summaries([_summary(cell, _dense(study, cell)) for cell in study.cells], summarise_ruler(study))
 
 
 def _dense(study: Study, cell: Cell) -> Cell:
@@ -59,16 +59,14 @@ def _dense(study: Study, cell: Cell) -> Cell:
     return next(one for one in study.cells if (one.method, one.phase, one.multiple) == key)
 
 
-def _summary(cell: Cell, dense: Cell, study: Study) -> Summary:
-    draws = (int(study.settings["bootstrap_samples"]), int(study.settings["seed"]))
-    difference, _ = bootstrap_paired(cell.loss, dense.loss, cell.tokens, *draws)
+def _summary(cell: Cell, dense: Cell) -> Summary:
     several = [pair for pairs in cell.several.values() for pair in pairs]
     return Summary(
         cell=cell,
         density=float(np.mean(cell.density)),
         tile_density=None if cell.tile_density is None else float(np.mean(cell.tile_density)),
-        perplexity=bootstrap_ratio(cell.loss, cell.tokens, *draws).map(math.exp),
-        ratio=difference.map(math.exp),
+        perplexity=ratio_of_sums(cell.loss, cell.tokens).map(math.exp),
+        ratio=paired_sums(cell.loss, dense.loss, cell.tokens).map(math.exp),
         needles=_tokens_right(cell.needles),
         exact=_share(sum(hits == tokens for hits, tokens in cell.needles), len(cell.needles)),
         several=_tokens_right(several),
@@ -78,11 +76,11 @@ def _summary(cell: Cell, dense: Cell, study: Study) -> Summary:
 
 def _tokens_right(pairs: list[tuple[int, int]]) -> Interval | None:
     """Samples, not tokens, are the independent trials."""
-    return wilson(sum(h for h, _ in pairs) / sum(t for _, t in pairs), len(pairs)) if pairs else None
+    return share(sum(h for h, _ in pairs) / sum(t for _, t in pairs), len(pairs)) if pairs else None
 
 
-def _share(count: int, trials: int) -> Interval | None:
-    return wilson(count / trials, trials) if trials else None
+def _share(hits: int, trials: int) -> Interval | None:
+    return share(hits / trials, trials) if trials else None
 
 
 def write_report(study: Study, summaries: Summaries, output: Path) -> tuple[Path, list[Picture]]:
@@ -96,17 +94,17 @@ def write_report(study: Study, summaries: Summaries, output: Path) -> tuple[Path
             "One softmax model under policies that were made for trained models, each set to several densities and to "
             "entmax's own (BSFA: calibrated to its ks), beside the model as it is and its entmax twin. Density: share "
             "of the visible pairs of query and key that are read, mean over layers and heads; for entmax, the pairs "
-            f"with weight. Intervals are 95 %: bootstrap over {study.documents} documents for perplexity (too narrow "
-            "with few of them), paired where it is divided by the dense softmax model's, as in the plots; Wilson over "
-            "samples for needles."
+            f"with weight. Intervals are 95 %: jackknife over {count(study.documents, 'document')} with Student's t "
+            "for perplexity, paired where it is divided by the dense softmax model's, as in the plots; Clopper-Pearson "
+            f"over samples for needles. None below {LEAST_UNITS} documents or samples."
         ),
     ]
     for phase in PHASES:
         of_phase = [one for one in summaries.cells if one.cell.phase == phase]
         blocks += _phase(of_phase, [one for one in summaries.ruler if one.phase == phase], phase, output)
     blocks += [*_times(study.times), *_method(study)]
-    page.with_suffix(".md").write_text(to_markdown(blocks, output))
-    page.write_text(to_html(TITLE, blocks))
+    write_file(page.with_suffix(".md"), to_markdown(blocks, output).encode())
+    write_file(page, to_html(TITLE, blocks).encode())
     write_json(page.with_suffix(".json"), _as_json(study, summaries))
     return page, [block for block in blocks if isinstance(block, Picture)]
 

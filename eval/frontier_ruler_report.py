@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.document import Block, Heading, Paragraph, Picture, Table
+from eval.formatting import count, percent_text
 from eval.frontier_config import RulerCell, Study
 from eval.frontier_names import AS_THEY_ARE, density_text, method_name
 from eval.frontier_plots import Panel, Point, over_density
 from eval.frontier_tasks import CLOSE
-from eval.report import percent_text
-from eval.statistics import Interval, bootstrap_ratio, wilson
+from eval.statistics import LEAST_UNITS, Interval, paired_shares, share
 
 PANELS_IN_A_ROW = 4
 AXIS = "RULER's score (%)"
@@ -24,8 +24,9 @@ ACTS = {
 METHOD = (
     "Frozen samples of these lengths, answered greedily; score: share of the answers that are found in the text, for "
     "qa_squad whether any is. {acts} Density, here and in RULER's plots: measured on these samples, so that it differs "
-    "from the one that policies were set to on held-out text. Intervals: Wilson over samples (too wide, not too "
-    "narrow, where a sample can count in part); against dense softmax: paired bootstrap over samples."
+    "from the one that policies were set to on held-out text. Intervals: Clopper-Pearson over samples; against dense "
+    "softmax: Bonett and Price's for paired samples (both too wide, not too narrow, where a sample can count in part "
+    f"or tasks differ). None below {LEAST_UNITS} samples."
 )
 
 
@@ -55,30 +56,25 @@ def summarise_ruler(study: Study) -> list[RulerSummary]:
     found: dict[tuple[str, str, int, float | None], list[RulerCell]] = {}
     for cell in study.ruler:
         found.setdefault((cell.method, cell.phase, cell.multiple, cell.wanted), []).append(cell)
-    draws = (int(study.settings["bootstrap_samples"]), int(study.settings["seed"]))
-    return [
-        _summary(cells, found["dense", phase, multiple, None], draws)
-        for (_, phase, multiple, _), cells in found.items()
-    ]
+    return [_summary(cells, found["dense", phase, multiple, None]) for (_, phase, multiple, _), cells in found.items()]
 
 
-def _summary(cells: Sequence[RulerCell], dense: Sequence[RulerCell], draws: tuple[int, int]) -> RulerSummary:
+def _summary(cells: Sequence[RulerCell], dense: Sequence[RulerCell]) -> RulerSummary:
     first = cells[0]
     scores, theirs = (np.array([one.scores for one in of]) for of in (cells, dense))  # [tasks, samples]
-    # resamples draw the i-th sample of every task together: the tasks themselves are no sample of tasks
-    differences = (scores - theirs).mean(0)
     return RulerSummary(
         first.method, first.phase, first.multiple, first.context, first.wanted, scores.size,
         density=float(np.mean([one.density for one in cells])),
         accuracy=_mean(scores),
-        difference=bootstrap_ratio(differences, np.ones_like(differences), *draws),
+        difference=paired_shares(scores.ravel(), theirs.ravel()),
         tasks={one.task: _mean(row) for one, row in zip(cells, scores, strict=True)},
         densities={one.task: one.density for one in cells},
     )  # fmt: skip
 
 
 def _mean(scores: NDArray[np.float64]) -> Interval:
-    return wilson(min(1.0, float(scores.mean())), scores.size)  # rounding can leave a mean above 1
+    """Samples of all tasks together, which is too wide where tasks differ: the tasks are no sample of tasks."""
+    return share(min(1.0, float(scores.mean())), scores.size)  # rounding can leave a mean above 1
 
 
 def ruler_panel(summaries: Sequence[RulerSummary], multiple: int) -> Panel:
@@ -89,11 +85,11 @@ def ruler_panel(summaries: Sequence[RulerSummary], multiple: int) -> Panel:
 
 
 def _count(one: RulerSummary) -> str:
-    return f"{len(one.tasks)} task{'s' if len(one.tasks) > 1 else ''}"
+    return count(len(one.tasks), "task")
 
 
 def _point(one: RulerSummary, density: float, accuracy: Interval) -> Point:
-    return Point(method_name(one.method), one.method, density, accuracy.map(lambda share: 100 * share))
+    return Point(method_name(one.method), one.method, density, accuracy.map(lambda part: 100 * part))
 
 
 def ruler_blocks(summaries: Sequence[RulerSummary], phase: str, output: Path) -> list[Block]:
@@ -108,7 +104,8 @@ def ruler_blocks(summaries: Sequence[RulerSummary], phase: str, output: Path) ->
     columns = min(PANELS_IN_A_ROW, max(len(one.tasks) for one in summaries))
     for multiple in dict.fromkeys(one.multiple for one in summaries):
         here = [one for one in summaries if one.multiple == multiple]
-        blocks += [Paragraph(f"{here[0].context:,} tokens ({multiple}x), {here[0].samples} samples:"), _table(here)]
+        title = f"{here[0].context:,} tokens ({multiple}x), {count(here[0].samples, 'sample')}:"
+        blocks += [Paragraph(title), _table(here)]
         rows += _task_panels(here, columns)
     path = over_density(rows, output / f"plots/{phase}_ruler_over_density.png")
     return [*blocks, Picture(path, f"Every RULER task over density, {phase}.")]

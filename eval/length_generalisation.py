@@ -10,7 +10,6 @@ Only if: at the first place where the choice is another token, decoding leaves t
 Runs with the same task, training lengths and architecture are one group: the seeds of one experiment.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.dataclasses_json import read_kept
 from common.errors import run_command
 from common.files import write_json
 from data.length_generalisation import Task, TaskConfig, split_seed
@@ -182,7 +182,7 @@ def _measure_or_reuse(
             runtime = Runtime(device, autocast, config.row_tokens)
             result = measure(loaded.model, task.task, length, multiple, config, runtime, subject.label)
             write_json(kept, asdict(result))
-        results.append(LengthResult(**json.loads(kept.read_text())))
+        results.append(read_kept(kept, LengthResult))
     planned = (provenance.run_settings(path).get("trainer") or {}).get("max_steps")
     return RunResult(
         label=subject.label,

@@ -1,17 +1,19 @@
 """Tables and plot of the length-generalisation tasks, beside the paper's figures."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import write_file, write_json
 from data.length_generalisation import TaskConfig
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_markdown
+from eval.formatting import count, percent_text
 from eval.plots import Curve, exact_match_over_length
-from eval.statistics import Interval, wilson
+from eval.statistics import LEAST_UNITS, Interval, share
 from eval.tables import interval_columns
 
 # Exact match in %, by multiple of the training length: Table 1 of arXiv 2506.16640 (NAPE; the rows of softmax and
@@ -60,12 +62,12 @@ class LengthResult:
 
     @property
     def exact_match(self) -> Interval:
-        return wilson(self.exact / self.samples, self.samples)
+        return share(self.exact / self.samples, self.samples)
 
     @property
     def token_accuracy(self) -> Interval:
         # the tokens of a sample are not independent: samples are the trials
-        return wilson(self.hits / self.tokens, self.samples)
+        return share(self.hits / self.tokens, self.samples)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Group:
     runs: list[RunResult]
 
     def exact_match(self) -> list[tuple[LengthResult, Interval]]:
-        """By length: the mean over runs with the lowest and highest run; of one run, its Wilson interval."""
+        """By length: the mean over runs with the lowest and highest run; of one run, its 95 % interval."""
         found = []
         for same in zip(*(run.lengths for run in self.runs), strict=True):
             values = [one.exact_match.value for one in same]
@@ -148,11 +150,6 @@ def title_of(task: TaskConfig) -> str:
     return f"{task.name}, trained at {task.min_length} to {task.max_length}"
 
 
-def percent(interval: Interval) -> str:
-    """For example "99.4 % [98.7, 99.7]"."""
-    return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
 def write_report(study: Study, output: Path) -> tuple[Path, Picture]:
     """Writes length_generalisation.md, .json, .csv and .png into `output`; returns the path of the first and the
     plot."""
@@ -162,23 +159,23 @@ def write_report(study: Study, output: Path) -> tuple[Path, Picture]:
     panels = {title_of(task): _curves(task, groups) for task in tasks_of(groups)}
     path = exact_match_over_length(panels, page.with_suffix(".png"))
     picture = Picture(path, "Exact match over length; dashed: the paper's figures.")
-    page.write_text(to_markdown(_blocks(study, groups, picture), output))
+    write_file(page, to_markdown(_blocks(study, groups, picture), output).encode())
     write_json(page.with_suffix(".json"), _as_json(study, groups))
-    with page.with_suffix(".csv").open("w", newline="") as file:
-        rows = result_rows(study)
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    rows, table = result_rows(study), io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(page.with_suffix(".csv"), table.getvalue().encode())
     return page, picture
 
 
 def _curves(task: TaskConfig, groups: Sequence[Group]) -> list[Curve]:
     curves = []
     for group in (group for group in groups if group.task == task):
-        points = [(one.multiple, share) for one, share in group.exact_match()]
+        points = [(one.multiple, rate) for one, rate in group.exact_match()]
         curves.append(Curve(group.label, group.attention, points, reference=False))
     for kind, values in PAPER.get(str(task.name), {}).items():
-        points = [(multiple, Interval(*[value / 100] * 3)) for multiple, value in values.items()]
+        points = [(multiple, Interval(value / 100, None, None)) for multiple, value in values.items()]
         curves.append(Curve(f"{kind}, paper", kind, points, reference=True))
     return curves
 
@@ -187,10 +184,10 @@ def _blocks(study: Study, groups: Sequence[Group], picture: Picture) -> list[Blo
     blocks: list[Block] = [
         Heading("Length generalisation", 1),
         Paragraph(
-            f"Whole-sequence exact match under greedy decoding, {study.settings['samples']} samples a length, by "
-            "multiple of the longest training length. One run: 95 % Wilson interval. Several runs: their mean, with "
-            f"the lowest and the highest of them. Paper: {PAPER_SOURCE}; trained at {PAPER_LENGTHS} for the whole "
-            "schedule that configs/length_generalisation has."
+            f"Whole-sequence exact match under greedy decoding, {count(study.settings['samples'], 'sample')} a length, "
+            "by multiple of the longest training length. One run: 95 % interval (Clopper-Pearson), none below "
+            f"{LEAST_UNITS} samples. Several runs: their mean, with the lowest and the highest of them. Paper: "
+            f"{PAPER_SOURCE}; trained at {PAPER_LENGTHS} for the whole schedule that configs/length_generalisation has."
         ),
     ]
     for task in tasks_of(groups):
@@ -207,7 +204,7 @@ def _task_table(task: TaskConfig, groups: Sequence[Group]) -> Table:
     columns = sorted(measured.union(*paper.values()))
     rows = []
     for group in groups:
-        cells = {one.multiple: percent(share) for one, share in group.exact_match()}
+        cells = {one.multiple: percent_text(rate, 1) for one, rate in group.exact_match()}
         rows.append([group.label, *(cells.get(column, "") for column in columns)])
     for kind, values in paper.items():
         cells = {multiple: f"{value:g} %" for multiple, value in values.items()}
@@ -222,7 +219,9 @@ def _run_table(runs: Sequence[RunResult]) -> Table:
         step = f"{run.step:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else "")
         facts = [run.label, str(run.task.name), run.attention, str(run.seed), step]
         for one in run.lengths:
-            rows.append([*facts, f"{one.length:,}", percent(one.exact_match), percent(one.token_accuracy)])
+            rows.append(
+                [*facts, f"{one.length:,}", percent_text(one.exact_match, 1), percent_text(one.token_accuracy, 1)]
+            )
     return Table(header, rows)
 
 
@@ -231,7 +230,7 @@ def _as_json(study: Study, groups: Sequence[Group]) -> dict[str, Any]:
         {
             "task": asdict(group.task), "attention": group.attention, "label": group.label,
             "runs": [run.label for run in group.runs],
-            "exact_match": [{"multiple": one.multiple, **asdict(share)} for one, share in group.exact_match()],
+            "exact_match": [{"multiple": one.multiple, **asdict(rate)} for one, rate in group.exact_match()],
             "paper_percent": {
                 f"{multiple:g}": value
                 for multiple, value in PAPER.get(str(group.task.name), {}).get(group.attention, {}).items()
@@ -260,6 +259,6 @@ def summary_lines(study: Study, page: Path) -> list[str]:
     """One line for each group, and where the tables are."""
     lines = []
     for group in group_runs(study.runs):
-        cells = "; ".join(f"{one.multiple:g}x {percent(share)}" for one, share in group.exact_match())
+        cells = "; ".join(f"{one.multiple:g}x {percent_text(rate, 1)}" for one, rate in group.exact_match())
         lines.append(f"{group.task.name}: {group.label}: {cells}")
     return [*lines, f"tables: {page}"]

@@ -1,5 +1,6 @@
 """The report's figures. Colours are Okabe and Ito's (safe for colour-blind readers); markers repeat the distinction."""
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from common.files import write_file
 from eval.analysis import NeedleScore, RunSummary
 from eval.attention_profile import LayerProfile
 from eval.metrics import Series
@@ -35,9 +37,10 @@ def _marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+def save_figure(figure: Figure, path: Path) -> Path:
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix("."))
+    write_file(path, image.getbuffer())
     return path
 
 
@@ -91,7 +94,7 @@ def loss_curves(metrics: Mapping[str, Mapping[str, Series]], path: Path) -> Path
         axes.set(title="Loss while training", xlabel="optimizer step", ylabel="loss (nats per token)")
         _plain_log_y(axes)
         axes.legend(frameon=False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _running_mean(values: Sequence[float]) -> np.ndarray:
@@ -112,10 +115,9 @@ def perplexity_over_length(runs: Sequence[RunSummary], base_length: int, path: P
             shift = 1.03 ** (index - (len(runs) - 1) / 2)
             x = [score.tokens * shift for score in run.lengths]
             y = np.array([score.perplexity.value for score in run.lengths])
-            low = y - [score.perplexity.low for score in run.lengths]
-            high = [score.perplexity.high for score in run.lengths] - y
+            low, high = np.array([score.perplexity.drawn for score in run.lengths]).T
             axes.errorbar(
-                x, y, yerr=[low, high], color=_colour(index), marker=_marker(index), capsize=4, label=run.label
+                x, y, yerr=[y - low, high - y], color=_colour(index), marker=_marker(index), capsize=4, label=run.label
             )
         lengths = runs[0].lengths
         _log_ticks(axes, [s.tokens for s in lengths], [f"{s.tokens:,}\n({s.multiple}x)" for s in lengths])
@@ -127,7 +129,7 @@ def perplexity_over_length(runs: Sequence[RunSummary], base_length: int, path: P
         axes.margins(x=0.06)
         _plain_log_y(axes)
         _label_ends(axes, [(s.tokens, s.perplexity.value, run.label) for run in runs for s in run.lengths[-1:]])
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def perplexity_by_position(runs: Sequence[RunSummary], training_lengths: Iterable[int], path: Path) -> Path:
@@ -141,10 +143,8 @@ def perplexity_by_position(runs: Sequence[RunSummary], training_lengths: Iterabl
                 x, [s.perplexity.value for s in run.positions], color=_colour(index), marker=_marker(index),
                 label=run.label,
             )  # fmt: skip
-            axes.fill_between(
-                x, [s.perplexity.low for s in run.positions], [s.perplexity.high for s in run.positions],
-                color=_colour(index), alpha=0.15, linewidth=0,
-            )  # fmt: skip
+            low, high = np.array([s.perplexity.drawn for s in run.positions]).T
+            axes.fill_between(x, low, high, color=_colour(index), alpha=0.15, linewidth=0)
         ends = [score.stop for score in runs[0].positions]
         for length in sorted({one for one in training_lengths if one <= ends[-1]}):
             axes.axvline(length, color="#444444", linestyle=":", linewidth=1.4)
@@ -161,7 +161,7 @@ def perplexity_by_position(runs: Sequence[RunSummary], training_lengths: Iterabl
         )
         _plain_log_y(axes)
         _label_ends(axes, [(s.stop, s.perplexity.value, run.label) for run in runs for s in run.positions[-1:]])
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def exact_match_over_length(panels: Mapping[str, Sequence[Curve]], path: Path) -
             for index, curve in enumerate(curves):
                 colour = _colour(families.index(curve.family))
                 x = [multiple for multiple, _ in curve.points]
-                y, low, high = ([100 * getattr(i, n) for _, i in curve.points] for n in ("value", "low", "high"))
+                y = [100 * interval.value for _, interval in curve.points]
+                low, high = 100 * np.array([interval.drawn for _, interval in curve.points]).T
                 axes.plot(
                     x, y, color=colour, marker=_marker(index), label=curve.label, clip_on=False,
                     linestyle="--" if curve.reference else "-", alpha=0.6 if curve.reference else 1.0,
@@ -196,7 +197,7 @@ def exact_match_over_length(panels: Mapping[str, Sequence[Curve]], path: Path) -
             axes.set(title=title, ylabel="exact match (%)", ylim=(0, 100))
             axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         rows[-1].set_xlabel("length (multiple of the longest training length)")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) -> Path:
@@ -219,7 +220,7 @@ def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) ->
             axes.set(title=f"Alpha per head: {label}", xlabel="layer (dots: heads, left to right)", ylabel="alpha")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.ticklabel_format(axis="y", useOffset=False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def alpha_over_steps(metrics: Mapping[str, Mapping[str, Series]], path: Path) -> Path:
@@ -240,7 +241,7 @@ def alpha_over_steps(metrics: Mapping[str, Mapping[str, Series]], path: Path) ->
             axes.set(title=f"Alpha while training: {label}", xlabel="optimizer step", ylabel="alpha")
             axes.ticklabel_format(axis="y", useOffset=False)
             axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ def by_layer(
                 axes.set_ylim(bottom=0)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _layer_lines(axes: Axes, layers: Sequence[LayerProfile], measure: LayerMeasure, base_length: int) -> list[int]:
@@ -345,7 +346,7 @@ def needle_heat_map(run: RunSummary, base_length: int, path: Path) -> Path:
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=axes, label="value tokens right (%)")
         bar.outline.set_visible(False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _write_cell(axes: Axes, x: int, y: int, cell: NeedleScore, dark: bool) -> None:

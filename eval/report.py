@@ -4,15 +4,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import write_file, write_json
 from eval import plots
 from eval.analysis import INTERVAL_METHODS, NeedleScore, PairSummary, RunSummary, attention_kind
 from eval.attention_report import attention_blocks, head_mean
 from eval.config import EvalConfig
 from eval.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
+from eval.formatting import count, interval_text, percent_text
 from eval.metrics import Series
 from eval.results import Measurement
-from eval.statistics import Interval
 
 TITLE = "LongSplash evaluation"
 
@@ -54,21 +54,11 @@ def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
         Heading(TITLE, 1), *_head(study), *_headline(study), *_lengths(study), *_positions(study, output),
         *_needles(study, output), *attention, *_training(study, output), *_method(study),
     ]  # fmt: skip
-    (output / "report.md").write_text(to_markdown(blocks, output))
+    write_file(output / "report.md", to_markdown(blocks, output).encode())
     page = output / "report.html"
-    page.write_text(to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks))
+    write_file(page, to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks).encode())
     write_json(output / "report.json", asdict(study))
     return page, [block for block in blocks if isinstance(block, Picture)]
-
-
-def interval_text(interval: Interval, digits: int = 2) -> str:
-    """For example "2.10 [2.05, 2.16]"."""
-    return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
-
-
-def percent_text(interval: Interval) -> str:
-    """For example "40 % [17, 69]"."""
-    return f"{100 * interval.value:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
 def summary_lines(study: Study, page: Path) -> list[str]:
@@ -158,9 +148,8 @@ def _headline(study: Study) -> list[Block]:
         Heading(f"Held-out text in contexts of {plan.base_length:,} tokens"),
         Paragraph(
             f"{first.tokens:,} of {plan.tokens_total:,} held-out tokens ({100 * share:.0f} %, {first.bytes:,} bytes, "
-            f"{first.documents} documents) in windows of at most {plan.base_length} tokens within documents, each "
-            + "token "
-            + ("scored once." if share == 1 else "scored at most once; the windows are a random sample.")
+            f"{count(first.documents, 'document')}) in windows of at most {plan.base_length} tokens within documents, "
+            "each token " + ("scored once." if share == 1 else "scored at most once; the windows are a random sample.")
         ),
         Table(
             ["run", "bits per byte", "perplexity per token"],
@@ -186,11 +175,10 @@ def _lengths(study: Study) -> list[Block]:
     blocks: list[Block] = [
         Heading("Perplexity over context length"),
         Paragraph(
-            f"The first {plan.multiples[-1] * plan.base_length:,} predicted tokens of {len(plan.documents)} held-out "
-            "documents. Every column scores these same tokens, cut into fresh contexts of the column's length; only "
-            "the context that a token sees differs. Growing context should lower perplexity; a model that cannot use "
-            "positions beyond its training length rises instead."
-            + (" With so few documents the intervals are rough." if len(plan.documents) < 10 else "")
+            f"The first {plan.multiples[-1] * plan.base_length:,} predicted tokens of "
+            f"{count(len(plan.documents), 'held-out document')}. Every column scores these same tokens, cut into fresh "
+            "contexts of the column's length; only the context that a token sees differs. Growing context should lower "
+            "perplexity; a model that cannot use positions beyond its training length rises instead."
         ),
     ]
     lengths = study.runs[0].lengths
@@ -211,11 +199,14 @@ def _positions(study: Study, output: Path) -> list[Block]:
     folder = output / "plots"
     over_length = plots.perplexity_over_length(study.runs, study.base_length, folder / "perplexity_over_length.png")
     trained = [one.training_length for one in study.measurements]
+    score = study.runs[0].lengths[0].perplexity
+    documents = count(len(study.measurements[0].plan.documents), "document")
+    shown = "with 95 % intervals" if score.low is not None else f"without intervals ({documents})"
     by_position = plots.perplexity_by_position(study.runs, trained, folder / "perplexity_by_position.png")
     return [
-        Picture(over_length, "Perplexity over context length with 95 % intervals; the same tokens at every length."),
+        Picture(over_length, f"Perplexity over context length {shown}; the same tokens at every length."),
         Heading("Perplexity by position"),
-        Picture(by_position, "Perplexity by position in the longest context with 95 % bands."),
+        Picture(by_position, f"Perplexity by position in the longest context {shown}."),
     ]
 
 
@@ -233,7 +224,7 @@ def _needles(study: Study, output: Path) -> list[Block]:
     if not measured:
         return [*blocks, Paragraph("Not measured, see the notes.")]
     cells = measured[0].needles_by_length
-    header = ["run", *(f"{cell.multiple}x, {cell.samples} samples" for cell in cells), "without needle"]
+    header = ["run", *(f"{cell.multiple}x, {count(cell.samples, 'sample')}" for cell in cells), "without needle"]
     tokens = [[run.label, *(percent_text(cell.token_accuracy) for cell in _with_chance(run))] for run in measured]
     exact = [[run.label, *(percent_text(cell.exact_match) for cell in _with_chance(run))] for run in measured]
     blocks += [Paragraph("Token accuracy:"), Table(header, tokens), Paragraph("Exact match:"), Table(header, exact)]
@@ -258,7 +249,7 @@ def _several_needles(study: Study) -> list[Block]:
             tokens.append([kind, run.label, *(percent_text(cell.token_accuracy) if cell else "" for cell in row)])
             exact.append([kind, run.label, *(percent_text(cell.exact_match) if cell else "" for cell in row)])
     samples = {cell.multiple: cell.samples for cell in cells}
-    header = ["kind", "run", *(f"{multiple}x, {samples[multiple]} samples" for multiple in multiples)]
+    header = ["kind", "run", *(f"{multiple}x, {count(samples[multiple], 'sample')}" for multiple in multiples)]
     text = (
         f"{study.config.needle_count} needles at random depths. multi_key: one of them is asked for; multi_value: one "
         "name with that many values, all asked for in their order; multi_query: all are asked for, in another order. "

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.dataclasses_json import read_kept
 from common.files import write_json
 from eval.attention_profile import LayerProfile
 from eval.multi_needle import MultiNeedleCell
 from eval.needle import NeedleCell
-from eval.perplexity import PerplexityPlan, PerplexityResult, Sums, Window
+from eval.perplexity import PerplexityPlan, PerplexityResult
 
 ROOT = Path(__file__).resolve().parent.parent
 # Code that decides the numbers: a change there makes kept results stale; a change of the report does not.
@@ -23,8 +24,6 @@ MEASURING = (
     "eval/scoring.py",
 )
 MEASURING_FOLDERS = ("model", "kernels", "data")
-# Settings that do not touch the raw sums.
-NOT_IN_KEY = {"bootstrap_samples"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,15 @@ def result_key(
         measuring: Files that decide the numbers, besides the folders that always do.
     """
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(checkpoint.iterdir())}
-    wanted = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_KEY}
-    parts = [str(checkpoint.resolve()), files, data_fingerprint, wanted, base_length, device, _code_hash(measuring)]
+    parts = [
+        str(checkpoint.resolve()),
+        files,
+        data_fingerprint,
+        asdict(settings),
+        base_length,
+        device,
+        _code_hash(measuring),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -95,15 +101,5 @@ def save_measurement(path: Path, measurement: Measurement) -> None:
 
 
 def load_measurement(path: Path) -> Measurement:
-    """Reads what save_measurement wrote."""
-    raw = json.loads(path.read_text())
-    perplexity = raw["perplexity"]
-    by_length = {int(multiple): Sums(**sums) for multiple, sums in perplexity["by_length"].items()}
-    raw["perplexity"] = PerplexityResult(
-        Sums(**perplexity["headline"]), by_length, perplexity["position_loss"], perplexity["position_tokens"]
-    )
-    raw["plan"] = PerplexityPlan(**raw["plan"] | {"windows": [Window(**window) for window in raw["plan"]["windows"]]})
-    raw["needles"] = [NeedleCell(**cell) for cell in raw["needles"]]
-    raw["multi_needles"] = [MultiNeedleCell(**cell) for cell in raw["multi_needles"]]
-    raw["attention"] = [LayerProfile(**layer) for layer in raw["attention"]]
-    return Measurement(**raw)
+    """Reads what save_measurement wrote. Raises ValueError that names the file where it is damaged."""
+    return read_kept(path, Measurement)

@@ -24,7 +24,7 @@ from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from eval.options import check_least, check_output, config_of
-from eval.ruler_files import FORMAT, MANIFEST, PARTIAL, is_whole, write_manifest, write_samples
+from eval.ruler_files import FORMAT, MANIFEST, PARTIAL, is_whole, load_manifest, write_manifest, write_samples
 from eval.ruler_tasks import NOT_BUILT, RULER_TASKS, Draft, Material, Recipe
 from eval.short_tasks import data_folder, squad_rows
 from model.checkpoint import resolve_checkpoint
@@ -143,7 +143,7 @@ def _open_manifest(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = next((output / name for name in (MANIFEST, PARTIAL) if (output / name).is_file()), None)
     if path is None:
         return {**settings, "code_version": code_version(), "files": [], "left_out": []}
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest = load_manifest(path)
     for name, value in settings.items():
         if manifest.get(name) != value:
             raise ValueError(

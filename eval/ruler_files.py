@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_file, write_json
+from common.files import check_keys, read_json, write_file, write_json
 from model.checkpoint import CheckpointInfo
 
 FORMAT = 1
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+FILE_KEYS = {"task": str, "length": int, "samples": int, "sha256": str}
+LEFT_OUT_KEYS: dict[str, type | tuple[type, ...]] = {"task": str, "length": (int, type(None)), "reason": str}
+WAY_OUT = "build it again elsewhere: python -m eval.ruler"
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         reason = "its build was interrupted" if (folder / PARTIAL).is_file() else "RULER was not built there"
         raise FileNotFoundError(f"{path} does not exist ({reason}): run python -m eval.ruler --output {folder}")
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    return load_manifest(path)
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """A manifest, whole or of a folder that is being built. Raises ValueError that names the file and what is wrong."""
+    manifest = read_json(path, WAY_OUT)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')}, expected {FORMAT}: build it again elsewhere")
+        raise ValueError(f"{path} has format {manifest.get('format')}, expected {FORMAT}; {WAY_OUT}")
+    check_keys(manifest, {"files": list, "left_out": list, "tokenizer": dict}, str(path), WAY_OUT)
+    check_keys(manifest["tokenizer"], {"fingerprint": str}, f"{path}: tokenizer", WAY_OUT)
+    for name, keys in (("files", FILE_KEYS), ("left_out", LEFT_OUT_KEYS)):
+        for i, one in enumerate(manifest[name]):
+            check_keys(one, keys, f"{path}: {name}[{i}]", WAY_OUT)
     return manifest
 
 
@@ -108,7 +121,18 @@ def open_frozen(folder: Path, task: str | None, lengths: Sequence[int]) -> list[
         if not is_whole(folder, record):
             path = folder / file_name(record["task"], record["length"])
             raise ValueError(f"{path} is missing or damaged (sha256 differs from {MANIFEST}): build it again elsewhere")
-        lines = (folder / file_name(record["task"], record["length"])).read_text().splitlines()
-        samples = [json.loads(line) for line in lines]
+        samples = _read_samples(folder / file_name(record["task"], record["length"]))
         found.append(FrozenTask(record["task"], record["length"], record["sha256"], samples))
     return found
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    samples = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        where = f"{path}, line {number}"
+        try:
+            sample = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not valid JSON ({error}); {WAY_OUT}") from error
+        samples.append(check_keys(sample, {"prompt": str, "answers": list, "tokens": int}, where, WAY_OUT))
+    return samples

@@ -122,8 +122,8 @@ def evaluate(
     study = Study(
         config=config,
         measurements=measurements,
-        runs=[summarise(one, config) for one in measurements],
-        pairs=[pair(one, baseline, config) for one in measurements if one is not baseline],
+        runs=[summarise(one) for one in measurements],
+        pairs=[pair(one, baseline) for one in measurements if one is not baseline],
         settings={subject.label: _settings(subject) for subject in subjects},
         metrics={subject.label: _metrics(subject) for subject in subjects},
         base_length=held_out.base_length,

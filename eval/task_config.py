@@ -24,8 +24,7 @@ class TasksConfig:
         tokenizer: tokenizer.model, where the recorded one has moved.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
-        seed: Of few-shot examples, sampled texts and bootstrap samples.
-        bootstrap_samples: Resamples behind each bootstrap interval.
+        seed: Of few-shot examples and sampled texts.
         row_tokens: Most tokens of one forward pass; a longer context is a pass of its own, but for generation's.
         batch_tokens: Most tokens, with padding, that are cached at once while texts are generated.
     """
@@ -42,7 +41,6 @@ class TasksConfig:
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
-    bootstrap_samples: int = 2000
     row_tokens: int = 8192
     batch_tokens: int = 65536
 
@@ -50,7 +48,7 @@ class TasksConfig:
         if not self.tasks:
             raise ValueError("tasks is empty: name some, such as --tasks hellaswag piqa arc_easy")
         smallest = {
-            "limit": 1, "fewshot": 0, "max_length": 2, "seed": 0, "bootstrap_samples": 100, "row_tokens": 1,
+            "limit": 1, "fewshot": 0, "max_length": 2, "seed": 0, "row_tokens": 1,
             "batch_tokens": 1,
         }  # fmt: skip
         check_least(self, smallest)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.dataclasses_json import read_kept
 from common.errors import UsageError
 from common.files import write_json
 from eval import provenance
@@ -23,7 +24,7 @@ from eval.scoring import Runtime
 from eval.task_config import TasksConfig
 from eval.task_loading import LoadedTask, load_tasks
 from eval.task_report import RunResult, Study, score_rows, summary_lines, write_report
-from eval.task_results import MEASURING, TaskResult, TaskSettings, measure, result_from_json
+from eval.task_results import MEASURING, TaskResult, TaskSettings, measure
 from eval.task_tables import study_records
 from eval.tracking import WandbConfig, open_tracker
 from model.checkpoint import load_model
@@ -114,7 +115,7 @@ def _measure_or_reuse(
         else:
             model = model or _open_model(subject, config, window, Runtime(device, autocast, config.row_tokens))
             write_json(kept, asdict(measure(task, model, settings, provenance.now())))
-        results.append(result_from_json(json.loads(kept.read_text())))
+        results.append(read_kept(kept, TaskResult))
     return RunResult(
         label=subject.label,
         checkpoint=str(checkpoint.path),

@@ -6,11 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import write_file, write_json
 from eval.analysis import attention_kind, choose_baseline
 from eval.document import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
-from eval.length_report import percent
-from eval.statistics import Interval
+from eval.formatting import count, number_text, percent_text, significant
 from eval.task_results import TaskResult
 from eval.task_scores import METHODS, Difference, Score, compare, merge, score_metric
 
@@ -69,7 +68,6 @@ class Rows:
 
 def make_rows(study: Study, tasks: Sequence[Sequence[TaskResult]]) -> list[Row]:
     """tasks: of every task its results, one a run. Raises ValueError where runs cannot be paired."""
-    resamples, seed = study.settings["bootstrap_samples"], study.settings["seed"]
     baseline = study.runs.index(choose_baseline(study.runs))
     rows = []
     for results in tasks:
@@ -77,12 +75,10 @@ def make_rows(study: Study, tasks: Sequence[Sequence[TaskResult]]) -> list[Row]:
         for name in names:
             metrics = [next((m for m in result.metrics if m.name == name), None) for result in results]
             scores = [
-                Score(name, 0, None, None, True) if metric is None else score_metric(metric, resamples, seed)
-                for metric in metrics
+                Score(name, 0, None, None, True) if metric is None else score_metric(metric) for metric in metrics
             ]
             differences = [
-                None if i == baseline else compare(result, results[baseline], name, resamples, seed)
-                for i, result in enumerate(results)
+                None if i == baseline else compare(result, results[baseline], name) for i, result in enumerate(results)
             ]
             first, left = results[0], [len(result.too_long) for result in results]
             rows.append(Row(first.task, first.group, first.length, first.chance, scores, differences, left))
@@ -105,7 +101,7 @@ def by_group(study: Study) -> list[list[TaskResult]]:
 
 
 def score_rows(study: Study) -> Rows:
-    """Computed once for report, tables and summary: bootstrapping large tasks takes seconds."""
+    """Computed once for report, tables and summary."""
     groups, tasks = by_group(study), by_task(study)
     return Rows(make_rows(study, groups), make_rows(study, tasks) if len(groups) < len(tasks) else [])
 
@@ -114,16 +110,16 @@ def write_report(study: Study, rows: Rows, output: Path) -> Path:
     """Writes tasks.md, tasks.html and tasks.json into `output`; returns the HTML page's path."""
     output.mkdir(parents=True, exist_ok=True)
     blocks = _blocks(study, rows.groups, rows.single)
-    (output / "tasks.md").write_text(to_markdown(blocks, output))
+    write_file(output / "tasks.md", to_markdown(blocks, output).encode())
     page = output / "tasks.html"
-    page.write_text(to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks))
+    write_file(page, to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks).encode())
     write_json(output / "tasks.json", _as_json(study, [*rows.groups, *rows.single]))
     return page
 
 
 def _blocks(study: Study, rows: Sequence[Row], single: Sequence[Row]) -> list[Block]:
     limit = study.settings["limit"]
-    first = "all samples" if limit is None else f"the first {limit} samples of each task"
+    first = "all samples" if limit is None else f"the first {count(limit, 'sample')} of each task"
     blocks: list[Block] = [Heading(TITLE, 1), Paragraph(f"{first[0].upper()}{first[1:]}. {METHODS}")]
     plain = [row for row in rows if row.length is None]
     if plain:
@@ -138,25 +134,20 @@ def _blocks(study: Study, rows: Sequence[Row], single: Sequence[Row]) -> list[Bl
     return [*blocks, Heading("Made by"), Code(study.command), Items([*facts, f"seed {study.settings['seed']}"])]
 
 
-def number(interval: Interval) -> str:
-    """Four digits of numbers of any size: the perplexity of a word can be huge."""
-    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
-
-
 def score_text(score: Score) -> str:
     if score.value is None:
         return "no sample fits"
     if score.interval is None:
-        return f"{score.value:.4g} (no interval)"
-    return percent(score.interval) if score.share else number(score.interval)
+        return f"{significant(score.value)} (no interval)"
+    return percent_text(score.interval, 1) if score.share else number_text(score.interval)
 
 
 def difference_text(difference: Difference | None, share: bool) -> str:
     if difference is None:
         return ""
     if difference.ratio:
-        return f"times {number(difference.interval)}"
-    return percent(difference.interval) if share else number(difference.interval)
+        return f"times {number_text(difference.interval)}"
+    return percent_text(difference.interval, 1) if share else number_text(difference.interval)
 
 
 def _others(study: Study) -> tuple[str, list[int]]:

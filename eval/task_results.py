@@ -183,8 +183,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def result_from_json(raw: dict[str, Any]) -> TaskResult:
-    """The inverse of dataclasses.asdict."""
-    return TaskResult(**raw | {"metrics": [Metric(**one) for one in raw["metrics"]]})

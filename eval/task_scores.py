@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eval.statistics import Interval, bootstrap_ratio, wilson
+from eval.statistics import LEAST_UNITS, Interval, paired_shares, paired_sums, ratio_of_sums, share
 from eval.task_results import BITS, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, Metric, TaskResult
 
 METHODS = (
-    "All intervals are 95 %. Means of values between 0 and 1: Wilson (too wide, not too narrow, where a sample can "
-    "count in part). Other means and perplexities: bootstrap over samples. Differences between runs: paired bootstrap "
-    "over the samples that both were scored on."
+    "All intervals are 95 %. Means of values between 0 and 1: Clopper-Pearson, and Bonett and Price's for paired "
+    "differences between runs (too wide, not too narrow, where a sample can count in part). Other means and "
+    "perplexities: jackknife over samples with Student's t, on logs where all is positive. Differences are over the "
+    f"samples that both runs were scored on. No interval below {LEAST_UNITS} samples."
 )
 
 
@@ -38,21 +39,24 @@ class Difference:
     ratio: bool
 
 
-def score_metric(metric: Metric, resamples: int, seed: int) -> Score:
+def score_metric(metric: Metric) -> Score:
     count = len(metric.values)
-    share = metric.aggregation == MEAN and all(0 <= value <= 1 for value in metric.values)
+    is_share = _is_share(metric)
     if count == 0:
-        return Score(metric.name, 0, None, None, share)
-    if share:
-        return Score(metric.name, count, metric.value, wilson(min(1.0, sum(metric.values) / count), count), True)
+        return Score(metric.name, 0, None, None, is_share)
+    if is_share:
+        return Score(metric.name, count, metric.value, share(min(1.0, sum(metric.values) / count), count), True)
     parts = _ratio_parts(metric)
     if parts is None:
         return Score(metric.name, count, metric.value, None, False)
-    interval = bootstrap_ratio(*parts, resamples, seed)
-    return Score(metric.name, count, metric.value, _on_scale(metric, interval), False)
+    return Score(metric.name, count, metric.value, _on_scale(metric, ratio_of_sums(*parts)), False)
 
 
-def compare(run: TaskResult, baseline: TaskResult, name: str, resamples: int, seed: int) -> Difference | None:
+def _is_share(metric: Metric) -> bool:
+    return metric.aggregation == MEAN and all(0 <= value <= 1 for value in metric.values)
+
+
+def compare(run: TaskResult, baseline: TaskResult, name: str) -> Difference | None:
     """None where there is nothing to pair, or the metric's aggregation is not a ratio of sums.
 
     Raises:
@@ -64,10 +68,13 @@ def compare(run: TaskResult, baseline: TaskResult, name: str, resamples: int, se
     ours, theirs = _metric(run, name), _metric(baseline, name)
     if not common or ours is None or theirs is None:
         return None
-    first, second = _ratio_parts(_only(ours, run.scored, common)), _ratio_parts(_only(theirs, baseline.scored, common))
+    ours, theirs = _only(ours, run.scored, common), _only(theirs, baseline.scored, common)
+    if _is_share(ours) and _is_share(theirs):
+        return Difference(name, len(common), paired_shares(ours.values, theirs.values), False)
+    first, second = _ratio_parts(ours), _ratio_parts(theirs)
     if first is None or second is None:
         return None
-    difference = bootstrap_ratio(first[0] - second[0], first[1], resamples, seed)  # one draw for both runs: paired
+    difference = paired_sums(first[0], second[0], first[1])
     ratio = ours.aggregation in (PERPLEXITY, WEIGHTED_PERPLEXITY)
     return Difference(name, len(common), _on_scale(ours, difference), ratio)
 

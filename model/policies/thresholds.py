@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from common.dataclasses_json import to_dataclass
+from common.files import write_file
 from kernels import KEY_BLOCK, QUERY_BLOCK
-from model.checkpoint import share
 
 FORMAT = 2
 Estimator = Literal["mean", "pooled"]  # of ThresholdCollector
@@ -41,12 +42,8 @@ class Calibration:
 
 
 def save_thresholds(path: Path, thresholds: Tensor, calibration: Calibration) -> None:
-    """thresholds: float32 (ks, L, H, P). Written aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    save_file({"thresholds": thresholds.contiguous()}, aside, {"calibration": json.dumps(asdict(calibration))})
-    share(aside)
-    aside.rename(path)
+    """thresholds: float32 (ks, L, H, P)."""
+    write_file(path, save({"thresholds": thresholds.contiguous()}, {"calibration": json.dumps(asdict(calibration))}))
 
 
 def read_thresholds(path: Path) -> tuple[Tensor, Calibration]:
@@ -59,9 +56,19 @@ def read_thresholds(path: Path) -> tuple[Tensor, Calibration]:
             thresholds = file.get_tensor("thresholds")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no thresholds of eval.calibrate ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds no thresholds of eval.calibrate (its calibration is no object): calibrate again"
+        )
     grid = (content.get("format"), content.get("query_block"), content.get("key_block"))
     if grid != (FORMAT, QUERY_BLOCK, KEY_BLOCK):
         raise ValueError(
             f"{path} has format and blocks {grid}, expected {(FORMAT, QUERY_BLOCK, KEY_BLOCK)}: calibrate again"
         )
-    return thresholds, Calibration(**content)
+    calibration = to_dataclass(content, Calibration, str(path), "calibrate again")
+    if thresholds.ndim != 4 or len(thresholds) != len(calibration.ks) or bool(thresholds.isnan().any()):
+        raise ValueError(
+            f"{path} has thresholds of shape {tuple(thresholds.shape)}, expected finite ones for ks {calibration.ks}, "
+            "layers, heads and blocks: calibrate again"
+        )
+    return thresholds, calibration

@@ -133,7 +133,7 @@ def test_the_table_and_the_file(run: Path, texts: Path, tmp_path: Path, capsys: 
 
 def test_evaluation_runs_under_the_thresholds(run: Path, texts: Path, thresholds: Path, tmp_path: Path) -> None:
     quick = ["--base_length", "512", "--lengths", "1", "--needle_samples", "1", "--needle_depths", "2"]
-    quick += ["--bootstrap_samples", "100", "--max_documents", "2", "--headline_tokens", "1024"]
+    quick += ["--max_documents", "2", "--headline_tokens", "1024"]
     pages = []
     for chosen in ([], ["--thresholds", thresholds, "--keep_blocks", 2]):
         assert eval.run.main(options(run, texts, tmp_path, *quick, *chosen)) == 0

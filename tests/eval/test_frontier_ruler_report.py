@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import eval.frontier_ruler_report
@@ -13,7 +12,7 @@ from eval.frontier_config import RulerCell, Study
 from eval.frontier_report import summarise
 from eval.frontier_ruler_report import ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.frontier_tables import study_tables
-from eval.statistics import Interval, bootstrap_paired, wilson
+from eval.statistics import paired_shares, share
 
 
 def ruler_cell(method: str, task: str, scores: list[float], wanted: float | None = None) -> RulerCell:
@@ -27,19 +26,20 @@ def test_tasks_count_alike_and_differences_are_paired() -> None:
         ruler_cell("window", "vt", [1, 0.75, 0.5, 0.25], 0.5), ruler_cell("window", "cwe", [0, 0, 0, 0], 0.5),
         ruler_cell("entmax", "vt", [1, 1, 1, 1]), ruler_cell("entmax", "cwe", [1, 1, 1, 1]),
     ]  # fmt: skip
-    settings = {"bootstrap_samples": 200, "seed": 3}
+    settings = {"seed": 3}
     study = Study([], cells, [], settings, 128, 2, [], "", "", {}, [], "", "", "", "")
     dense, window, entmax = summarise_ruler(study)
-    assert dense.accuracy == wilson((2.75 / 4 + 0.5) / 2, 8) and dense.tasks["cwe"] == wilson(0.5, 4)
+    assert dense.accuracy == share((2.75 / 4 + 0.5) / 2, 8) and dense.tasks["cwe"] == share(0.5, 4)
     assert window.accuracy.value == pytest.approx((0.625 + 0) / 2) and window.samples == 8
     assert window.difference.value == pytest.approx(window.accuracy.value - dense.accuracy.value)
-    assert window.difference.low < window.difference.value < window.difference.high <= 0  # never better on a sample
-    assert entmax.accuracy == wilson(1.0, 8) and entmax.tasks == {"vt": wilson(1.0, 4), "cwe": wilson(1.0, 4)}
-    ours, theirs = (np.mean([cells[i].scores, cells[i + 1].scores], axis=0) for i in (4, 0))
-    assert entmax.difference == bootstrap_paired(ours, theirs, np.ones(4), 200, 3)[0]
-    always = [replace(one, scores=[float(one.task == "vt")] * 4) for one in cells[2:4]]  # no noise, unlike tasks
-    never = [replace(one, scores=[0.0] * 4) for one in cells[:2]]
-    assert summarise_ruler(replace(study, ruler=[*never, *always]))[1].difference == Interval(0.5, 0.5, 0.5)
+    assert window.difference.low is not None and window.difference.high is not None
+    assert window.difference.low < window.difference.value < window.difference.high
+    assert entmax.accuracy == share(1.0, 8) and entmax.tasks == {"vt": share(1.0, 4), "cwe": share(1.0, 4)}
+    ours, theirs = (cells[i].scores + cells[i + 1].scores for i in (4, 0))
+    assert entmax.difference == paired_shares(ours, theirs) and entmax.tasks["vt"].low is None  # of 4 samples
+    equal = [replace(one, scores=[1.0] * 4) for one in cells[:4]]
+    same = summarise_ruler(replace(study, ruler=equal))[1].difference  # eight samples prove no equality
+    assert same.value == 0 and same.low is not None and same.low < -0.2
     panel = ruler_panel([dense, window, entmax], 4)
     assert [(one.method, one.density) for one in panel.points] == [("dense", 1.0), ("window", 0.55), ("entmax", 0.2)]
     assert panel.points[1].value.value == pytest.approx(31.25) and panel.title == "512 tokens: RULER, mean of 2 tasks"
@@ -58,7 +58,7 @@ def test_every_task_is_drawn_at_its_own_density(monkeypatch: pytest.MonkeyPatch,
     cells = [ruler_cell(method, task, [1, 0]) for method in ("dense", "window", "entmax") for task in tasks]
     cells = [replace(one, wanted=0.5) if one.method == "window" else one for one in cells]
     longer = [replace(one, multiple=8, context=1024) for one in cells if one.task == "cwe"]
-    settings = {"bootstrap_samples": 100, "seed": 0}
+    settings = {"seed": 0}
     study = Study([], [*cells, *longer], [], settings, 128, 2, [], "", "", {}, [], "", "", "", "")
     drawn: list[Any] = []
 
@@ -75,8 +75,8 @@ def test_every_task_is_drawn_at_its_own_density(monkeypatch: pytest.MonkeyPatch,
     assert [point.density for panel in drawn[0][0][:2] for point in panel.points] == [1, 0.6, 0.2, 1, 0.5, 0.2]
     tables = [block for block in blocks if isinstance(block, Table)]
     assert [table.header[5:] for table in tables] == [tasks, ["cwe"]]
-    assert tables[0].rows[1][:4] == ["sliding window", "50 %", "52 %", "50 % [24, 76]"]
-    assert tables[0].rows[0][4] == "" and tables[0].rows[1][4] == "0 % [0, 0]"
+    assert tables[0].rows[1][:4] == ["sliding window", "50 %", "52 %", "50 % [19, 81]"]
+    assert tables[0].rows[0][4] == "" and tables[0].rows[1][4] == "0 % [-27, 27]"
     lines = ruler_lines(summaries)
     assert [line.split(": ")[0] for line in lines] == [
         "decode, 512 tokens, RULER (5 tasks)", "decode, 1,024 tokens, RULER (1 task)",

@@ -19,7 +19,7 @@ from data.length_generalisation import TASKS, TaskConfig, TaskName
 from eval.length_generalisation import LengthConfig, length_of, main, measure
 from eval.length_report import PAPER, LengthResult, RunResult, group_runs
 from eval.scoring import Context, Runtime, score
-from eval.statistics import wilson
+from eval.statistics import share
 from model.checkpoint import checkpoint_folder, write_complete
 from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
@@ -62,7 +62,7 @@ def test_one_wrong_token_spoils_its_sample_alone(place: int) -> None:
     oracle = CopyOracle(every=4, place=place)
     result = measure(oracle, TASKS["copy"], 12, 1.5, LengthConfig(samples=40), CPU, "oracle")
     assert (result.samples, result.exact, result.tokens, result.hits) == (40, 30, 40 * 13, 40 * 13 - 10)
-    assert result.exact_match == wilson(0.75, 40) and result.token_accuracy == wilson(510 / 520, 40)
+    assert result.exact_match == share(0.75, 40) and result.token_accuracy == share(510 / 520, 40)
     assert oracle.longest_row <= CPU.row_tokens
 
 
@@ -183,7 +183,7 @@ def test_another_architecture_is_another_group(make_run: MakeRun) -> None:
     ]
     groups = group_runs(runs)
     assert [group.label for group in groups] == ["entmax, 2 layers (a, b), 2 runs", "entmax, 2 layers (c)"]
-    assert groups[0].exact_match()[0][1].low == 0.5 and groups[1].exact_match()[0][1] == wilson(0.5, 10)
+    assert groups[0].exact_match()[0][1].low == 0.5 and groups[1].exact_match()[0][1] == share(0.5, 10)
 
 
 def test_the_papers_figures_start_at_all_right_and_fall() -> None:

@@ -19,13 +19,16 @@ from eval.perplexity import PerplexityPlan, PerplexityResult, Sums, Window
 from eval.report import Study, config_differences, summary_lines, write_report
 from eval.results import Measurement, load_measurement, save_measurement
 
-CONFIG = EvalConfig(lengths=[1, 2], bootstrap_samples=100)
-PLAN = PerplexityPlan(8, [Window(0, 0, 8), Window(1, 0, 8)], 4, 32, [0, 1], [1, 2], [0, 4, 16], ["8x was dropped."])
+CONFIG = EvalConfig(lengths=[1, 2])
+PLAN = PerplexityPlan(
+    8, [Window(0, 0, 8), Window(1, 0, 8)], 4, 32, [0, 1, 2, 3, 4, 5], [1, 2], [0, 4, 16], ["8x was dropped."]
+)
 
 
 def measurement(label: str, kind: str, scale: float) -> Measurement:
     def sums(tokens: int) -> Sums:
-        return Sums([0, 1], [scale * tokens, 1.5 * scale * tokens], [tokens, tokens], [2 * tokens, 3 * tokens])
+        losses = [scale * tokens, 1.5 * scale * tokens] * 3
+        return Sums([0, 1, 2, 3, 4, 5], losses, [tokens] * 6, [2 * tokens, 3 * tokens] * 3)
 
     sparse, dense = (
         [
@@ -40,7 +43,7 @@ def measurement(label: str, kind: str, scale: float) -> Measurement:
         label=label, checkpoint=f"runs/{label}/checkpoints/step-00000005", step=5, training={"tokens": 1000},
         model={"attention": {"kind": kind}}, parameters=4_000_000, policy="", training_length=8, precision="float32",
         hardware="test", date="2026-01-01", seconds={"perplexity": 1.0}, plan=PLAN,
-        perplexity=PerplexityResult(sums(8), {1: sums(16), 2: sums(16)}, [[scale * 4, 12.0]] * 2, [4, 12]),
+        perplexity=PerplexityResult(sums(8), {1: sums(16), 2: sums(16)}, [[scale * 4, 12.0]] * 6, [4, 12]),
         needles=[*cells, NeedleCell(1, None, [0, 1], [4, 4])], needle_notes=[],
         multi_needles=[MultiNeedleCell("multi_key", 1, [4, 2], [4, 4])],
         attention=sparse if kind == "asentmax" else dense,
@@ -55,8 +58,8 @@ def study(measurements: list[Measurement]) -> Study:
         "alpha/layer_01/head_00": Series([0, 2], [1.5, 1.6]),
     }
     return Study(
-        config=CONFIG, measurements=measurements, runs=[summarise(one, CONFIG) for one in measurements],
-        pairs=[pair(one, baseline, CONFIG) for one in measurements if one is not baseline],
+        config=CONFIG, measurements=measurements, runs=[summarise(one) for one in measurements],
+        pairs=[pair(one, baseline) for one in measurements if one is not baseline],
         settings={one.label: {"kind": one.label, "seed": "1"} for one in measurements},
         metrics={one.label: {**metrics, **(alphas if one.label == "sparse" else {})} for one in measurements},
         base_length=8, data="prepared/x", data_fingerprint="f" * 64, code_version="abc", command="python -m eval.run x",
@@ -97,14 +100,34 @@ def test_the_report_renders_with_one_and_with_two_runs(tmp_path: Path, count: in
         assert f"plots/{path.name}" in markdown
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert [run["label"] for run in numbers["runs"]] == ["sparse", "dense"][:count]
-    assert numbers["measurements"][0]["perplexity"]["headline"]["loss"] == [8.0, 12.0]
+    assert numbers["measurements"][0]["perplexity"]["headline"]["loss"] == [8.0, 12.0] * 3
+
+
+def test_few_documents_have_no_interval_anywhere(tmp_path: Path) -> None:
+    def first(sums: Sums) -> Sums:
+        return Sums(sums.documents[:3], sums.loss[:3], sums.tokens[:3], sums.bytes[:3])
+
+    few = []
+    for one in TWINS:
+        result = one.perplexity
+        by_length = {multiple: first(sums) for multiple, sums in result.by_length.items()}
+        fewer = PerplexityResult(first(result.headline), by_length, result.position_loss[:3], result.position_tokens)
+        few.append(replace(one, plan=replace(PLAN, documents=[0, 1, 2]), perplexity=fewer))
+    write_report(study(few), tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| sparse | 0.721 (no interval: 3 documents) | 3.21 (no interval: 3 documents) |" in markdown
+    assert "| sparse against dense | -0.180 (no interval: 3 documents) | 0.800 (no interval: 3 documents) |" in markdown
+    assert "without intervals (3 documents)" in markdown and "with 95 % intervals" not in markdown
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["runs"][0]["bits_per_byte"]["low"] is None and numbers["runs"][0]["bits_per_byte"]["units"] == 3
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 9
 
 
 def test_lines_stand_at_the_training_lengths_not_at_1x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
     plots.perplexity_by_position(
-        [summarise(one, CONFIG) for one in TWINS], [12, 12, 4, 64], tmp_path / "x.png"
+        [summarise(one) for one in TWINS], [12, 12, 4, 64], tmp_path / "x.png"
     )  # 64: beyond the longest context, 16
     (axes,) = drawn[0].axes
     assert [text.get_text() for text in axes.texts][:2] == ["training length 4", "training length 12"]
@@ -121,15 +144,16 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 
 def test_the_numbers_are_the_arithmetic_of_the_sums() -> None:
-    run = summarise(TWINS[0], CONFIG)
+    run = summarise(TWINS[0])
     bits = (8 + 12) / (16 + 24) / 0.6931471805599453
     assert run.bits_per_byte.value == pytest.approx(bits)
     assert run.perplexity.value == pytest.approx(2.718281828459045 ** (20 / 16))
-    assert run.bits_per_byte.low <= run.bits_per_byte.value <= run.bits_per_byte.high
+    assert run.perplexity.low is not None and run.perplexity.high is not None
+    assert run.perplexity.low < run.perplexity.value < run.perplexity.high
     assert run.chance is not None and run.chance.token_accuracy.value == 1 / 8 and run.chance.exact_match.value == 0
     pooled = {score.multiple: score for score in run.needles_by_length}
     assert pooled[1].samples == 4 and pooled[1].token_accuracy.value == 10 / 16 and pooled[1].exact_match.value == 0.5
-    pairs = pair(TWINS[0], TWINS[1], CONFIG)
+    pairs = pair(TWINS[0], TWINS[1])
     assert pairs.bits_per_byte_ratio.value == pytest.approx(0.8) and pairs.bits_per_byte_ratio.high == pytest.approx(
         0.8
     )
@@ -142,9 +166,9 @@ def test_the_baseline_is_the_softmax_twin_wherever_it_stands() -> None:
 
 
 def test_runs_of_other_documents_are_not_paired() -> None:
-    other = replace(TWINS[1], plan=replace(PLAN, documents=[0, 5]))
+    other = replace(TWINS[1], plan=replace(PLAN, documents=[0, 1, 2, 3, 4, 9]))
     with pytest.raises(ValueError, match="different documents"):
-        pair(TWINS[0], other, CONFIG)
+        pair(TWINS[0], other)
 
 
 def test_the_summary_has_a_line_for_each_part(tmp_path: Path) -> None:
@@ -162,6 +186,20 @@ def test_kept_results_come_back_as_they_were(tmp_path: Path) -> None:
     save_measurement(tmp_path / "results/x.json", TWINS[0])
     assert load_measurement(tmp_path / "results/x.json") == TWINS[0]
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["x.json"]
+
+
+def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    save_measurement(path, TWINS[0])
+    raw = json.loads(path.read_text())
+    for change, said in (
+        ({"plan": []}, r"x\.json: plan is \[\], expected an object; delete it"),
+        ({"perplexity": {"headline": {}}}, r"x\.json: perplexity lacks 'by_length'; delete it"),
+        ({"needles": [[1, 2]]}, r"x\.json: needles\[0\] is \[1, 2\], expected an object; delete it"),
+    ):
+        path.write_text(json.dumps(raw | change))
+        with pytest.raises(ValueError, match=said):
+            load_measurement(path)
 
 
 def test_only_differing_settings_are_listed() -> None:

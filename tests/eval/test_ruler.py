@@ -13,7 +13,7 @@ pytest.importorskip("wonderwords", reason="needs pip install -r requirements-eva
 import eval.ruler_tasks
 from data.tokenizer import Tokenizer, train_tokenizer
 from eval.ruler import RulerConfig, build, fit, gather, main, read_essays, split_sentences
-from eval.ruler_files import MANIFEST, PARTIAL, open_frozen, read_manifest
+from eval.ruler_files import FORMAT, MANIFEST, PARTIAL, open_frozen, read_manifest, write_manifest, write_samples
 from eval.ruler_tasks import RULER_TASKS, Draft, Material, Recipe, match
 from tests.eval.olmo import needs_olmo
 
@@ -217,6 +217,35 @@ def test_frozen_files_are_checked(tokenizer: Tokenizer, tmp_path: Path) -> None:
         open_frozen(tmp_path, None, [])
     with pytest.raises(FileNotFoundError, match="RULER was not built there"):
         open_frozen(tmp_path / "absent", None, [])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ("[]", "holds a list, expected an object; build it again"),
+        ("{", "is not valid JSON"),
+        ({"format": FORMAT}, "lacks 'files', expected a list; build it again"),
+        ({"files": [{"task": "vt"}]}, r"files\[0\] lacks 'length', expected a whole number; build it again"),
+        ({"files": ["vt"]}, r"files\[0\] holds a string, expected an object; build it again"),
+        ({"tokenizer": {}}, "tokenizer lacks 'fingerprint', expected a string; build it again"),
+        ({"left_out": [{"task": 1}]}, r"left_out\[0\] has a whole number as 'task', expected a string"),
+    ],
+)
+def test_damaged_manifests_are_named(tmp_path: Path, manifest: Any, said: str) -> None:
+    whole = {"format": FORMAT, "files": [], "left_out": [], "tokenizer": {"fingerprint": "x"}}
+    if isinstance(manifest, dict) and "format" not in manifest:
+        manifest = whole | manifest
+    (tmp_path / MANIFEST).write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"manifest\.json.* {said}"):
+        open_frozen(tmp_path, None, [])
+
+
+def test_samples_that_lack_a_part_are_named(tmp_path: Path) -> None:
+    record = write_samples(tmp_path, "vt", 512, [{"prompt": "x", "tokens": 1}])
+    whole = {"format": FORMAT, "files": [record], "left_out": [], "tokenizer": {"fingerprint": "x"}}
+    write_manifest(tmp_path, whole, MANIFEST)
+    with pytest.raises(ValueError, match=r"vt-512\.jsonl, line 1 lacks 'answers', expected a list; build it again"):
+        open_frozen(tmp_path, None, [])
 
 
 def test_essays_from_a_file_a_folder_or_a_corpus(corpus: Path, essays: Path, tmp_path: Path) -> None:

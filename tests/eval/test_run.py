@@ -18,7 +18,7 @@ from model.checkpoint import load_model, resolve_checkpoint
 from tests.eval.conftest import BASE_LENGTH, MakeRun
 
 QUICK = ["--headline_tokens", "600", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
-QUICK += ["--bootstrap_samples", "100", "--lengths", "1", "2"]
+QUICK += ["--lengths", "1", "2"]
 
 
 @pytest.fixture(scope="module")

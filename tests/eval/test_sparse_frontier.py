@@ -27,7 +27,7 @@ from model.policies.window import SlidingWindow
 from model.transformer import Transformer
 from tests.eval.conftest import BASE_LENGTH, MakeRun, tracked_tables
 
-QUICK = ["--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2", "--bootstrap_samples", "100"]
+QUICK = ["--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
 QUICK += ["--lengths", "1", "2", "--decode_tokens", "3", "--timed_runs", "1"]
 RUNTIME = Runtime(torch.device("cpu"), None, 8192)
 

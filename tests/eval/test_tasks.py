@@ -64,7 +64,8 @@ def test_perplexities_are_compared_by_their_ratio(runs: list[str], tmp_path: Pat
     folder = tmp_path / "local" / "lambada_openai"
     folder.mkdir(parents=True)
     rows = [
-        {"text": f"class value import items {'self ' * i}range {word}"} for i, word in enumerate(["path", "x", "if"])
+        {"text": f"class value import items {'self ' * i}range {word}"}
+        for i, word in enumerate(["path", "x", "if", "for", "value"])
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--device", "cpu", "--tasks", "lambada", "--source", str(tmp_path / "local")]
@@ -73,7 +74,7 @@ def test_perplexities_are_compared_by_their_ratio(runs: list[str], tmp_path: Pat
     row = next(row for row in report["scores"] if row["scores"][0]["metric"] == "perplexity")
     ours, theirs = row["scores"]
     values = [one["metrics"][0]["values"] for one in results(tmp_path / "out").values()]
-    assert ours["value"] == pytest.approx(math.exp(-sum(values[0]) / 3)) and ours["interval"]["low"] < ours["value"]
+    assert ours["value"] == pytest.approx(math.exp(-sum(values[0]) / 5)) and ours["interval"]["low"] < ours["value"]
     assert row["differences"][0]["ratio"] and row["differences"][1] is None
     assert row["differences"][0]["interval"]["value"] == pytest.approx(ours["value"] / theirs["value"])
     assert "times " in (tmp_path / "out/tasks.md").read_text()
@@ -95,7 +96,9 @@ def test_scores_and_differences_in_wandb(runs: list[str], local: Path, tmp_path:
     for found, row in zip(tables["differences"], report["scores"], strict=True):
         interval = row["differences"][0]["interval"]
         assert (found["run"], found["baseline"], found["samples"], found["ratio"]) == ("asentmax", "softmax", 5, False)
-        assert [found[f"difference{end}"] for end in ("", "_low", "_high")] == list(interval.values())
+        assert [found[f"difference{end}"] for end in ("", "_low", "_high")] == [
+            interval[name] for name in ("value", "low", "high")
+        ]
 
 
 def test_a_group_and_its_tasks_are_each_tracked_once() -> None:
@@ -105,7 +108,7 @@ def test_a_group_and_its_tasks_are_each_tracked_once() -> None:
         for name, group in (("piqa", "piqa"), ("mmlu_a", "mmlu"), ("mmlu_b", "mmlu"))
     ]
     run = RunResult("x", "", 1, {"attention": {"kind": "softmax"}}, 128, "", 8, "", tasks)
-    study = Study([run], {"bootstrap_samples": 100, "seed": 0}, "", "", "", "", 0.0)
+    study = Study([run], {"seed": 0}, "", "", "", "", 0.0)
     tables = study_tables(study, score_rows(study))
     assert [(row["task"], row["samples"], row["left_out"]) for row in tables["scores"]] == [
         ("piqa", 2, 1), ("mmlu (2 tasks together)", 4, 2), ("mmlu_a", 2, 1), ("mmlu_b", 2, 1),
@@ -144,7 +147,7 @@ def test_twice_the_same_numbers_offline(
         difference = row["differences"][0]
         assert difference["ratio"] is False and difference["samples"] == 2
         assert difference["interval"]["value"] == pytest.approx(ours["value"] - theirs["value"])
-        assert ours["interval"]["low"] <= ours["interval"]["value"] <= ours["interval"]["high"]
+        assert ours["interval"]["low"] is None and ours["interval"]["units"] == 2
     page = (tmp_path / "first" / "tasks.md").read_text()
     assert "asentmax against softmax" in page and "Every sample fits the window" in page and "| 1,024 |" in page
     assert "python -m eval.tasks" in page and (tmp_path / "first" / "tasks.html").stat().st_size > 3000

@@ -13,7 +13,7 @@ from eval.tracking import WandbConfig, open_tracker
 from tests.eval.conftest import MakeRun, tracked_tables
 
 QUICK = ["--headline_tokens", "300", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
-QUICK += ["--bootstrap_samples", "100", "--lengths", "1", "2", "--profile_queries", "8", "--device", "cpu"]
+QUICK += ["--lengths", "1", "2", "--profile_queries", "8", "--device", "cpu"]
 SECRET = "tokenOfTheEnvironment"
 
 
