@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eval.options import check_least
+from eval.options import check_least, check_most
+
+# More would take memory that nobody has, or go on for ever; needles of a sample have names of their own.
+GREATEST = {"needle_depths": 1000, "needle_digits": 100, "needle_count": 32, "bootstrap_samples": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,4 @@ class EvalConfig:
             "profile_queries": 1, "sink_tokens": 1, "row_tokens": 1, "base_length": 8,
         }  # fmt: skip
         check_least(self, smallest)
+        check_most(self, GREATEST)

@@ -21,7 +21,6 @@ from eval.ruler_files import FrozenTask
 from eval.run import HeldOut, Subject, choose_autocast, file_fingerprint
 from eval.scoring import Runtime, Scores
 from model.checkpoint import load_model
-from model.config import config_from_dict
 from model.policies.bsfa import BlockSparseFlash, load_policy
 from model.policies.families import calibrated_densities, policy_at
 from model.policies.policy import Phase, SparsePolicy
@@ -64,7 +63,7 @@ class Measuring:
         autocast = choose_autocast(config.precision, subject, device)
         self.runtime = Runtime(device, autocast, config.row_tokens)
         self.precision = "float32" if autocast is None else "bfloat16 autocast"
-        self.entmax = subject.checkpoint.meta["model"]["attention"]["kind"] in ("entmax", "asentmax")
+        self.entmax = subject.checkpoint.architecture.attention.is_entmax
         self._model: Transformer | None = None
         self._found: dict[tuple[str, Phase, int, float], SparsePolicy] = {}
         self.ks: list[int] = []  # that bsfa was calibrated for
@@ -107,7 +106,7 @@ class Measuring:
     def times(self, own: Mapping[tuple[Phase, int], float]) -> list[PrefillTime]:
         """Of the model as it is, and of policies whose attention skips what it does not keep."""
         found = []
-        config = config_from_dict(self.subject.checkpoint.meta["model"])
+        config = self.subject.checkpoint.architecture
         for multiple in self.held_out.plan.multiples:
             found.append(self._time("entmax" if self.entmax else "dense", multiple, None))
             for policy, name, densities in self._policies(multiple, own.get(("prefill", multiple))):

@@ -17,7 +17,7 @@ from data.tokenizer import Tokenizer
 from eval.generation import GenerationOptions, stream
 from eval.run import Subject, choose_autocast, choose_device
 from eval.scoring import Runtime
-from model.checkpoint import LoadedModel, load_model, resolve_checkpoint
+from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
 from model.policies.bsfa import use_thresholds
 
 # of GenerationOptions: what the command line offers; the rest is the tokenizer's, or for many texts
@@ -61,11 +61,11 @@ def write_continuation(options: Namespace) -> None:
     device = choose_device(options.device)
     found = resolve_checkpoint(options.checkpoint)
     autocast = choose_autocast(options.precision, Subject(found.path.name, found), device)
-    loaded = load_model(found.path, device)
-    tokenizer = open_tokenizer(loaded, options.tokenizer)
+    tokenizer = open_tokenizer(found, options.tokenizer)
     values = {name: options[name] for name in OFFERED}
     chosen = GenerationOptions(options.max_new_tokens, **values, eos=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    loaded = load_model(found.path, device)
     runtime = Runtime(device, autocast, chosen.chunk_tokens)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the first bytes of a character
     count, started, why = 0, time.monotonic(), None
@@ -90,22 +90,22 @@ def _prompt(options: Namespace) -> str:
         raise ValueError(f"--prompt_file {options.prompt_file} is not UTF-8: {error}") from error
 
 
-def open_tokenizer(loaded: LoadedModel, path: str | None) -> Tokenizer:
-    """The tokenizer that a model was trained with, from where the checkpoint says or from `path`.
+def open_tokenizer(checkpoint: CheckpointInfo, path: str | None) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with, from where it says or from `path`.
 
     Raises:
         FileNotFoundError, ValueError: no tokenizer there, or another one.
     """
-    recorded = Path(loaded.tokenizer_path)
+    recorded, fingerprint = Path(checkpoint.tokenizer["path"]), checkpoint.tokenizer["fingerprint"]
     if path is None and not recorded.is_file():
         raise FileNotFoundError(
-            f"{recorded}, the tokenizer of {loaded.path}, does not exist: say where it is with --tokenizer"
+            f"{recorded}, the tokenizer of {checkpoint.path}, does not exist: say where it is with --tokenizer"
         )
     tokenizer = Tokenizer(path or recorded)
-    if tokenizer.fingerprint != loaded.tokenizer_fingerprint:
+    if tokenizer.fingerprint != fingerprint:
         raise ValueError(
-            f"{tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, but {loaded.path} was trained with "
-            f"{loaded.tokenizer_fingerprint[:12]}: pass the run's own with --tokenizer"
+            f"{tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint.path} was trained with "
+            f"{fingerprint[:12]}: pass the run's own with --tokenizer"
         )
     return tokenizer
 

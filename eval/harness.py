@@ -167,7 +167,10 @@ class HarnessModel(LM):
             batch_tokens=self.batch_tokens,
         )
         texts: list[list[int]] = [[] for _ in prompts]
-        with self.runtime.precision(), tqdm(total=len(prompts), desc=self.label, unit="text", leave=False) as bar:
+        with (
+            self.runtime.precision(),
+            tqdm(total=len(prompts), desc=self.label, unit="text", leave=False, delay=1) as bar,
+        ):
             for piece in stream(self.model, prompts, chosen):
                 texts[piece.index] += piece.tokens
                 bar.update(piece.ended is not None)

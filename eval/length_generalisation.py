@@ -10,6 +10,7 @@ Only if: at the first place where the choice is another token, decoding leaves t
 Runs with the same task, training lengths and architecture are one group: the seeds of one experiment.
 """
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ class LengthConfig:
     row_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        if not self.lengths or self.lengths != sorted(set(self.lengths)) or self.lengths[0] <= 0:
+        finite = all(map(math.isfinite, self.lengths))
+        if not self.lengths or not finite or self.lengths != sorted(set(self.lengths)) or self.lengths[0] <= 0:
             raise ValueError(f"lengths is {self.lengths}: expected different multiples in rising order such as 1 2 4 8")
         check_least(self, {"samples": 1, "seed": 0, "row_tokens": 1})
 
@@ -142,7 +144,7 @@ def find_task(subject: Subject) -> TaskConfig:
             f"{subject.run_dir} was not trained on a task of configs/length_generalisation: use python -m eval.run"
         )
     task = TaskConfig(**found)
-    trained, current = subject.checkpoint.meta["tokenizer"]["fingerprint"], task.task.fingerprint
+    trained, current = subject.checkpoint.tokenizer["fingerprint"], task.task.fingerprint
     if trained != current:
         raise ValueError(
             f"{path} was trained on task {task.name} as of {trained[:12]}, this code has {current[:12]}: its samples "
@@ -174,15 +176,15 @@ def _measure_or_reuse(
         length = length_of(task, multiple)
         settings = replace(config, lengths=[multiple])
         key = result_key(path, task.task.fingerprint, settings, length, provenance.hardware(device), MEASURING)
-        kept = output / "results" / f"{subject.label}-{length}-{key}.json"
-        if kept.is_file():
-            tqdm.write(f"{subject.label}: reusing {kept}", file=sys.stderr)
+        place = output / "results" / f"{subject.label}-{length}-{key}.json"
+        if place.is_file():
+            tqdm.write(f"{subject.label}: reusing {place}", file=sys.stderr)
         else:
             loaded = loaded or load_model(path, device)
             runtime = Runtime(device, autocast, config.row_tokens)
             result = measure(loaded.model, task.task, length, multiple, config, runtime, subject.label)
-            write_json(kept, asdict(result))
-        results.append(read_kept(kept, LengthResult))
+            write_json(place, asdict(result))
+        results.append(read_kept(place, LengthResult))
     planned = (provenance.run_settings(path).get("trainer") or {}).get("max_steps")
     return RunResult(
         label=subject.label,

@@ -29,13 +29,20 @@ def check_least(config: Any, least: Mapping[str, int]) -> None:
             raise ValueError(f"{name} is {value}: expected at least {smallest}")
 
 
+def check_most(config: Any, most: Mapping[str, int]) -> None:
+    """Raises ValueError where a field lies above its greatest value; None is always fine."""
+    for name, greatest in most.items():
+        value = getattr(config, name)
+        if value is not None and value > greatest:
+            raise ValueError(f"{name} is {value}: expected at most {greatest}")
+
+
 def check_output(folder: Path) -> None:
     """Makes the folder and writes a file there, which is removed: before the work, not after it. Raises UsageError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-", buffering=0) as file:
             file.write(b"x" * 4096)
-            file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UsageError(f"--output {folder} cannot be written ({error.strerror}): choose another folder") from error

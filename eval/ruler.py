@@ -96,7 +96,7 @@ def find_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a run, checkpoint or prepared corpus, or the file itself. Raises FileNotFoundError."""
     if path.is_dir():
         inside = path / "tokenizer.model"
-        path = inside if inside.is_file() else Path(resolve_checkpoint(path).meta["tokenizer"]["path"])
+        path = inside if inside.is_file() else Path(resolve_checkpoint(path).tokenizer["path"])
     return Tokenizer(path)
 
 
@@ -194,7 +194,7 @@ def _words() -> tuple[list[str], list[str], list[str]]:
 def read_essays(path: Path) -> str:
     """Text of a file, of all .txt files of a folder in the order of their names, or of a corpus' held-out split."""
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     if (path / "manifest.json").is_file():
         store = TokenStore(path / "heldout")
         tokenizer = Tokenizer(store.tokenizer_path)
@@ -202,7 +202,14 @@ def read_essays(path: Path) -> str:
     files = sorted(path.glob("*.txt"))
     if not files:
         raise FileNotFoundError(f"--essays {path}: expected a text file, a folder of .txt files or a prepared corpus")
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    return "\n\n".join(map(_read_text, files))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--essays: {path} is not UTF-8: {error}") from error
 
 
 def split_sentences(text: str) -> list[str]:

@@ -85,7 +85,7 @@ def check_tokenizer(folder: Path, checkpoints: Sequence[CheckpointInfo]) -> None
     """Raises ValueError where samples were built with another tokenizer than a checkpoint's."""
     built = read_manifest(folder)["tokenizer"]["fingerprint"]
     for checkpoint in checkpoints:
-        trained = checkpoint.meta["tokenizer"]["fingerprint"]
+        trained = checkpoint.tokenizer["fingerprint"]
         if trained != built:
             raise ValueError(
                 f"--ruler {folder} was built with tokenizer {built[:12]}, but {checkpoint.path} was trained with "

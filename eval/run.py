@@ -111,7 +111,7 @@ def evaluate(
     started = time.monotonic()
     device = choose_device(config.device)
     subjects = find_subjects(runs)
-    kinds = [subject.checkpoint.meta["model"]["attention"]["kind"] for subject in subjects]
+    kinds = [subject.checkpoint.architecture.attention.kind for subject in subjects]
     if config.thresholds is not None and not {"softmax", "ssmax"} & set(kinds):
         raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
@@ -201,7 +201,7 @@ def open_held_out(data: Path, subjects: Sequence[Subject], config: EvalConfig) -
 
 def check_tokenizer(subject: Subject, data: Path, store: TokenStore) -> None:
     """Raises ValueError where a split was prepared with another tokenizer than the checkpoint's."""
-    tokenizer = subject.checkpoint.meta["tokenizer"]
+    tokenizer = subject.checkpoint.tokenizer
     if tokenizer["fingerprint"] != store.fingerprint_of_tokenizer:
         raise ValueError(
             f"{subject.checkpoint.path} was trained with tokenizer {tokenizer['fingerprint'][:12]} "
@@ -224,7 +224,9 @@ def file_fingerprint(path: Path) -> str:
 
 
 def _common_length(subjects: Sequence[Subject]) -> int:
-    lengths = {subject.label: int(subject.checkpoint.meta["sequence_length"]) for subject in subjects}
+    lengths = {
+        subject.label: subject.checkpoint.require(sequence_length=int)["sequence_length"] for subject in subjects
+    }
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{label} {length}" for label, length in lengths.items())
         raise ValueError(f"the runs were trained at different lengths ({said}): say which is 1x with --base_length")

@@ -110,7 +110,9 @@ def score(
     """
     lengths = [len(context.tokens) for context in contexts]
     scores: list[Scores] = []
-    options: dict[str, Any] = dict(desc=progress, unit="tok", unit_scale=True, leave=False, disable=progress is None)
+    options: dict[str, Any] = dict(
+        desc=progress, unit="tok", unit_scale=True, leave=False, delay=1, disable=progress is None
+    )
     with tqdm(total=sum(lengths), **options) as bar:
         for row in pack_rows(lengths, runtime.row_tokens):
             scores.extend(_score_row(model, [contexts[i] for i in row], runtime))

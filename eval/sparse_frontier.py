@@ -146,10 +146,12 @@ def _ruler_sets(
 
 def check_kind(subject: Subject, entmax: bool) -> None:
     """Raises ValueError where --softmax and --entmax were given the other kind of model."""
-    kind = subject.checkpoint.meta["model"]["attention"]["kind"]
-    if (kind in ("entmax", "asentmax")) != entmax:
+    attention = subject.checkpoint.architecture.attention
+    if attention.is_entmax != entmax:
         option, expected = ("--entmax", "entmax or asentmax") if entmax else ("--softmax", "softmax or ssmax")
-        raise ValueError(f"{option} {subject.checkpoint.path} has attention kind {kind!r}: expected {expected}")
+        raise ValueError(
+            f"{option} {subject.checkpoint.path} has attention kind {attention.kind!r}: expected {expected}"
+        )
 
 
 if __name__ == "__main__":

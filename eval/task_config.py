@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eval.options import check_least
+from eval.options import check_least, check_most
 
 OFFLINE, HUB = "offline", "hub"
 
@@ -52,3 +52,4 @@ class TasksConfig:
             "batch_tokens": 1,
         }  # fmt: skip
         check_least(self, smallest)
+        check_most(self, {"bootstrap_samples": 1_000_000, "seed": 2**32 - 1})  # numpy's global generator takes no more

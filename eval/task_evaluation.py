@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from common.dataclasses_json import read_kept
 from common.errors import UsageError
 from common.files import write_json
+from data.tokenizer import Tokenizer
 from eval import provenance
 from eval.generate import open_tokenizer
 from eval.harness import HarnessModel
@@ -28,7 +30,6 @@ from eval.task_results import MEASURING, TaskResult, TaskSettings, measure
 from eval.task_tables import study_records
 from eval.tracking import WandbConfig, open_tracker
 from model.checkpoint import load_model
-from model.config import config_from_dict
 from model.version import code_version
 
 
@@ -49,11 +50,18 @@ def evaluate(
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     ruler = None if config.ruler is None else Path(config.ruler)
     tasks = load_tasks(config.tasks, config.source, ruler, config.lengths, config.limit)
+    if config.lengths and not any(task.length for task in tasks):
+        raise UsageError(f"lengths is {config.lengths}, but tasks has no task of RULER, whose lengths these are")
     if ruler is not None and any(task.length for task in tasks):
         check_tokenizer(ruler, [subject.checkpoint for subject in subjects])
     check_replaced(output / "tasks.json", {task.group for task in tasks})
     check_output(output)
-    results = [_measure_or_reuse(subject, tasks, output, config, device) for subject in subjects]
+    tokenizers = [open_tokenizer(subject.checkpoint, config.tokenizer) for subject in subjects]
+    with tqdm(total=len(subjects) * len(tasks), unit="task", smoothing=0) as bar:
+        results = [
+            _measure_or_reuse(subject, tokenizer, tasks, output, config, device, bar)
+            for subject, tokenizer in zip(subjects, tokenizers, strict=True)
+        ]
     study = Study(
         runs=results,
         settings=asdict(config),
@@ -89,33 +97,46 @@ def choose_window(config: TasksConfig, subject: Subject) -> int | None:
     """--max_length, else the training length for rope, whose angles beyond it were never seen, else no limit."""
     if config.max_length is not None:
         return config.max_length
-    meta = subject.checkpoint.meta
-    return int(meta["sequence_length"]) if config_from_dict(meta["model"]).positions == "rope" else None
+    length: int = subject.checkpoint.require(sequence_length=int)["sequence_length"]
+    return length if subject.checkpoint.architecture.positions == "rope" else None
 
 
 def _measure_or_reuse(
-    subject: Subject, tasks: Sequence[LoadedTask], output: Path, config: TasksConfig, device: torch.device
+    subject: Subject,
+    tokenizer: Tokenizer,
+    tasks: Sequence[LoadedTask],
+    output: Path,
+    config: TasksConfig,
+    device: torch.device,
+    bar: "tqdm[NoReturn]",
 ) -> RunResult:
-    """Tasks are kept one by one: an interrupted evaluation goes on, and further tasks cost only themselves."""
+    """Tasks are kept one by one: an interrupted evaluation goes on, and further tasks cost only themselves.
+
+    bar: over the tasks of all runs.
+    """
     checkpoint = subject.checkpoint
     window, autocast = choose_window(config, subject), choose_autocast(config.precision, subject, device)
     precision = "float32" if autocast is None else "bfloat16 autocast"
     model: HarnessModel | None = None
     results: list[TaskResult] = []
     for task in tasks:
+        bar.set_description(f"{subject.label}, {task.name}")
         settings = TaskSettings(
             task.name, config.limit, config.fewshot, window, config.too_long == "refuse", precision,
             config.row_tokens, config.batch_tokens, config.seed,
         )  # fmt: skip
         kind = provenance.hardware(device)
         key = result_key(checkpoint.path, task.data_hash, settings, 0, kind, MEASURING)
-        kept = output / "results" / f"{subject.label}-{task.name}-{key}.json"
-        if kept.is_file():
-            tqdm.write(f"{subject.label}: reusing {kept}", file=sys.stderr)
+        path = output / "results" / f"{subject.label}-{task.name}-{key}.json"
+        if path.is_file():
+            tqdm.write(f"{subject.label}: reusing {path}", file=sys.stderr)
         else:
-            model = model or _open_model(subject, config, window, Runtime(device, autocast, config.row_tokens))
-            write_json(kept, asdict(measure(task, model, settings, provenance.now())))
-        results.append(read_kept(kept, TaskResult))
+            runtime = Runtime(device, autocast, config.row_tokens)
+            model = model or _open_model(subject, tokenizer, config, window, runtime)
+            model.label = f"{subject.label}, {task.name}"
+            write_json(path, asdict(measure(task, model, settings, provenance.now())))
+        results.append(read_kept(path, TaskResult))
+        bar.update()
     return RunResult(
         label=subject.label,
         checkpoint=str(checkpoint.path),
@@ -129,11 +150,13 @@ def _measure_or_reuse(
     )
 
 
-def _open_model(subject: Subject, config: TasksConfig, window: int | None, runtime: Runtime) -> HarnessModel:
+def _open_model(
+    subject: Subject, tokenizer: Tokenizer, config: TasksConfig, window: int | None, runtime: Runtime
+) -> HarnessModel:
     loaded = load_model(subject.checkpoint.path, runtime.device)
     return HarnessModel(
         loaded.model,
-        open_tokenizer(loaded, config.tokenizer),
+        tokenizer,
         runtime,
         window=window,
         refuse=config.too_long == "refuse",

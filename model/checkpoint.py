@@ -242,7 +242,9 @@ def resolve_checkpoint(path: str | Path) -> CheckpointInfo:
     found = list_checkpoints(path)
     if found.newest is None:
         lines = "".join(f"; {line}" for line in found.others.values())
-        raise FileNotFoundError(f"{path} holds no complete checkpoint{lines}")
+        runs = sorted(folder.parent.name for folder in path.glob("*/checkpoints"))
+        several = f", but runs, of which one is expected: {', '.join(runs[:5])}" if runs else ""
+        raise FileNotFoundError(f"{path} holds no complete checkpoint{several}{lines}")
     if found.lost:
         raise ValueError(f"{path}: {found.lost[-1]}; the newest complete one is {found.newest.path}")
     return found.newest

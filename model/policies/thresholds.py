@@ -14,6 +14,7 @@ from common.files import write_file
 from kernels import KEY_BLOCK, QUERY_BLOCK
 
 FORMAT = 2
+WAY_OUT = "calibrate again with python -m eval.calibrate"
 Estimator = Literal["mean", "pooled"]  # of ThresholdCollector
 
 
@@ -54,21 +55,17 @@ def read_thresholds(path: Path) -> tuple[Tensor, Calibration]:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})["calibration"])
             thresholds = file.get_tensor("thresholds")
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} holds no thresholds of eval.calibrate ({error})") from error
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no thresholds of eval.calibrate ({error}): {WAY_OUT}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds no thresholds of eval.calibrate (its calibration is no object): calibrate again"
-        )
+        raise ValueError(f"{path} holds no thresholds of eval.calibrate (its calibration is no object): {WAY_OUT}")
     grid = (content.get("format"), content.get("query_block"), content.get("key_block"))
     if grid != (FORMAT, QUERY_BLOCK, KEY_BLOCK):
-        raise ValueError(
-            f"{path} has format and blocks {grid}, expected {(FORMAT, QUERY_BLOCK, KEY_BLOCK)}: calibrate again"
-        )
-    calibration = to_dataclass(content, Calibration, str(path), "calibrate again")
+        raise ValueError(f"{path} has format and blocks {grid}, expected {(FORMAT, QUERY_BLOCK, KEY_BLOCK)}: {WAY_OUT}")
+    calibration = to_dataclass(content, Calibration, str(path), WAY_OUT)
     if thresholds.ndim != 4 or len(thresholds) != len(calibration.ks) or bool(thresholds.isnan().any()):
         raise ValueError(
-            f"{path} has thresholds of shape {tuple(thresholds.shape)}, expected finite ones for ks {calibration.ks}, "
-            "layers, heads and blocks: calibrate again"
+            f"{path} has thresholds of shape {tuple(thresholds.shape)} for {len(calibration.ks)} ks, expected (ks, "
+            f"layers, heads, positions) without NaN: {WAY_OUT}"
         )
     return thresholds, calibration

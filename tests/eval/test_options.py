@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from common.errors import UsageError
+from eval.config import GREATEST
+from eval.needle import WORDS
 from eval.options import check_output, check_output_file
 
 
@@ -76,3 +78,7 @@ def test_ctrl_c_is_one_line(
     assert command.main(arguments) == 130
     said = capsys.readouterr().err.strip()
     assert said.startswith("stopped by Ctrl-C") and line in said and "\n" not in said
+
+
+def test_a_sample_has_as_many_needles_as_there_are_names() -> None:
+    assert GREATEST["needle_count"] == len(WORDS)

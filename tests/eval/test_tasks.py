@@ -281,6 +281,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--tasks", "piqa", "--source", "nowhere"], "there is no nowhere/piqa/SPLIT.jsonl; expected offline, hub"),
     (["--tasks", "piqa", "--device", "tpu"], "device is 'tpu'"),
     (["--tasks", "piqa", "--too_long", "cut"], "too_long"),
+    (["--tasks", "piqa", "--lengths", "512"], "lengths is [512], but tasks has no task of RULER"),
+    (["--tasks", "piqa", "--seed", "4294967296"], "seed is 4294967296: expected at most 4294967295"),
     (["--taks", "piqa"], "--taks"),
 ]
 
@@ -291,6 +293,63 @@ def test_mistakes_are_one_line(
     options: list[str], message: str, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in failing_line(capsys, runs[0], "--output", tmp_path, *options)
+
+
+LINE = '{"id": "1", "question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\ufeff" + LINE, "test.jsonl, line 1: starts with a byte order mark"),
+        (LINE + '{"id"\n', "test.jsonl, line 2 is not valid JSON"),
+        (LINE + "\n[1]\n", "test.jsonl, line 3 holds list; expected an object a line"),
+        ("\n", "test.jsonl has no lines"),
+        (LINE + LINE.replace('"1"', "1"), "test.jsonl, line 2 has other types than the lines before it"),
+        (LINE + LINE.replace('"question"', '"text"'), "test.jsonl, line 2 lacks 'question', which the lines"),
+        (LINE.replace('"question"', '"text"'), "arc_easy: a document does not have what task arc_easy needs"),
+        (LINE.replace('"A"}', '"Z"}'), "arc_easy: a document does not have what task arc_easy needs"),
+        (
+            LINE + LINE.replace('"A"}', '"Z"}'),
+            "arc_easy: document 1 (from 0 on) does not have what task arc_easy needs",
+        ),
+    ],
+)
+def test_broken_documents_name_file_and_line(
+    content: str, message: str, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "arc_easy"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text(content)
+    line = failing_line(
+        capsys, runs[0], "--tasks", "arc_easy", "--source", tmp_path / "data", "--output", tmp_path / "out"
+    )
+    assert message in line and str(tmp_path / "data") in line
+
+
+def test_a_moved_tokenizer_is_noticed_before_anything_is_measured(
+    runs: list[str], make_run: MakeRun, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_run(tmp_path / "other", "softmax")
+    marker = other / "checkpoints/step-00000007/complete.json"
+    marker.write_text(marker.read_text().replace("/tokenizer.model", "/gone.model"))
+    options = ["--tasks", "arc_easy", "--source", local, "--output", tmp_path / "out"]
+    assert "gone.model, the tokenizer of" in failing_line(capsys, runs[0], other, *options)
+    assert not (tmp_path / "out/results").exists()
+
+
+def test_one_bar_over_all_tasks(
+    runs: list[str], local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (local / "arc_challenge").mkdir()
+    (local / "arc_challenge" / "test.jsonl").write_text((local / "arc_easy" / "test.jsonl").read_text())
+    options = ["--device", "cpu", "--tasks", "arc_easy", "arc_challenge", "--source", str(local)]
+    assert main([*runs, *options, "--output", str(tmp_path / "out")]) == 0
+    bars = [part for part in capsys.readouterr().err.replace("\n", "\r").split("\r") if "|" in part]
+    assert all(
+        any(name in bar for name in ("asentmax, arc_", "softmax, arc_")) or bar.startswith("  0%") for bar in bars
+    )
+    assert "softmax, arc_challenge: 100%" in bars[-1] and "4/4" in bars[-1]
 
 
 def test_ruler_of_another_tokenizer_or_length(

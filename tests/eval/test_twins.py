@@ -2,14 +2,22 @@
 
 import csv
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval.twins import DIVERGED, INTERRUPTED, Stopped, TwinsConfig, main, split, train_twins
-from tests.training.conftest import TINY, make_corpus
+import eval.twins
+from eval.twins import DIVERGED, INTERRUPTED, Stopped, TwinsConfig, main, run_training, split, train_twins
+from tests.training.conftest import TINY, make_corpus, run_train
 
 
 class FakeTraining:
@@ -105,11 +113,141 @@ def test_what_stands_behind_the_dashes(arguments: list[str], message: str) -> No
         split(arguments)
 
 
+def test_help_needs_no_options_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr()
+    assert "usage: python -m eval.twins" in said.out and "What follows -- are train.py's options" in said.out
+    assert said.err == ""
+
+
+STUB = """
+import os, pathlib, signal, sys, time
+if "--print_config" in sys.argv:
+    print(pathlib.Path(__file__).with_name("config.yaml").read_text())
+    sys.exit(0)
+code, folder = int(sys.argv[1]), pathlib.Path(__file__).parent
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1) or code and sys.exit(code))
+(folder / "ready").touch()
+while not told:
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "said"),
+    [(75, 75, "everything saved"), (0, 75, "everything saved"), (130, 75, "what was saved before"), (2, None, "")],
+)
+def test_a_signal_waits_for_the_save_of_training(
+    code: int, exit_code: int | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text(STUB)
+    monkeypatch.setattr(eval.twins, "ROOT", tmp_path)
+
+    def tell() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    if exit_code is None:  # an error of the user's stays one
+        assert run_training([str(code)]) == code
+        return
+    with pytest.raises(Stopped, match=said) as stopped:
+        run_training([str(code)])
+    assert stopped.value.code == exit_code
+
+
+FAILING = """
+import pathlib, sys
+if "--print_config" in sys.argv and KNOWN != "--print_config":
+    print(pathlib.Path(__file__).with_name("config.yaml").read_text())
+    sys.exit(0)
+print("error: lr is nan", file=sys.stderr)
+sys.exit(2)
+"""
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "data", "message"),
+    [
+        (["--data", "none"], {}, "none/heldout/../manifest.json does not exist|none/manifest.json does not exist"),
+        (["--eval.base_length", "100000"], {}, "the longest document has"),
+        (["--eval.device", "tpu"], {}, "device is 'tpu'"),
+        (["--eval.thresholds", "none", "--eval.keep_blocks", "1"], {}, "none does not exist; calibrate"),
+        (["--lrs", "1", "2", "--sweep_steps", "3"], {"val_sequences": 0}, "data.val_sequences is 0"),
+        ([], {"sources": []}, "data.sources is empty"),
+        ([], {"sources": [{"path": "nowhere"}]}, "nowhere/manifest.json does not exist"),
+        ([], {"sequence_length": 4}, "4 tokens cannot hold a needle"),
+        (["--output", "/proc/none"], {}, "--output /proc/none cannot be written"),
+    ],
+)
+def test_what_can_be_known_is_known_before_training(
+    own: list[str], data: dict[str, Any], message: str, small_corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    settings = {"sources": [{"path": str(small_corpus)}], "sequence_length": 128, "val_sequences": 4} | data
+    (tmp_path / "train.py").write_text(STUB)
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": settings}))
+    monkeypatch.setattr(eval.twins, "ROOT", tmp_path)
+    monkeypatch.setattr(eval.twins, "run_training", lambda options: pytest.fail("trained"))
+    given = ["--data", str(small_corpus), "--output", str(tmp_path / "twins"), "--eval.lengths", "[1]"]
+    assert main([*given, "--eval.max_documents", "2", "--eval.needle_digits", "2", *own, "--"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ") and "\n" not in line and re.search(message, line), line
+
+
+@pytest.mark.parametrize("known", ["--print_config", "--seed_everything"])
+def test_an_error_line_of_training_is_the_only_one(
+    known: str, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """known: when train.py finds the mistake: as it prints its options, or as it starts."""
+    data = {"sources": [{"path": str(small_corpus)}], "sequence_length": 128, "val_sequences": 4}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
+    (tmp_path / "train.py").write_text(FAILING.replace("KNOWN", repr(known)))
+    monkeypatch.setattr(eval.twins, "ROOT", tmp_path)
+    given = ["--data", str(small_corpus), "--output", str(tmp_path / "twins"), "--eval.lengths", "[1]"]
+    assert main([*given, "--eval.max_documents", "2", "--eval.needle_digits", "2", "--", "--lr", "nan"]) == 2
+    assert capfd.readouterr().err.strip().removeprefix("error: train.py: ").removeprefix("error: ") == "lr is nan"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"twins": {}}', '{"twins": 1, "options": [], "lr": {}, "sweep": {}}'])
+def test_a_damaged_record_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "twins.json").write_text(content)
+    with pytest.raises(ValueError, match="twins.json .*; choose another --output"):
+        train_twins(CONFIG, [], tmp_path, FakeTraining({}))
+
+
+def test_one_command_at_a_time(small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    holder = "import sys; from pathlib import Path; from common.locks import folder_lock\n"
+    holder += "with folder_lock(Path(sys.argv[1]), ''): print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout and other.stdout.readline()
+        assert main(["--data", str(small_corpus), "--output", str(tmp_path), "--"]) == 2
+        other.communicate(b"\n")
+    assert "is in use by another eval.twins" in capsys.readouterr().err
+
+
 def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     corpus = make_corpus(tmp_path, seed=0)
     (tmp_path / "tiny.yaml").write_text(TINY.replace("CORPUS", str(corpus)))
     output = tmp_path / "twins"
+    trained: list[str] = []
+
+    def train(options: Sequence[str]) -> int:
+        done = run_train(*options)
+        trained.append(done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(eval.twins, "run_training", train)
+    monkeypatch.setattr(eval.twins, "ask_training", lambda options: run_train(*options))
     command = [
         "--kinds",
         "softmax",
@@ -123,11 +261,10 @@ def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     ]
     command += ["--eval.max_documents", "2", "--eval.needle_digits", "2", "--eval.base_length", "128"]
     command += ["--", "--config", str(tmp_path / "tiny.yaml"), "--trainer.max_steps", "3"]
-    assert main(command) == 0
-    said = capfd.readouterr()
-    assert "asentmax-seed-0" in said.out
+    assert main(command) == 0, capfd.readouterr().err
+    assert "asentmax-seed-0" in capfd.readouterr().out and len(trained) == 2
     assert "python -m eval.twins --kinds softmax asentmax" in (output / "report" / "report.html").read_text()
     assert main(["--wandb.mode", "offline", *command]) == 0
-    assert capfd.readouterr().err.count("nothing to train") == 2
+    assert ["nothing to train" in said for said in trained] == [False, False, True, True]
     (tracked,) = (output / "report" / "wandb").glob("offline-run-*")
     assert list(tracked.rglob("perplexity_over_length_*.table.json"))
