@@ -135,7 +135,7 @@ def unsupported_by_triton(dtype: torch.dtype, head_dim: int, device: torch.devic
         return (
             f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {dtype} and {head_dim}"
         )
-    widest = SMALL_HEAD_DIM[dtype == torch.float32]
+    widest = SMALL_HEAD_DIM[int(dtype == torch.float32)]  # int: torch 2.11's compiler indexes by no bool
     if head_dim > widest and device.type == "cuda" and shared_memory(device) < LARGE_SHARED_MEMORY:
         return (
             f"takes {dtype} with head dims up to {widest} on a GPU with {shared_memory(device) // 1024} KiB of shared "

@@ -79,7 +79,8 @@ def thresholds_in_gaps(q: Tensor, k: Tensor, share: float, **options: Any) -> Te
             continue
         rows = maxima.transpose(0, 1).flatten(1).sort(-1, descending=True).values  # [H, B * key blocks]
         n = rows.shape[1]
-        low, high = max(round((share - 0.15) * n), 0), min(round((share + 0.15) * n) + 1, n - 1)
+        low = min(max(round((share - 0.15) * n), 0), n - 2)
+        high = max(min(round((share + 0.15) * n) + 1, n - 1), low + 1)
         gaps = (rows[:, low:high] - rows[:, low + 1 : high + 1]).nan_to_num(0, 0, 0)
         best = low + gaps.argmax(-1, keepdim=True)
         middle = (rows.gather(1, best) + rows.gather(1, best + 1)) / 2
