@@ -54,8 +54,8 @@ def evaluate(
         raise UsageError(f"lengths is {config.lengths}, but tasks has no task of RULER, whose lengths these are")
     if ruler is not None and any(task.length for task in tasks):
         check_tokenizer(ruler, [subject.checkpoint for subject in subjects])
-    check_replaced(output / "tasks.json", {task.group for task in tasks})
     check_output(output)
+    check_replaced(output / "tasks.json", {task.group for task in tasks})
     tokenizers = [open_tokenizer(subject.checkpoint, config.tokenizer) for subject in subjects]
     with tqdm(total=len(subjects) * len(tasks), unit="task", smoothing=0) as bar:
         results = [

@@ -7,10 +7,10 @@ from pathlib import Path
 from tests.bad_input.cases import TOO_LONG, Case, Place
 
 
-def run(*options: str) -> list[str]:
-    """Compare {run} on {corpus} into {tmp}/report."""
+def run(*options: str, of: tuple[str, ...] = ("{run}",)) -> list[str]:
+    """Compare runs on {corpus} into {tmp}/report."""
     fitting = ["--base_length", "128", "--lengths", "1", "--needle_digits", "2", "--device", "cpu"]
-    return ["-m", "eval.run", "{run}", "--data", "{corpus}", "--output", "{tmp}/report", *fitting, *options]
+    return ["-m", "eval.run", *of, "--data", "{corpus}", "--output", "{tmp}/report", *fitting, *options]
 
 
 def generate(*options: str) -> list[str]:
@@ -72,13 +72,15 @@ def remove_marker_key(place: Place) -> None:
 
 CASES = [
     Case("no runs", ["-m", "eval.run", "--data", "{corpus}", "--output", "{tmp}/report"], ["runs"]),
-    Case("no run there", run("{tmp}/none"), ["{tmp}/none"]),
-    Case("a run that is a file", run("{tiny}"), ["{tiny}", "expected a run folder"]),
-    Case("a folder that is no run", run("{tmp}"), ["{tmp} holds no complete checkpoint"]),
+    Case("no run there", run(of=("{tmp}/none",)), ["{tmp}/none: no such folder"]),
+    Case("a run that is a file", run(of=("{tiny}",)), ["{tiny}", "expected a run folder"]),
+    Case("a folder that is no run", run(of=("{tmp}",)), ["{tmp} holds no complete checkpoint"]),
     Case(
-        "a folder of runs", run("{run}/.."), ["holds no complete checkpoint, but runs, of which one is expected: run"]
+        "a folder of runs",
+        run(of=("{run}/..",)),
+        ["holds no complete checkpoint, but runs, of which one is expected: run"],
     ),
-    Case("a run twice", run("{run}"), ["given twice"]),
+    Case("a run twice", run(of=("{run}", "{run}")), ["given twice"]),
     Case("misspelt option", run("--lengthz", "128"), ["--lengthz"]),
     Case("no corpus there", run("--data", "{tmp}/none"), ["{tmp}/none"]),
     Case("a corpus that is a file", run("--data", "{tiny}"), ["{tiny}"]),
@@ -122,10 +124,10 @@ CASES = [
         write("latin", b"caf\xe9"),
     ),
     Case("generate at a negative temperature", generate("--temperature", "-1"), ["temperature", "-1"]),
-    Case("generate at no temperature", generate("--temperature", "nan"), ["temperature is nan: expected 0"]),
-    Case("generate at any temperature", generate("--temperature", "inf"), ["temperature is inf: expected 0"]),
+    Case("generate at no temperature", generate("--temperature", ".nan"), ["temperature is nan: expected 0"]),
+    Case("generate at any temperature", generate("--temperature", ".inf"), ["temperature is inf: expected 0"]),
     Case("generate from no probability", generate("--top_p", "0"), ["top_p is 0.0: expected a probability"]),
-    Case("generate from a NaN", generate("--top_p", "nan"), ["top_p is nan: expected a probability"]),
+    Case("generate from a NaN", generate("--top_p", ".nan"), ["top_p is nan: expected a probability"]),
     Case("generate from negative ranks", generate("--top_k", "-1"), ["top_k is -1: expected at least 0"]),
     Case("generate from a negative seed", generate("--seed", "-1"), ["seed is -1: expected at least 0"]),
     Case("generate nothing", generate("--max_new_tokens", "0"), ["max_new_tokens is 0: expected at least 1"]),
@@ -219,8 +221,8 @@ CASES = [
         ["{tmp}/none"],
     ),
     Case("length generalisation of a text model", lengths(), ["was not trained on a task", "use python -m eval.run"]),
-    Case("length generalisation to no length", lengths("--lengths", "nan"), ["lengths is [nan]: expected"]),
-    Case("length generalisation without end", lengths("--lengths", "inf"), ["lengths is [inf]: expected"]),
+    Case("length generalisation to no length", lengths("--lengths", ".nan"), ["lengths is [nan]: expected"]),
+    Case("length generalisation without end", lengths("--lengths", ".inf"), ["lengths is [inf]: expected"]),
     Case("length generalisation of nothing", lengths("--samples", "0"), ["samples is 0: expected at least 1"]),
     Case(
         "sparse frontier of no runs",
@@ -229,13 +231,13 @@ CASES = [
     ),
     Case("sparse frontier of one run twice", frontier(), ["given twice"]),
     Case("sparse frontier of no policy", frontier("--policies", "none"), ["policies is ['none']: expected some of"]),
-    Case("sparse frontier of no density", frontier("--densities", "nan"), ["densities is [nan]: expected shares"]),
+    Case("sparse frontier of no density", frontier("--densities", ".nan"), ["densities is [nan]: expected shares"]),
     Case("sparse frontier beyond dense", frontier("--densities", "2"), ["densities is [2.0]: expected shares"]),
     Case("sparse frontier of no RULER", frontier("--ruler_tasks", "vt"), ["ruler_tasks is ['vt']", "--ruler"]),
     Case("sparse frontier of no decoding", frontier("--decode_tokens", "0"), ["decode_tokens is 0"]),
     Case("twins without options for train.py", ["-m", "eval.twins", "--output", "{tmp}/twins"], ["no --", "train.py"]),
     Case("twins of no kind", twins("--kinds", "linear"), ["kinds is ['linear']: expected"]),
-    Case("twins at no rate", twins("--lrs", "nan"), ["lrs is [nan]: expected different positive numbers"]),
+    Case("twins at no rate", twins("--lrs", ".nan"), ["lrs is [nan]: expected different positive numbers"]),
     Case("twins of two rates without steps", twins("--lrs", "1", "2"), ["sweep_steps is 0: expected at least 1"]),
     Case("twins with a run folder", twins(behind=("--run_dir", "x")), ["--run_dir stands behind --"]),
     Case("twins on no corpus", twins("--data", "{tmp}/none"), ["{tmp}/none/manifest.json does not exist"]),
