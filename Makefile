@@ -38,7 +38,7 @@ lint: $(VENV)/.installed
 test: lint $(VENV)/.installed-eval
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
-# 60 SIGKILLs at random moments, the run resumed after each: about ten minutes
+# 200 SIGKILLs at random moments over one and two processes, the run resumed after each: half an hour
 test-faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults -s tests/training/test_faults.py
 

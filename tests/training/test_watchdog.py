@@ -35,7 +35,7 @@ def run_two_ranks(tiny_config: Path, run_dir: Path, harm: str) -> tuple[int, str
             start_new_session=True,
         )  # fmt: skip
     try:
-        code = process.wait(90)
+        code = process.wait(240)  # a busy machine needs most of it to start
         if code != STALLED:
             wait_for_the_end(run_dir)
         assert not processes_of(run_dir)
