@@ -100,7 +100,7 @@ def test_cells_and_prefill_times_in_wandb(corpus: Path, runs: dict[str, Path], t
         assert found["scored_tokens"] == sum(cell["tokens"])
         pairs = {"perplexity": "perplexity", "perplexity_ratio": "ratio", "needle_token_accuracy": "needles"}
         for column, name in (pairs | {"control_token_accuracy": "chance"}).items():
-            ends = [None] * 3 if summary[name] is None else list(summary[name].values())
+            ends = [None] * 3 if summary[name] is None else [summary[name][key] for key in ("value", "low", "high")]
             assert [found[f"{column}{end}"] for end in ("", "_low", "_high")] == ends, column
     for found, time in zip(tables["prefill_times"], report["times"], strict=True):
         assert found["milliseconds"] == found["milliseconds_longest"] == 1e3 * time["seconds"][0]
