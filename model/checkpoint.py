@@ -72,7 +72,7 @@ class CheckpointInfo:
         """Raises ValueError when it is none of this version."""
         try:
             return config_from_dict(self.require(model=dict)["model"])
-        except (TypeError, AttributeError) as error:  # values of other types
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"model in {_marker(self.path)} is no architecture ({error}); {WAY_OUT}") from error
 
 

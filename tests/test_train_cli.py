@@ -97,7 +97,7 @@ def test_the_run_folder_keeps_the_resolved_config_and_a_finished_run_ends_at_onc
         (["--model.network.attention.kind", "flash"], ["model.network.attention.kind", "flash", "softmax"]),
         (["--model.network.attention.alpha", 2.5], ["alpha", "2.5", "(1, 2]"]),
         (["--model.network.n_kv_heads", 3], ["n_kv_heads", "3", "n_heads = 2"]),
-        (["--model.optimizer.lr", -1], ["model.optimizer.lr is -1", "positive"]),
+        (["--model.optimizer.lr", -1], ["model.optimizer.lr is -1", "above 0"]),
         (["--model.network.vocab_size", 100], ["vocab_size is 100", "384", "at least"]),
         (["--model.loss_backend", "fast"], ["loss_backend is 'fast'", "auto, liger or chunked"]),
         (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
@@ -113,8 +113,8 @@ def test_the_run_folder_keeps_the_resolved_config_and_a_finished_run_ends_at_onc
         (["--resume", "nowhere"], ["nowhere", "no such folder"]),
         (["--wandb.mode", "on"], ["wandb.mode", "offline", "on"]),
         (["--guard.max_skipped", 500], ["guard.max_skipped is 500", "guard.window 128"]),
-        (["--watchdog.minutes", -1], ["watchdog.minutes is -1", "0 (never)"]),
-        (["--profile.steps", -1], ["profile.steps is -1", "0 or more"]),
+        (["--watchdog.minutes", -1], ["watchdog.minutes is -1", "at least 0 (0: never)"]),
+        (["--profile.steps", -1], ["profile.steps is -1", "at least 0"]),
     ],
 )  # fmt: skip
 def test_one_line_for_each_mistake(options: list[object], parts: list[str], refused: Refused) -> None:

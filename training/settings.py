@@ -86,7 +86,7 @@ def _rates_that_differ(
         if all(math.isclose(old(step), new(step), rel_tol=1e-9) for step in range(checkpoint.step)):
             return None
         return old(checkpoint.step), new(checkpoint.step)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"settings in {checkpoint.path} are none of train.py ({error}); {WAY_OUT}") from error
 
 

@@ -159,5 +159,6 @@ CASES = [
          changed("train/000000.json", lambda content: content.pop("files"))),
     Case("shard cut short", TRAIN, ["000000.bin", "bytes, expected"], cut(".bin")),
     Case("index cut short", TRAIN, ["000000.idx.npy", "bytes, expected"], cut(".idx.npy")),
-    Case("shard with a flipped bit", TRAIN, ["000000.bin", "sha256", "damaged"], flipped),
+    Case("shard with a flipped bit", [*TRAIN, "--data.verify", "checksum"],
+         ["000000.bin", "sha256", "damaged"], flipped),
 ]  # fmt: skip

@@ -300,8 +300,8 @@ def test_bad_sources_are_named(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sequence_length": 1}, "data.sequence_length is 1, expected at least 2"),
-        ({"micro_batch_size": 0}, "data.micro_batch_size is 0, expected at least 1"),
+        ({"sequence_length": 1}, "data.sequence_length is 1: expected a whole number at least 2"),
+        ({"micro_batch_size": 0}, "data.micro_batch_size is 0: expected a whole number at least 1"),
         ({"micro_batch_size": 3}, "global_batch_size 8 is not a multiple of micro_batch_size 3 x 1 ranks"),
         ({"val_sequences": 9}, "val_sequences 9 is not a multiple of micro_batch_size 2 x 1 ranks"),
         ({"val_sequences": 10**6}, "val_sequences is 1000000, but the held-out splits give only"),

@@ -45,7 +45,8 @@ def wait_for(what: Callable[[], object], seconds: float = 30) -> None:
 @contextmanager
 def parent(folder: Path, prefix: str = "") -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that runs CHILD, in a group of its own as a shell starts it, and the child's pid."""
-    code = prefix + PARENT
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
+    code = heard + prefix + PARENT
     started = subprocess.Popen(
         [sys.executable, "-c", code, sys.executable, "-c", CHILD, str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, process_group=0,

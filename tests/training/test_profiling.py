@@ -39,5 +39,5 @@ def test_a_rank_that_does_not_exist(train: TrainProcess, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["steps", "start", "rank"])
 def test_bad_config(name: str) -> None:
-    with pytest.raises(ValueError, match=f"profile.{name} is -1: expected 0 or more"):
+    with pytest.raises(ValueError, match=f"profile.{name} is -1: expected a whole number at least 0"):
         ProfileConfig(**{name: -1})

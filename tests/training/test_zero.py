@@ -115,7 +115,7 @@ def test_engines_of_all_stages(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"zero_stage": 4}, "zero_stage is 4: expected 0, 1, 2 or 3"),
-        ({"timeout_minutes": 0}, "timeout_minutes is 0: expected at least 1"),
+        ({"timeout_minutes": 0}, "timeout_minutes is 0: expected a whole number at least 1"),
         ({"offload_optimizer": True}, "offload_optimizer is True: it needs parallel.zero_stage"),
         ({"reduce_dtype": "bfloat16"}, "reduce_dtype is bfloat16: it needs parallel.zero_stage"),
         ({"reduce_dtype": "float16", "zero_stage": 1}, "reduce_dtype is 'float16': expected float32 or bfloat16"),
