@@ -33,10 +33,12 @@ def thresholds_for(q: Tensor, k: Tensor, densities: Sequence[float]) -> Tensor:
     thresholds = torch.full((len(densities), heads, n_blocks), -torch.inf, device=q.device)
     for block, maxima in block_maxima(q, k):
         n_free = block.diagonal.start
+        if not n_free:
+            continue
         best = maxima[0, :, :n_free].sort(-1, descending=True).values  # [H, off-diagonal blocks]
         for i, density in enumerate(densities):
             keep = round(density * block.seen) - (block.seen - n_free)
-            if keep <= 0 < n_free:
+            if keep <= 0:
                 thresholds[i, :, block.index] = torch.inf
             elif keep < n_free:
                 thresholds[i, :, block.index] = best[:, keep - 1 : keep + 1].mean(-1)

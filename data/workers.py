@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from typing import Any
@@ -15,8 +16,15 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 class _KilledPopen(Popen):
     def terminate(self) -> None:
         """multiprocessing ends what is left of a process's children by SIGTERM and waits for them without a limit: a
-        worker that has SIGTERM ignored would keep the whole run from ending."""
+        worker that has SIGTERM ignored would keep the whole run from ending. torch's handler of SIGCHLD would call a
+        worker that is ended here a failed one, in a traceback after the run's own last line."""
+        if threading.current_thread() is not threading.main_thread():
+            self.kill()  # handlers are the main thread's to set
+            return
+        torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.kill()
+        self.wait()
+        signal.signal(signal.SIGCHLD, torchs or signal.SIG_DFL)
 
 
 class _WorkerProcess(ForkProcess):

@@ -162,7 +162,6 @@ class HeldOutEvaluation(Callback):
                 tqdm.write(f"step {trainer.global_step}: told to stop, so its evaluation is not finished", sys.stderr)
             return
         metrics = finished(tally.means(total[:-1]))
-        metrics = finished(tally.means(sums))
         for logger in trainer.loggers:
             try:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -45,3 +45,31 @@ def test_a_busy_worker_spared_by_stop_signals_ends_with_its_run(end: str, code: 
     finally:
         if Path(f"/proc/{worker}").exists():
             os.kill(worker, signal.SIGKILL)
+
+
+ENDS_LOADER = """
+import time
+from torch.utils.data import DataLoader, Dataset
+from data.workers import start_worker, worker_context
+
+class Slow(Dataset):
+    def __len__(self):
+        return 100
+    def __getitem__(self, index):
+        time.sleep(index)
+        return index
+
+loader = DataLoader(Slow(), num_workers=2, worker_init_fn=start_worker, multiprocessing_context=worker_context())
+batches = iter(loader)
+next(batches)
+raise SystemExit("error: a user error")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are not forked there")
+def test_workers_that_end_with_the_run_are_not_called_failed() -> None:
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", ENDS_LOADER], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 1 and done.stderr == "error: a user error\n"
