@@ -197,6 +197,7 @@ class PackedDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.val_sequences = val_sequences
         self.consumed_samples = 0
+        self._packing: Packing | None = None  # once training reads it
         self._content: TokenSource
         if task.name is None:
             self._content = Mixture(
@@ -246,6 +247,10 @@ class PackedDataModule(lightning.LightningDataModule):
         """The sequences of the run."""
         return self._content.train_sequences()
 
+    def passes_done(self) -> float | None:
+        """Passes over the documents that come round most often; None for sequences that are made, not read."""
+        return self._packing.passes_done(self.consumed_samples) if self._packing else None
+
     def _samples_of_run(self, packing: Sequences) -> int:
         """Global samples of max_steps steps; without max_steps, the whole steps of one pass over every stream."""
         max_steps = self.trainer.max_steps if self.trainer else -1
@@ -280,8 +285,9 @@ class PackedDataModule(lightning.LightningDataModule):
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
         packing = self.train_packing()
         dataset = PackedDataset(packing, self._samples_of_run(packing))
-        if rank == 0 and isinstance(packing, Packing):
-            for line in packing.passes(len(dataset), self.consumed_samples):
+        self._packing = packing if isinstance(packing, Packing) else None
+        if rank == 0 and self._packing:
+            for line in self._packing.passes(len(dataset), self.consumed_samples):
                 print(line, flush=True)
         return self._loader(dataset, MicroBatchSampler(self, dataset, rank, world_size))
 

@@ -331,6 +331,13 @@ class Packing:
                 lines.append(f"{planned:.3g} passes over {stream.name} are planned; this is pass {current}")
         return lines
 
+    def passes_done(self, consumed: int) -> float:
+        """Passes behind `consumed` sequences, of the documents that come round most often."""
+        return max(
+            float(share * consumed / stream.windows_per_epoch)
+            for stream, share in zip(self.streams, self.shares, strict=True)
+        )
+
     def locate(self, index: int) -> tuple[int, int]:
         """(stream, k) of sequence `index` of the run."""
         return self._interleaving.locate(index)

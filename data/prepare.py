@@ -15,16 +15,13 @@ import hashlib
 import itertools
 import os
 import shutil
-import sys
-from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-import yaml
 from tqdm import tqdm
 
+from common.command_line import CommandParser
 from common.errors import user_errors
 from common.files import check_keys, write_file, write_json
 from common.locks import folder_lock
@@ -321,27 +318,11 @@ def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
         print(f"prepared {output}: {summary(output)}")
 
 
-def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> jsonargparse.Namespace:
-    """The settings. Raises ArgumentError, or ValueError that names the file for one that is no YAML."""
-    try:
-        return parser.parse_args(arguments)
-    except (ArgumentError, UnicodeDecodeError) as error:
-        given = zip(["", *arguments], [*arguments, ""], strict=True)  # each argument with the one before it
-        for name in [now if before == "--config" else now.partition("--config=")[2] for before, now in given]:
-            try:
-                yaml.safe_load(Path(name).read_bytes() if name and Path(name).is_file() else b"")
-            except (yaml.YAMLError, UnicodeDecodeError) as problem:
-                raise ValueError(f"{name} is no valid YAML ({problem}); mend it") from error
-        raise
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m data.prepare", description="Prepare a corpus as token shards.", exit_on_error=False
-    )
+    parser = CommandParser(prog="python -m data.prepare", description="Prepare a corpus as token shards.")
     parser.add_argument("--config", action="config", help="YAML file, e.g. configs/data/prepare_stdlib.yaml")
     parser.add_class_arguments(PrepareConfig)
-    settings = parse(parser, sys.argv[1:] if arguments is None else arguments)
+    settings = parser.parse_args(arguments)
     corpus_settings = settings.corpus.as_dict()
     config = PrepareConfig(**{k: v for k, v in parser.instantiate(settings).items() if k != "config"})
     prepare(config, corpus_settings)

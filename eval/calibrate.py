@@ -16,10 +16,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
+from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
 from eval.options import check_least, check_output_file, config_of
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written, calibration starts anew")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.calibrate", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.calibrate", description=__doc__)
     parser.add_argument("run", type=str, help="run folder (newest complete checkpoint), checkpoint or export")
     parser.add_argument("--data", type=str, required=True, help="prepared corpus with train and heldout splits")
     parser.add_argument("--output", type=str, default="thresholds.safetensors", help="file of the thresholds")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
+from common.command_line import CommandParser
 from common.errors import run_command
 from data.tokenizer import Tokenizer
 from eval.generation import GenerationOptions, stream
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.generate", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.generate", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="run folder (newest complete checkpoint), checkpoint or export"
     )

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.command_line import CommandParser
 from common.dataclasses_json import read_kept
 from common.errors import run_command
 from common.files import write_json
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped=KEPT)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.length_generalisation", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.length_generalisation", description=__doc__)
     parser.add_argument("runs", nargs="+", type=str, help="run folders (newest complete checkpoint) or checkpoints")
     parser.add_argument("--output", type=str, default="runs/length-generalisation", help="folder of the tables")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped=STOPPED)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.ruler", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.ruler", description=__doc__)
     parser.add_argument(
         "--tokenizer", type=str, required=True, help="tokenizer.model, or a run or prepared corpus whose it is"
     )

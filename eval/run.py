@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped=KEPT)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.run", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.run", description=__doc__)
     parser.add_argument("runs", nargs="+", type=str, help="run folders (newest complete checkpoint) or checkpoints")
     parser.add_argument("--data", type=str, required=True, help="prepared corpus with a heldout split")
     parser.add_argument("--output", type=str, default="runs/report", help="folder of the report")

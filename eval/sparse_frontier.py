@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
+from common.command_line import CommandParser
 from common.errors import run_command
 from eval import provenance
 from eval.frontier_config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped=KEPT)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.sparse_frontier", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.sparse_frontier", description=__doc__)
     for name in ("softmax", "entmax"):
         text = f"run folder (newest complete checkpoint) or checkpoint of the {name} twin"
         parser.add_argument(f"--{name}", type=str, required=True, help=text)

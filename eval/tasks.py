@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from jsonargparse import ArgumentParser
 
+from common.command_line import CommandParser
 from common.errors import run_command
 from eval.options import KEPT, config_of
 from eval.task_config import TasksConfig
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped=KEPT)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.tasks", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.tasks", description=__doc__)
     parser.add_argument("runs", nargs="+", type=str, help="run folders, checkpoints or exports")
     parser.add_argument("--output", type=str, default="runs/tasks", help="folder of the tables")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")

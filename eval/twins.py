@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
+from common.command_line import CommandParser
 from common.errors import UsageError, run_command
 from common.exits import INTERRUPTED, KEYBOARD, TOO_MANY_SKIPPED, USER_ERROR
 from common.files import read_json, write_json
@@ -120,8 +120,8 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, options
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m eval.twins", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.twins", description=__doc__)
     parser.add_argument("--data", type=str, required=True, help="prepared corpus with a heldout split")
     parser.add_argument("--output", type=str, required=True, help="folder of the runs and the report")
     for name, of in (("kinds", str), ("lrs", float), ("seeds", int)):

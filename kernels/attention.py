@@ -21,12 +21,11 @@ from kernels.entmax_decode import entmax_decode
 from kernels.entmax_triton import intercepted, power_of, run_attention
 from kernels.reference import entmax_attention_reference
 from kernels.stats import AttentionStats
-from kernels.tuning import LARGE_SHARED_MEMORY, shared_memory
+from kernels.tuning import shared_memory, widest_head_dim
 from kernels.visibility import visible_keys
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
-SMALL_HEAD_DIM = (128, 64)  # in 16 bits and in float32, where shared memory is small: RTX 30 to 50 have 99 KiB
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -135,12 +134,13 @@ def unsupported_by_triton(dtype: torch.dtype, head_dim: int, device: torch.devic
         return (
             f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {dtype} and {head_dim}"
         )
-    widest = SMALL_HEAD_DIM[int(dtype == torch.float32)]  # int: torch 2.11's compiler indexes by no bool
-    if head_dim > widest and device.type == "cuda" and shared_memory(device) < LARGE_SHARED_MEMORY:
-        return (
-            f"takes {dtype} with head dims up to {widest} on a GPU with {shared_memory(device) // 1024} KiB of shared "
-            f"memory, got {head_dim}"
-        )
+    if device.type == "cuda":
+        there = shared_memory(device)
+        if head_dim > (widest := widest_head_dim(dtype, there)):
+            return (
+                f"takes {dtype} with head dims up to {widest} on a GPU with {there // 1024} KiB of shared memory, "
+                f"got {head_dim}"
+            )
     return None
 
 

@@ -35,6 +35,9 @@ class Launch:
 
 
 LARGE_SHARED_MEMORY = 160 * 1024  # bytes, of A100 and later data centre GPUs
+# Shared memory in bytes, and the widest heads in 16 bits and in float32 whose kernels take no more, as
+# tests.kernels.compile_for prints: H100 has 227 KiB, A100 163, RTX 30 to 50 99
+WIDEST_HEADS = ((200 * 1024, 256, 256), (LARGE_SHARED_MEMORY, 256, 128), (0, 128, 64))
 
 DECODING = {  # on an H200 with bfloat16, head dims 64 and 128, 4K to 128K keys; blocks of the solver with them
     "decode_scores": Launch(warps=4, stages=3, programs=4),
@@ -113,6 +116,12 @@ def program_count(launch: Launch, device: torch.device, n_tasks: int) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program can have."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def widest_head_dim(dtype: torch.dtype, shared_memory: int) -> int:
+    """Widest heads of this dtype whose attention kernels fit into the shared memory of a device, in bytes."""
+    half, single = next(widths for least, *widths in WIDEST_HEADS if shared_memory >= least)
+    return single if dtype == torch.float32 else half
 
 
 @cache

@@ -10,6 +10,7 @@ Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
+NEAREST_TO_SOFTMAX = 1.0001  # nearer, float32 spoils the weights: kernels/arguments.py
 # Far above any model that trains: a number beyond is a slip.
 LARGEST = {
     "vocab_size": 2**24, "n_layers": 1000, "d_model": 2**18, "n_heads": 2**12, "n_kv_heads": 2**12, "d_ff": 2**20,
@@ -58,11 +59,17 @@ class AttentionConfig:
         _expect(self.backend in BACKENDS, "attention.backend", self.backend, f"one of {BACKENDS}")
         _expect(self.kind in get_args(AttentionKind), "attention.kind", self.kind, f"one of {get_args(AttentionKind)}")
         _expect(
-            1 < self.alpha <= 2, "attention.alpha", self.alpha, "a number in (1, 2] (for softmax set kind: softmax)"
+            NEAREST_TO_SOFTMAX <= self.alpha <= 2,
+            "attention.alpha",
+            self.alpha,
+            f"a number in [{NEAREST_TO_SOFTMAX}, 2] (for softmax set kind: softmax)",
         )
         bounds = (self.alpha_min, self.alpha_max)
         _expect(
-            1 < bounds[0] < bounds[1] <= 2, "attention.alpha_min, alpha_max", bounds, "1 < alpha_min < alpha_max <= 2"
+            NEAREST_TO_SOFTMAX <= bounds[0] < bounds[1] <= 2,
+            "attention.alpha_min, alpha_max",
+            bounds,
+            f"{NEAREST_TO_SOFTMAX} <= alpha_min < alpha_max <= 2",
         )
         _expect(
             not self.learn_alpha or bounds[0] < self.alpha < bounds[1],
@@ -75,7 +82,12 @@ class AttentionConfig:
         check_number("attention.temperature_offset", self.temperature_offset, least=0, most=1e4)
         check_number("attention.temperature_range", self.temperature_range, least=0, most=16)
         check_number("attention.temperature_bias", self.temperature_bias, least=-1e4, most=1e4)
-        _expect(1 < self.anneal_from <= 2, "attention.anneal_from", self.anneal_from, "a number in (1, 2]")
+        _expect(
+            NEAREST_TO_SOFTMAX <= self.anneal_from <= 2,
+            "attention.anneal_from",
+            self.anneal_from,
+            f"a number in [{NEAREST_TO_SOFTMAX}, 2]",
+        )
         _expect(
             not self.anneal_steps or self.is_entmax,
             "attention.anneal_steps",

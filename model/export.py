@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
 
+from common.command_line import CommandParser
 from common.errors import UsageError, run_command
 from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, share, stored_weights, write_complete
 
@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m model.export", description=__doc__, exit_on_error=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m model.export", description=__doc__)
     parser.add_argument(
         "checkpoint", type=str, help="a run folder (its newest complete checkpoint) or one of its checkpoints"
     )

@@ -95,7 +95,7 @@ def test_the_run_folder_keeps_the_resolved_config_and_a_finished_run_ends_at_onc
         (["--model.network.n_layerz", 3], ["--model.network.n_layerz", "--help"]),
         (["--model.network.n_layers", "three"], ["model.network.n_layers", "int", "three"]),
         (["--model.network.attention.kind", "flash"], ["model.network.attention.kind", "flash", "softmax"]),
-        (["--model.network.attention.alpha", 2.5], ["alpha", "2.5", "(1, 2]"]),
+        (["--model.network.attention.alpha", 2.5], ["alpha", "2.5", "[1.0001, 2]"]),
         (["--model.network.n_kv_heads", 3], ["n_kv_heads", "3", "n_heads = 2"]),
         (["--model.optimizer.lr", -1], ["model.optimizer.lr is -1", "above 0"]),
         (["--model.network.vocab_size", 100], ["vocab_size is 100", "384", "at least"]),

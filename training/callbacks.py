@@ -119,6 +119,7 @@ class MetricsLogger(Callback):
         tokens, flops = totals.tolist()  # waits for the device, so the time below is true
         loss = self.loss_sum / self.valid_tokens if self.valid_tokens else math.nan
         self.tokens += int(tokens)
+        passes = trainer.datamodule.passes_done()  # type: ignore[attr-defined]
         self.latest = {
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
@@ -126,6 +127,7 @@ class MetricsLogger(Callback):
             "train/grad_norm": float(module.step_gradient_norm),
             "train/tokens": self.tokens,
             "train/skipped_steps": self.guard.history.total,
+            **({} if passes is None else {"train/passes": passes}),
             **speed_metrics(
                 tokens=tokens, flops=flops, steps=work.steps, seconds=self.clock.seconds(), devices=trainer.world_size,
                 peak=device_peak(device, trainer.precision),

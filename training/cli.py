@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import LambdaCallback, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from common.command_line import NamesConfigFiles, refuse_duplicate_keys
 from common.errors import UsageError
 from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from data.datamodule import PackedDataModule
-from data.strict_yaml import refuse_duplicate_keys
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
 from model.flops import matmul_parameters
@@ -98,7 +98,7 @@ def shortened(message: str) -> str:
     )
 
 
-class OneLineParser(LightningArgumentParser):
+class OneLineParser(NamesConfigFiles, LightningArgumentParser):
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

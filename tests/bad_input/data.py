@@ -134,7 +134,7 @@ CASES = [
     Case("no output", prepare("--output="), ["output is empty"], some_texts),
     Case("another config", prepare("--tokenizer.vocab_size=390", "--output={corpus}"), ["another config"], some_texts),
     Case("an option that is none", prepare("--shard_bites=3"), ["--shard_bites"], some_texts),
-    Case("a config that is no YAML", prepare("--config={tmp}/c.yaml"), ["{tmp}/c.yaml", "YAML"],
+    Case("a config that is no YAML", prepare("--config={tmp}/c.yaml"), ["{tmp}/c.yaml", "line "],
          written("c.yaml", "corpus: [x\n")),
     Case("a reader that is none", prepare(corpus="Nope"), ["Nope"], some_texts),
     Case("a text that is not UTF-8", prepare(), ["a.txt is not UTF-8", "undecodable"], lines(b"\xff", name="a.txt"),

@@ -106,7 +106,12 @@ CASES = [
     Case("a report below a file", run("--output", "{tiny}/x"), ["--output {tiny}/x cannot be written"]),
     Case("a report of a long name", run("--output", TOO_LONG), ["cannot be written (File name too long)"]),
     Case("a config that is not there", run("--config", "{tmp}/none.yaml"), ["{tmp}/none.yaml"]),
-    Case("a config that is no YAML", run("--config", "{tmp}/x.yaml"), ["config"], write("x.yaml", "a: [1")),
+    Case(
+        "a config that is no YAML",
+        run("--config", "{tmp}/x.yaml"),
+        ["{tmp}/x.yaml", "line 1"],
+        write("x.yaml", "a: [1"),
+    ),
     Case("a mode of wandb", run("--wandb.mode", "on"), ["wandb.mode", "on"]),
     Case("a checkpoint without tokenizer", run(), ["complete.json", "lacks 'tokenizer'"], remove_marker_key),
     Case("generate without a checkpoint", ["-m", "eval.generate", "--prompt", "a"], ["checkpoint", "required"]),

@@ -244,6 +244,7 @@ def test_passes_are_told_by_source_with_the_one_that_is_running() -> None:
     assert packing.passes(128, 0) == [
         "3.2 passes over documents of small with 0 <= tokens < infinity are planned; this is pass 1"
     ]
+    assert packing.passes_done(0) == 0 and packing.passes_done(128) == pytest.approx(3.2)
     assert [line.rpartition(";")[2] for line in packing.passes(200, 120)] == [" this is pass 4", " this is pass 1"]
     first_of_pass = next(i for i in range(1000) if packing.locate(i) == (0, 30))
     assert packing.passes(128, first_of_pass + 1)[0].endswith("this is pass 4")

@@ -96,9 +96,9 @@ def test_chunks_join_to_the_text(text: str, limit: int) -> None:
 def test_long_texts_are_lossless_and_take_linear_time(tokenizer: Tokenizer, line: str) -> None:
     def seconds(characters: int) -> float:
         text = (line * (characters // len(line) + 1))[:characters]
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread only, so that a busy machine changes nothing
         ids = tokenizer.encode(text)
-        elapsed = time.perf_counter() - start
+        elapsed = time.thread_time() - start
         assert tokenizer.decode(ids) == text
         return elapsed
 

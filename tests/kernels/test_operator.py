@@ -218,9 +218,13 @@ def test_auto_says_once_why_it_is_slow(monkeypatch) -> None:
     reason = unsupported_by_triton(torch.bfloat16, 256, cuda)
     assert reason and "head dims up to 128 on a GPU with 99 KiB" in reason
     assert "up to 64 on a GPU" in str(unsupported_by_triton(torch.float32, 128, cuda))
+    monkeypatch.setattr(kernels.attention, "shared_memory", lambda device: 163 * 1024)
+    assert all(unsupported_by_triton(*kind, cuda) is None for kind in [(torch.bfloat16, 256), (torch.float32, 128)])
+    assert "up to 128 on a GPU with 163 KiB" in str(unsupported_by_triton(torch.float32, 256, cuda))
+    monkeypatch.setattr(kernels.attention, "shared_memory", lambda device: 99 * 1024)
     choices = kernels.attention.BACKENDS
     with pytest.warns(RuntimeWarning, match="slow PyTorch path on CUDA: the Triton one takes") as seen:
         assert [kernels.backends.choose_backend("auto", choices, q, reason) for _ in range(3)] == ["torch"] * 3
     assert len(seen) == 1
     monkeypatch.setattr(kernels.attention, "shared_memory", lambda device: 227 * 1024)
-    assert unsupported_by_triton(torch.bfloat16, 256, cuda) is None
+    assert unsupported_by_triton(torch.float32, 256, cuda) is None

@@ -196,10 +196,11 @@ def test_config_round_trip() -> None:
         (dict(positions="learned"), "positions: expected one of"),
         (dict(vocab_size=0), "vocab_size is 0: expected a whole number at least 1"),
         (dict(window=0), "window is 0: expected a whole number at least 1"),
-        (dict(attention=dict(alpha=2.5)), r"attention.alpha: expected a number in \(1, 2\].*got 2.5"),
-        (dict(attention=dict(alpha=1.0)), r"attention.alpha: expected a number in \(1, 2\].*got 1.0"),
+        (dict(attention=dict(alpha=2.5)), r"attention.alpha: expected a number in \[1.0001, 2\].*got 2.5"),
+        (dict(attention=dict(alpha=1.0)), r"attention.alpha: expected a number in \[1.0001, 2\].*got 1.0"),
         (dict(attention=dict(alpha=2.0)), "a start strictly inside"),
-        (dict(attention=dict(alpha_min=0.9)), "1 < alpha_min < alpha_max <= 2"),
+        (dict(attention=dict(alpha_min=0.9)), "1.0001 <= alpha_min < alpha_max <= 2"),
+        (dict(attention=dict(alpha_min=1.00001)), "1.0001 <= alpha_min < alpha_max <= 2"),
     ],
 )
 def test_bad_configuration_names_the_value(options: dict, message: str) -> None:

@@ -45,6 +45,8 @@ def test_rows_come_every_n_steps_and_at_the_end(logged: tuple[str, list[dict[str
     for step, value in column(rows, "train/perplexity").items():
         assert value == pytest.approx(math.exp(loss[step]))
     assert column(rows, "train/tokens") == {3: 768, 6: 1536, 8: 2048}
+    passes = column(rows, "train/passes")
+    assert passes[3] > 0 and passes[6] == pytest.approx(2 * passes[3])
     for name in (
         "train/grad_norm", "train/lr", "throughput/tokens_per_second", "throughput/step_seconds", "memory/peak_gib",
         "throughput/tokens_per_second_per_device",

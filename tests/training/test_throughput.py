@@ -1,10 +1,9 @@
 """Throughput numbers and the clock behind them."""
 
-import time
-
 import pytest
 import torch
 
+from training import throughput
 from training.throughput import StepClock, peak_memory_gib, speed_metrics
 
 
@@ -22,22 +21,40 @@ def test_mfu_is_left_out_where_the_peak_is_unknown() -> None:
     assert "throughput/mfu" not in speed_metrics(tokens=1, flops=1, steps=1, seconds=1.0, devices=1, peak=None)
 
 
-def test_the_clock_leaves_out_pauses() -> None:
+class Hands:
+    """A time that goes on only where a test says so."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
+    hands = Hands()
+    monkeypatch.setattr(throughput, "time", hands)
+    return hands
+
+
+def test_the_clock_leaves_out_pauses(hands: Hands) -> None:
     clock = StepClock()
-    time.sleep(0.02)
+    hands.now += 2
     with clock.paused():
-        time.sleep(0.3)
-    assert 0.02 <= clock.seconds() < 0.25
+        hands.now += 30
+    hands.now += 1
+    assert clock.seconds() == 3
     clock.reset()
-    assert clock.seconds() < 0.02
+    assert clock.seconds() == 0
 
 
-def test_a_pause_ends_when_its_work_fails() -> None:
+def test_a_pause_ends_when_its_work_fails(hands: Hands) -> None:
     clock = StepClock()
     with pytest.raises(RuntimeError), clock.paused():
-        time.sleep(0.2)
+        hands.now += 20
         raise RuntimeError
-    assert clock.seconds() < 0.1
+    hands.now += 1
+    assert clock.seconds() == 1
 
 
 def test_peak_memory_of_the_process_counts_what_was_allocated() -> None:

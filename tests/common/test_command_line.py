@@ -3,7 +3,7 @@
 import jsonargparse
 import pytest
 
-from data.strict_yaml import refuse_duplicate_keys
+from common.command_line import refuse_duplicate_keys
 
 
 def test_a_key_that_is_there_twice_is_named_with_its_lines() -> None:

@@ -1,9 +1,31 @@
-"""YAML without a key that is there twice: the first of them would be ignored without a word."""
+"""The parsers of the commands: errors are raised, those of a --config file name it, and YAML names no key twice."""
 
+import os
+from argparse import ArgumentError
 from typing import Any
 
 import jsonargparse
 import yaml
+
+from common.errors import UsageError
+
+
+class NamesConfigFiles:
+    """Of a parser of jsonargparse, which says what is wrong in a config file but not in which."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        try:
+            return super().parse_path(path, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        except (yaml.YAMLError, ArgumentError, UsageError, UnicodeDecodeError) as error:
+            raise UsageError(f"{os.fspath(path)}: {str(error).removeprefix('Problems parsing config: ')}") from error
+
+
+class CommandParser(NamesConfigFiles, jsonargparse.ArgumentParser):
+    """Raises UsageError or ArgumentError instead of printing its usage text and exiting."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_duplicate_keys()
+        super().__init__(*args, exit_on_error=False, **kwargs)
 
 
 class DuplicateKey(yaml.YAMLError):
@@ -29,7 +51,8 @@ def check_keys(node: yaml.Node | None, path: str = "") -> None:
 
 
 def refuse_duplicate_keys() -> None:
-    """In all YAML that jsonargparse's parsers read in this process."""
+    """In all YAML that jsonargparse's parsers read in this process: the first of two would be ignored without a
+    word."""
     load = jsonargparse.get_loader("yaml")
     if getattr(load, "strict", False):
         return
