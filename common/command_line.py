@@ -23,9 +23,10 @@ class NamesConfigFiles:
 class CommandParser(NamesConfigFiles, jsonargparse.ArgumentParser):
     """Raises UsageError or ArgumentError instead of printing its usage text and exiting."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, exit_on_error: bool = False, **kwargs: Any) -> None:
+        """exit_on_error: of the parsers that this one makes for the arguments of a class; no command sets it."""
         refuse_duplicate_keys()
-        super().__init__(*args, exit_on_error=False, **kwargs)
+        super().__init__(*args, exit_on_error=exit_on_error, **kwargs)
 
 
 class DuplicateKey(yaml.YAMLError):

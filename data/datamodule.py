@@ -247,9 +247,10 @@ class PackedDataModule(lightning.LightningDataModule):
         """The sequences of the run."""
         return self._content.train_sequences()
 
-    def passes_done(self) -> float | None:
-        """Passes over the documents that come round most often; None for sequences that are made, not read."""
-        return self._packing.passes_done(self.consumed_samples) if self._packing else None
+    def passes_done(self, samples: int) -> float | None:
+        """Passes behind `samples` samples, over the documents that come round most often; None for sequences that are
+        made, not read."""
+        return self._packing.passes_done(samples) if self._packing else None
 
     def _samples_of_run(self, packing: Sequences) -> int:
         """Global samples of max_steps steps; without max_steps, the whole steps of one pass over every stream."""

@@ -12,10 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.checks import check_number, check_numbers
+from data.datamodule import PackedDataModule
 from model.flops import peak_flops
 from training.engine import engine_of
 from training.guard import StepGuard
 from training.module import LanguageModule
+from training.resume import StartPoint
 from training.throughput import StepClock, Work, peak_memory_gib, speed_metrics
 from training.tracking import say
 
@@ -75,11 +77,11 @@ class MetricsLogger(Callback):
     Args:
         clock: shared with whoever interrupts training.
         guard: knows each step's loss, over all ranks.
-        start_tokens: tokens trained on before this session.
+        start: of this session.
     """
 
-    def __init__(self, clock: StepClock, guard: StepGuard, start_tokens: int) -> None:
-        self.clock, self.guard, self.tokens = clock, guard, start_tokens
+    def __init__(self, clock: StepClock, guard: StepGuard, start: StartPoint) -> None:
+        self.clock, self.guard, self.start, self.tokens = clock, guard, start, start.tokens
         self.latest: dict[str, float] = {}  # for the progress bar
         self.work = Work()
 
@@ -119,7 +121,8 @@ class MetricsLogger(Callback):
         tokens, flops = totals.tolist()  # waits for the device, so the time below is true
         loss = self.loss_sum / self.valid_tokens if self.valid_tokens else math.nan
         self.tokens += int(tokens)
-        passes = trainer.datamodule.passes_done()  # type: ignore[attr-defined]
+        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        passes = data.passes_done(self.start.samples_at(self.step, data.global_batch_size))
         self.latest = {
             "train/loss": loss,
             "train/perplexity": perplexity(loss),

@@ -176,8 +176,7 @@ class RunCheckpoint(Checkpoint):
         return trainer.datamodule  # type: ignore[attr-defined]
 
     def samples(self, trainer: Trainer) -> int:
-        """Global samples consumed by the optimizer steps so far, whatever the loader has fetched."""
-        return self.start.samples + (trainer.global_step - self.start.step) * self.data(trainer).global_batch_size
+        return self.start.samples_at(trainer.global_step, self.data(trainer).global_batch_size)
 
     def remove_old(self) -> None:
         """Keep what the config says. Folders without marker are leftovers of interrupted saves; what was complete once

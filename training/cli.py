@@ -243,7 +243,7 @@ class TrainingCLI(LightningCLI):
         assert self.stop is not None
         self.interruption = Interruption(config.interruption, self.stop, self.max_time)
         self.model.guard = self.guard = StepGuard(config.guard, self.interruption, self.run_dir, self.version)
-        metrics = MetricsLogger(clock, self.guard, self.start.tokens)
+        metrics = MetricsLogger(clock, self.guard, self.start)
         return [
             Watchdog(config.watchdog, self.stop.progress, self.stop.ranks),
             StepProfiler(config.profile, self.run_dir, clock),

@@ -39,6 +39,11 @@ class StartPoint:
     def samples(self) -> int:
         return self.checkpoint.meta["samples"] if self.checkpoint else 0
 
+    def samples_at(self, step: int, global_batch_size: int) -> int:
+        """Global samples consumed by the optimizer steps up to `step` of this session, whatever the loader has
+        fetched."""
+        return self.samples + (step - self.step) * global_batch_size
+
     @property
     def tokens(self) -> int:
         return self.checkpoint.meta["tokens"] if self.checkpoint else 0

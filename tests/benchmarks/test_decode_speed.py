@@ -1,13 +1,10 @@
 """The generation-speed benchmark, as far as it runs without a CUDA device."""
 
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.decode_speed import Row, build, measure, show
+from benchmarks.decode_speed import Row, build, main, measure, show
 from benchmarks.train_speed import KINDS, network
 
 
@@ -29,7 +26,6 @@ def test_rows_show_what_was_measured_and_what_did_not_fit(capsys: pytest.Capture
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it needs where there is no CUDA device")
-def test_needs_cuda() -> None:
-    command = [sys.executable, "-m", "benchmarks.decode_speed"]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 2 and "needs a CUDA device" in result.stderr
+def test_needs_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["decode_speed"])
+    assert main() == 2 and "needs a CUDA device" in capsys.readouterr().err

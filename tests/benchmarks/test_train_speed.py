@@ -1,13 +1,11 @@
 """The training-speed benchmark, as far as it runs without a CUDA device."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.train_speed import KINDS, Row, network, random_batch, show, write_rows
+from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show, write_rows
 from training.module import LanguageModule
 from training.optim import OptimizerConfig
 
@@ -34,7 +32,6 @@ def test_rows_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it needs where there is no CUDA device")
-def test_needs_cuda() -> None:
-    command = [sys.executable, "-m", "benchmarks.train_speed"]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 2 and "needs a CUDA device" in result.stderr
+def test_needs_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train_speed"])
+    assert main() == 2 and "needs a CUDA device" in capsys.readouterr().err
