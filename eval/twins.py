@@ -8,8 +8,8 @@
 What follows -- are train.py's options, the same for all twins; this command adds the attention (configs/attention),
 --model.optimizer.lr, the seeds, --run_dir and --resume auto. With several learning rates each kind first trains
 sweep_steps with each of them (OUTPUT/sweep/KIND-lr-X) and takes the one with the lowest validation loss; trials that
-end before models copy from their context choose too high a rate for ASEntmax (RESULTS.md). Then every kind trains with
-every seed (OUTPUT/KIND-seed-S). Twins of one seed see the same data in the same order. Run again, the command
+end before models copy from their context choose too high a rate for ASEntmax (results/quality). Then every kind trains
+with every seed (OUTPUT/KIND-seed-S). Twins of one seed see the same data in the same order. Run again, the command
 continues where it stopped; Ctrl-C, SIGTERM and SIGUSR1 let the training at hand save first (exit code 75).
 OUTPUT/twins.json holds what was asked for and what was chosen.
 """

@@ -1,6 +1,5 @@
 """The generation-speed benchmark, as far as it runs without a CUDA device."""
 
-
 import pytest
 import torch
 

@@ -1,0 +1,1 @@
+"""Programs whose pictures and numbers stand in results/."""
