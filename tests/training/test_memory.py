@@ -259,7 +259,7 @@ def test_what_makes_room_makes_room() -> None:
 
 @pytest.mark.parametrize(("tokens", "measured"), [(131072, 22.00), (786432, 40.84 + 8.20)])
 def test_compiled_blocks_with_tiles_as_on_two_h200(tokens: int, measured: float) -> None:
-    """GiB of results/training_speed, "Two GPUs that share one sequence"; the longer run ended before AdamW's moments."""
+    """GiB of results/training_speed, "Two GPUs that share one sequence"; the longer ended before AdamW's moments."""
     setup = Setup(
         network_of("1b", "softmax"), tokens, tokens, ranks=2, sequence_parallel=2, precision="bf16-mixed",
         loss_backend="liger", activation_checkpointing="offload", mlp_tile_tokens=16384, compiled=True,
