@@ -40,11 +40,11 @@ test: lint $(VENV)/.installed-eval
 
 # 200 SIGKILLs at random moments over one and two processes, the run resumed after each: half an hour
 test-faults: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults -s tests/training/test_faults.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults -s tests/training/faults/test_faults.py
 
 # needs a CUDA device
 test-gpu: $(VENV)/.installed
-	$(PY) -m pytest --numprocesses 4 tests/kernels tests/model/test_cuda.py tests/model/test_block_policies.py tests/training/test_activations.py tests/training/test_loss.py tests/training/test_graphs.py
+	$(PY) -m pytest --numprocesses 4 tests/kernels tests/model/test_cuda.py tests/model/policies/test_block_policies.py tests/training/step/test_activations.py tests/training/step/test_loss.py tests/training/step/test_cuda_graphs.py
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks.kernels

@@ -12,7 +12,7 @@ import sys
 
 from common.ending import run_and_end
 from common.errors import user_errors
-from training.signals import stop_signals
+from training.faults.signals import stop_signals
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from benchmarks.peers import PEERS, Unsupported
 from benchmarks.report import Row
 from benchmarks.workloads import Workload, gaussian
 from kernels import QUERY_BLOCK, block_maxima, block_sparse_softmax_attention
-from kernels.block_sparse_reference import query_blocks
+from kernels.block_sparse.reference import query_blocks
 
 if TYPE_CHECKING:
     from benchmarks.suites import Bench
@@ -127,7 +127,7 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from eval.plots import COLOURS, MARKERS, STYLE
+    from eval.reporting.figures import COLOURS, MARKERS, STYLE
 
     shapes = list(dict.fromkeys((row["T"], row["D"]) for row in rows))
     with rc_context(STYLE):

@@ -3,7 +3,7 @@
     python -m benchmarks.decode_speed                                   # 125m, softmax and entmax, 4K, 32K, 128K
     python -m benchmarks.decode_speed --rows 16 --lengths 4096          # 16 texts at once
     python -m benchmarks.decode_speed --kinds entmax --backend torch    # another backend of kernels.entmax_attention
-    python -m benchmarks.decode_speed --cuda_graphs                     # decoding steps captured (model/decoding.py)
+    python -m benchmarks.decode_speed --cuda_graphs                     # decoding steps captured
 
 The model has random weights in bfloat16. Prefill: --rows prompts of `length` random tokens, in chunks, after an untimed
 pass over the same, in which everything compiles. Decoding: the median step, of one token a row, that continues the
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
 from model.config import ModelConfig, Positions
-from model.decoding import STEPS_BEFORE_CAPTURE, Decoder
-from model.incremental import make_cache, prefill
+from model.inference.decoding import STEPS_BEFORE_CAPTURE, Decoder
+from model.inference.incremental import make_cache, prefill
 from model.transformer import Transformer
 
 T = TypeVar("T")

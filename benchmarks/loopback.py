@@ -9,8 +9,8 @@ from torch.futures import Future
 
 from model.config import ModelConfig
 from model.sequence_parallel import SequenceShards
-from training.parallel import ParallelConfig
-from training.sequence_parallel import check_sequence_parallel
+from training.distributed.config import ParallelConfig
+from training.distributed.sequence_parallel import check_sequence_parallel
 
 BACKEND = "loopback"
 

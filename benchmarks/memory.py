@@ -12,7 +12,7 @@ import sys
 import torch
 
 from kernels import entmax_attention
-from kernels.visibility import TILE
+from kernels.common.visibility import TILE
 
 WARM_UP = 4 * TILE
 

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.workloads import Workload
 from kernels import entmax_attention
-from kernels.entmax_triton import entmax_attention_triton, power_of
+from kernels.alpha_entmax.operator import entmax_attention_triton, power_of
 
 Forward = Callable[[], Tensor]
 

@@ -97,7 +97,7 @@ def plot_speed_up(rows: Sequence[Row], x: str, path: Path, title: str) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from eval.plots import COLOURS, MARKERS, STYLE
+    from eval.reporting.figures import COLOURS, MARKERS, STYLE
 
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

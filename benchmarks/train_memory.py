@@ -19,10 +19,10 @@ import yaml
 
 from benchmarks.loopback import first_rank
 from model.config import ModelConfig, config_from_dict
-from training.loss import resolve_loss_backend
 from training.memory import Setup, estimate
 from training.module import LanguageModule
-from training.optim import OptimizerConfig, parameter_groups
+from training.step.loss import resolve_loss_backend
+from training.step.optim import OptimizerConfig, parameter_groups
 from training.throughput import GIB
 
 CONFIGS = Path(__file__).parents[1] / "configs"

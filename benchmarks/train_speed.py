@@ -32,10 +32,10 @@ import yaml
 from benchmarks.loopback import first_rank
 from model.config import AttentionConfig, ModelConfig
 from model.flops import peak_flops
-from training.engine import PlainEngine
-from training.loss import resolve_loss_backend
+from training.distributed.engine import PlainEngine
 from training.module import LanguageModule
-from training.optim import OptimizerConfig, build_optimizer
+from training.step.loss import resolve_loss_backend
+from training.step.optim import OptimizerConfig, build_optimizer
 from training.throughput import peak_memory_gib, speed_metrics
 
 KINDS = ("softmax", "ssmax", "entmax", "asentmax")

@@ -11,7 +11,7 @@ from common.errors import UsageError
 
 
 class NamesConfigFiles:
-    """Of a parser of jsonargparse, which says what is wrong in a config file but not in which."""
+    """For a parser of jsonargparse: errors in a config file name the file, which jsonargparse itself does not."""
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         try:

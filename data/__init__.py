@@ -1,4 +1,5 @@
 """Corpus to token shards to packed batches.
 
-Reading order: tokenizer, store, corpora, encoding, prepare, packing, mixture, length_generalisation, datamodule.
+Reading order: tokenizer, store, files, records, documents, corpora, encoding, prepare, packing, mixture,
+length_generalisation, datamodule.
 """

@@ -6,28 +6,17 @@ A reader is chosen in YAML by `class_path` (see configs/data/prepare_*.yaml). To
 from __future__ import annotations
 
 import abc
-import hashlib
 import importlib.util
 import itertools
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from data import records
-
-Undecodable = Literal["error", "skip"]
-MissingText = Literal["error", "skip"]
-
-
-class Document(NamedTuple):
-    """text: None for a record that is left out. group: package it belongs to, "" where there are none. missing: left
-    out because it has no text, not because it is not UTF-8."""
-
-    text: str | None
-    group: str = ""
-    missing: bool = False
+from data.documents import Document, MissingText, TextField, documents_of_lines
+from data.files import Undecodable, decode, each_once, files_below, find_files, identity_of
 
 
 class Corpus(abc.ABC):
@@ -46,84 +35,6 @@ class Corpus(abc.ABC):
         return ""
 
 
-def _find_files(paths: list[str], hidden: bool) -> list[Path]:
-    """Files named by paths, folders (all files below, through symbolic links too) or glob patterns, sorted within each
-    entry; a file that several entries name is taken once. hidden: of folders, also what lies in .names."""
-    found: list[Path] = []
-    for entry in paths:
-        path = Path(entry)
-        if any(c in entry for c in "*?[") and not path.exists():
-            start = Path(path.anchor) if path.is_absolute() else Path()
-            matches = sorted(p for p in start.glob(str(path.relative_to(start))) if p.is_file())
-        elif path.is_dir():
-            matches = sorted(_files_below(path, hidden))
-        else:
-            matches = [path] if path.is_file() else []
-        if not matches:
-            raise FileNotFoundError(
-                f"no file matches corpus path {entry!r}; expected a file, a folder or a glob pattern"
-            )
-        found += matches
-    return _each_once(found)
-
-
-def _each_once(files: list[Path]) -> list[Path]:
-    """The files without those that are another one by another name; says so where there are such."""
-    folders: dict[Path, Path] = {}
-    seen: dict[Path, Path] = {}
-    for path in files:
-        folder = folders.get(path.parent)
-        if folder is None:
-            folder = folders[path.parent] = path.parent.resolve()
-        seen.setdefault(path.resolve() if path.is_symlink() else folder / path.name, path)
-    if len(seen) < len(files):
-        print(f"{len(files) - len(seen)} files of the corpus are named more than once; each is read once")
-    return list(seen.values())
-
-
-def _files_below(root: Path, hidden: bool, leave_out: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Files below a folder, linked folders included, but for one that leads back to a folder that it lies in."""
-    pending: list[tuple[Path, tuple[Path, ...]]] = [(root, (root.resolve(),))]
-    while pending:
-        folder, above = pending.pop()
-        for entry in folder.iterdir():
-            if leave_out(entry.name) or (entry.name.startswith(".") and not hidden):
-                continue
-            if entry.is_dir():
-                real = entry.resolve()
-                if real not in above:
-                    pending.append((entry, (*above, real)))
-            elif entry.is_file():
-                yield entry
-
-
-def _identity_of(files: list[Path]) -> str:
-    """Hash of the names and sizes of the files; not of their times, which differ between copies of one corpus."""
-    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _decode(path: Path, on_undecodable: Undecodable) -> str | None:
-    try:
-        return path.read_bytes().decode("utf-8")  # bytes, so that line ends stay as they are
-    except UnicodeDecodeError as error:
-        if on_undecodable == "skip":
-            return None
-        raise ValueError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); set undecodable: skip"
-        ) from error
-
-
-def _without_surrogates(text: str, on_undecodable: Undecodable, where: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        if on_undecodable == "skip":
-            return None
-        raise ValueError(f"{where}: text has a lone surrogate, which is not UTF-8; set undecodable: skip") from error
-    return text
-
-
 class _FileCorpus(Corpus):
     """Corpus of the files that `paths` name: files, folders (everything below) or glob patterns."""
 
@@ -135,10 +46,10 @@ class _FileCorpus(Corpus):
         self.paths = paths
 
     def files(self) -> list[Path]:
-        return _find_files(self.paths, self.hidden)
+        return find_files(self.paths, self.hidden)
 
     def identity(self) -> str:
-        return _identity_of(self.files())
+        return identity_of(self.files())
 
 
 class TextFiles(_FileCorpus):
@@ -158,7 +69,7 @@ class TextFiles(_FileCorpus):
 
     def documents(self, skip: int) -> Iterator[Document]:
         for path in self.files()[skip:]:
-            yield Document(_decode(path, self.undecodable))
+            yield Document(decode(path, self.undecodable))
 
 
 class JsonLines(_FileCorpus):
@@ -191,16 +102,6 @@ class JsonLines(_FileCorpus):
         for path in self.files():
             with records.opened(path) as file:
                 yield from documents_of_lines(file, str(path), self.field, self.undecodable)
-
-
-def documents_of_lines(
-    file: Iterable[bytes], name: str, field: TextField, undecodable: Undecodable
-) -> Iterator[Document]:
-    for record, where in records.json_lines(file, name):
-        document = field.document(record, where)
-        if document.text is not None:
-            document = Document(_without_surrogates(document.text, undecodable, where))
-        yield document
 
 
 class Parquet(_FileCorpus):
@@ -284,7 +185,7 @@ class SourceTree(Corpus):
     def _documents_paths(self) -> Iterator[tuple[str, list[Path]]]:
         """Group and files of each document, in order."""
         for root in self.roots:
-            files = _each_once(sorted(self._files_below(root)))
+            files = each_once(sorted(self._files_below(root)))
             if not files:
                 raise FileNotFoundError(f"no file below {root} matches {self.include}; change include or exclude")
             if self.join_directories:
@@ -296,7 +197,7 @@ class SourceTree(Corpus):
                 yield from ((self.group_of(root, path), [path]) for path in files)
 
     def _files_below(self, root: Path) -> Iterator[Path]:
-        for path in _files_below(root, True, lambda name: _matches(name, self.exclude)):
+        for path in files_below(root, True, lambda name: _matches(name, self.exclude)):
             if _matches(path.name, self.include) and (
                 self.max_file_bytes is None or path.stat().st_size <= self.max_file_bytes
             ):
@@ -304,14 +205,14 @@ class SourceTree(Corpus):
 
     def documents(self, skip: int) -> Iterator[Document]:
         for group, paths in itertools.islice(self._documents_paths(), skip, None):
-            texts = [text for path in paths if (text := _decode(path, self.undecodable)) is not None]
+            texts = [text for path in paths if (text := decode(path, self.undecodable)) is not None]
             yield Document("".join(texts) if texts else None, group)
 
     def groups(self) -> set[str]:
         return {group for group, _ in self._documents_paths()}
 
     def identity(self) -> str:
-        return _identity_of([path for _, paths in self._documents_paths() for path in paths])
+        return identity_of([path for _, paths in self._documents_paths() for path in paths])
 
 
 class StandardLibrary(SourceTree):
@@ -447,35 +348,3 @@ def _package_folder(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"no installed package {name!r} with a folder; install it or remove it from packages")
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-class TextField:
-    """The field of a record that holds its text. missing_text: what to do where there is none."""
-
-    def __init__(self, name: str, missing_text: MissingText) -> None:
-        self.name, self.missing_text = name, missing_text
-
-    def document(self, record: Any, where: str) -> Document:
-        """Raises ValueError for a record without the field, without text, or with something else there."""
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is {type(record).__name__}, expected an object with the field {self.name!r}")
-        text = record.get(self.name)
-        if isinstance(text, str):
-            return Document(text)
-        if text is not None:
-            raise ValueError(
-                f"{where}: field {self.name!r} is {type(text).__name__} ({str(text)[:40]!r}), expected text; mend or "
-                "remove the record, or set corpus.text_field"
-            )
-        if self.missing_text == "skip":
-            return Document(None, missing=True)
-        if self.name not in record:
-            self.check_column(list(record), where)
-        raise ValueError(
-            f"{where}: field {self.name!r} is null, expected text; set corpus.missing_text: skip to leave such records "
-            "out and count them"
-        )
-
-    def check_column(self, names: list[str], where: str) -> None:
-        if self.name not in names:
-            raise ValueError(f"{where} has no field {self.name!r} (it has: {', '.join(names)}); set corpus.text_field")

@@ -120,7 +120,7 @@ class ValidationSampler(DistributedSampler[Batch]):
 
 
 def as_arrays(batch: Any) -> dict[str, Any]:
-    """Of a batch of tensors, without copying."""
+    """A batch's tensors as arrays, without copying."""
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
@@ -227,7 +227,7 @@ class PackedDataModule(lightning.LightningDataModule):
 
     @property
     def tokenizer_path(self) -> str:
-        """Of the corpora's tokenizer; "task:NAME" for a task."""
+        """Fingerprint of the corpora's tokenizer; "task:NAME" for a task."""
         return self._content.tokenizer_path
 
     @property
@@ -239,7 +239,7 @@ class PackedDataModule(lightning.LightningDataModule):
         return self._content.vocab_size
 
     def _rank_and_world_size(self) -> tuple[int, int]:
-        """Of the ranks that see different data: Lightning's strategies say it (one device has no such method)."""
+        """Rank and number of the ranks that see different data, as Lightning's strategy says; (0, 1) on one device."""
         share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
         return (share["rank"], share["num_replicas"]) if share else (0, 1)
 

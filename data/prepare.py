@@ -25,6 +25,7 @@ from common.command_line import CommandParser
 from common.errors import user_errors
 from common.files import check_keys, write_file, write_json
 from common.locks import folder_lock
+from common.nested import flatten
 from data.corpora import Corpus, Document
 from data.encoding import map_groups, read_groups, shard_name
 from data.store import COUNT_KEYS, FORMAT, SPLITS, read_manifest, read_record
@@ -190,13 +191,6 @@ def describe(config: PrepareConfig, corpus_settings: dict[str, Any]) -> dict[str
     if config.tokenizer.path is not None:  # the model itself counts, not where it lies
         decisive["tokenizer"] = {"fingerprint": Tokenizer(config.tokenizer.path).fingerprint}
     return {"corpus": corpus_settings, "corpus_identity": config.corpus.identity(), **decisive}
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
-    return flat
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ SETTLED_SECONDS = 2.0  # a file that changed this shortly before it was read may
 
 
 def stamp_path(folder: Path) -> Path:
-    """Of a split; copies of a corpus on several machines, at one path, have stamps of their own."""
+    """Path of a split's stamp; copies of a corpus on several machines, at one path, have stamps of their own."""
     base = os.environ.get("LONGSPLASH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "longsplash")
     manifest = folder.parent / "manifest.json"
     name = f"{folder.resolve()} {manifest.stat().st_ino}"

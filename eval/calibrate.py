@@ -22,9 +22,9 @@ from tqdm import tqdm
 from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
-from eval.options import check_least, check_output_file, config_of
-from eval.run import Subject, check_tokenizer, choose_autocast, choose_device
-from eval.scoring import Runtime
+from eval.common.options import check_least, check_output_file, config_of
+from eval.common.scoring import Runtime
+from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
 from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
 from model.policies.policy import use_policy

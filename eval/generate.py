@@ -15,9 +15,9 @@ from jsonargparse import Namespace
 from common.command_line import CommandParser
 from common.errors import run_command
 from data.tokenizer import Tokenizer
+from eval.common.scoring import Runtime
+from eval.common.subjects import Subject, choose_autocast, choose_device
 from eval.generation import GenerationOptions, stream
-from eval.run import Subject, choose_autocast, choose_device
-from eval.scoring import Runtime
 from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
 from model.policies.bsfa import use_thresholds
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.options import check_least
-from model.decoding import Decoder
-from model.incremental import make_cache, prefill
+from eval.common.options import check_least
+from model.inference.decoding import Decoder
+from model.inference.incremental import make_cache, prefill
 from model.transformer import Transformer
 
 RESERVED = 4096  # new tokens that the cache has room for from the start, or as many as the prompt has
@@ -39,8 +39,8 @@ class GenerationOptions:
         chunk_tokens: Most prompt tokens of one forward pass, which bounds the memory of activations.
         batch_tokens: Most tokens of prompts and texts, with padding, that are cached at once; a longer one has a batch
             of its own.
-        cuda_graphs: Decode by CUDA graphs (model/decoding.py); None: where that is faster, which is entmax on a CUDA
-            device.
+        cuda_graphs: Decode by CUDA graphs (model/inference/decoding.py); None: where that is faster, which is entmax
+            on a CUDA device.
     """
 
     max_new_tokens: int

@@ -1,66 +1,26 @@
 """Compares trained checkpoints on held-out text: python -m eval.run RUN [RUN ...] --data FOLDER --output FOLDER"""
 
-import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from tqdm import tqdm
 
 from common.command_line import CommandParser
 from common.errors import run_command
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
-from eval import provenance
-from eval.analysis import choose_baseline, pair, summarise
-from eval.attention_profile import measure_attention
-from eval.config import EvalConfig
-from eval.metrics import Series, read_metrics
-from eval.multi_needle import MultiNeedleSample, build_multi_samples, measure_multi_needles
-from eval.needle import NeedleSample, build_samples, measure_needles
-from eval.options import KEPT, check_output, config_of
-from eval.perplexity import PerplexityPlan, bytes_of_tokens, measure_perplexity, plan_perplexity
-from eval.report import Study, summary_lines, write_report
-from eval.results import Measurement, load_measurement, result_key, save_measurement
-from eval.scoring import Runtime
-from eval.tables import study_tables
-from eval.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
-from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
-from model.policies.bsfa import use_thresholds
-from model.policies.thresholds import read_thresholds
+from common.nested import flatten
+from eval.common import provenance
+from eval.common.metrics import Series, read_metrics
+from eval.common.options import KEPT, check_output, config_of
+from eval.common.subjects import Subject, choose_device, find_subjects
+from eval.common.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
+from eval.held_out.analysis import choose_baseline, pair, summarise
+from eval.held_out.config import EvalConfig
+from eval.held_out.measurement import measure_or_reuse
+from eval.held_out.report import Study, summary_lines, write_report
+from eval.held_out.tables import study_tables
+from eval.held_out.texts import open_held_out
 from model.version import code_version
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One checkpoint to evaluate, with the label it has in the report."""
-
-    label: str
-    checkpoint: CheckpointInfo
-
-    @property
-    def run_dir(self) -> Path:
-        return self.checkpoint.path.resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out text, its tokenizer, and what of it every model is scored on."""
-
-    store: TokenStore
-    tokenizer: Tokenizer
-    fingerprint: str
-    base_length: int
-    plan: PerplexityPlan
-    samples: list[NeedleSample]
-    multi_samples: list[MultiNeedleSample]
-    needle_notes: list[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +77,7 @@ def evaluate(
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     check_output(output)
     held_out = open_held_out(data, subjects, config)
-    measurements = [_measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
+    measurements = [measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)
     study = Study(
         config=config,
@@ -146,187 +106,11 @@ def evaluate(
     return summary_lines(study, page)
 
 
-def choose_device(name: str) -> torch.device:
-    """Raises ValueError for a device that torch does not know or does not find."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ValueError(f"device is {name!r}, but torch finds {found} CUDA devices: use --device cpu")
-    return device
-
-
-def find_subjects(runs: Sequence[str]) -> list[Subject]:
-    """Resolves run folders and checkpoints and labels them: the run's name, then the step or the parent where needed.
-
-    Raises:
-        FileNotFoundError, ValueError: as model.checkpoint.resolve_checkpoint, or the same checkpoint given twice.
-    """
-    found = [resolve_checkpoint(run) for run in runs]
-    folders = [checkpoint.path.resolve() for checkpoint in found]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise ValueError(f"checkpoint {folder} is given twice: give different runs or checkpoints")
-    # A checkpoint may lie outside a run's checkpoints/ folder: its own name then is the label.
-    names = [f.parent.parent.name if f.parent.name == "checkpoints" else f.name for f in folders]
-    steps = [f"{name}@{one.step}" if names.count(name) > 1 else name for name, one in zip(names, found, strict=True)]
-    labels = [
-        f"{f.parent.parent.parent.name}-{label}" if steps.count(label) > 1 else label
-        for f, label in zip(folders, steps, strict=True)
-    ]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"the runs have the labels {', '.join(labels)}: rename their folders so that they differ")
-    return [Subject(label, checkpoint) for label, checkpoint in zip(labels, found, strict=True)]
-
-
-def open_held_out(data: Path, subjects: Sequence[Subject], config: EvalConfig) -> HeldOut:
-    """Opens the held-out split, checks that it fits every checkpoint, and plans what is scored."""
-    store = TokenStore(data / "heldout", verify="size")
-    for subject in subjects:
-        check_tokenizer(subject, data, store)
-    base_length = config.base_length or _common_length(subjects)
-    plan = plan_perplexity(store, base_length, config)
-    tokenizer = Tokenizer(store.tokenizer_path)
-    samples, notes = build_samples(store, tokenizer, base_length, plan.multiples, config)
-    several, more_notes = build_multi_samples(store, tokenizer, base_length, plan.multiples, config)
-    fingerprint = data_fingerprint(data)
-    return HeldOut(store, tokenizer, fingerprint, base_length, plan, samples, several, [*notes, *more_notes])
-
-
-def check_tokenizer(subject: Subject, data: Path, store: TokenStore) -> None:
-    """Raises ValueError where a split was prepared with another tokenizer than the checkpoint's."""
-    tokenizer = subject.checkpoint.tokenizer
-    if tokenizer["fingerprint"] != store.fingerprint_of_tokenizer:
-        raise ValueError(
-            f"{subject.checkpoint.path} was trained with tokenizer {tokenizer['fingerprint'][:12]} "
-            f"({tokenizer['path']}), but {data} was prepared with {store.fingerprint_of_tokenizer[:12]}: pass the "
-            "--data folder that the run was trained on"
-        )
-
-
-def data_fingerprint(data: Path) -> str:
-    """sha256 over the manifest and the held-out shards' records, which hold the checksums of their tokens."""
-    digest = hashlib.sha256((data / "manifest.json").read_bytes())
-    for path in sorted((data / "heldout").glob("*.json")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def file_fingerprint(path: Path) -> str:
-    """sha256. Raises FileNotFoundError."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _common_length(subjects: Sequence[Subject]) -> int:
-    lengths = {
-        subject.label: subject.checkpoint.require(sequence_length=int)["sequence_length"] for subject in subjects
-    }
-    if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{label} {length}" for label, length in lengths.items())
-        raise ValueError(f"the runs were trained at different lengths ({said}): say which is 1x with --base_length")
-    return next(iter(lengths.values()))
-
-
-def _measure_or_reuse(
-    subject: Subject, held_out: HeldOut, output: Path, config: EvalConfig, device: torch.device
-) -> Measurement:
-    kind = provenance.hardware(device)
-    # settings hold the name of the thresholds' file, not what is in it
-    read = held_out.fingerprint + (file_fingerprint(Path(config.thresholds)) if config.thresholds else "")
-    key = result_key(subject.checkpoint.path, read, config, held_out.base_length, kind)
-    path = output / "results" / f"{subject.label}-{key}.json"
-    if path.is_file():
-        tqdm.write(f"{subject.label}: reusing {path}", file=sys.stderr)
-        return load_measurement(path)
-    measurement = measure(subject, held_out, config, device)
-    save_measurement(path, measurement)
-    return measurement
-
-
-def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: torch.device) -> Measurement:
-    """Runs every task on one checkpoint."""
-    loaded = load_model(subject.checkpoint.path, device)
-    autocast = choose_autocast(config.precision, subject, device)
-    runtime = Runtime(device, autocast, config.row_tokens)
-    seconds: dict[str, float] = {}
-    store, plan, label, model = held_out.store, held_out.plan, subject.label, loaded.model
-    token_bytes = bytes_of_tokens(held_out.tokenizer)
-    chosen = (None, None) if loaded.config.attention.is_entmax else (config.thresholds, config.keep_blocks)
-    with use_thresholds(model, *chosen) as record:
-        perplexity = _timed(
-            seconds, "perplexity", lambda: measure_perplexity(model, store, plan, token_bytes, runtime, label)
-        )
-        needles = _timed(seconds, "needles", lambda: measure_needles(model, held_out.samples, runtime, label))
-        multi_needles = _timed(
-            seconds, "several needles", lambda: measure_multi_needles(model, held_out.multi_samples, runtime, label)
-        )
-    policy = "" if record is None else _describe(*chosen, float(record.density("prefill").mean()))
-    documents, length = plan.documents[: config.profile_documents], held_out.base_length
-    attention = _timed(
-        seconds,
-        "attention",
-        lambda: measure_attention(model, store, documents, plan.multiples, length, config, runtime, label),
-    )
-    meta = subject.checkpoint.meta
-    return Measurement(
-        label=label,
-        checkpoint=str(subject.checkpoint.path),
-        step=loaded.step,
-        training={name: meta.get(name) for name in ("samples", "tokens", "code_version", "created")},
-        model=asdict(loaded.config),
-        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        policy=policy,
-        training_length=loaded.training_length,
-        precision="float32" if autocast is None else "bfloat16 autocast",
-        hardware=provenance.hardware(device),
-        date=provenance.now(),
-        seconds=seconds,
-        plan=plan,
-        perplexity=perplexity,
-        needles=needles,
-        multi_needles=multi_needles,
-        needle_notes=held_out.needle_notes,
-        attention=attention,
-    )
-
-
-def _describe(path: str | None, k: int | None, density: float) -> str:
-    assert path is not None and k is not None
-    calibration = read_thresholds(Path(path))[1]
-    predicted = calibration.predicted[calibration.ks.index(k)]
-    return (
-        f"attention is Block-Sparse FlashAttention with k = {k} of {path} (density {predicted:.2f} predicted at "
-        f"{calibration.length} tokens, {density:.2f} measured over all contexts); its profile below is that of dense "
-        "attention."
-    )
-
-
-def choose_autocast(precision: str, subject: Subject, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast: as asked, or for "auto" bfloat16 on CUDA where the run's trainer.precision is bf16."""
-    if precision == "auto":
-        trainer = provenance.run_settings(subject.checkpoint.path).get("trainer") or {}
-        trained = str(trainer.get("precision", ""))
-        precision = "bfloat16" if device.type == "cuda" and trained.startswith("bf16") else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def _timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
-    started = time.monotonic()
-    result = work()
-    seconds[name] = round(time.monotonic() - started, 2)
-    return result
-
-
 def _settings(subject: Subject) -> dict[str, str]:
     settings = provenance.run_settings(subject.checkpoint.path)
     # Without its run folder a checkpoint still records its model.
-    return provenance.flatten(settings or {"model": {"network": subject.checkpoint.meta["model"]}})
+    flat = flatten(settings or {"model": {"network": subject.checkpoint.meta["model"]}})
+    return {name: str(value) for name, value in flat.items()}
 
 
 def _metrics(subject: Subject) -> dict[str, Series]:

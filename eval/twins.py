@@ -31,12 +31,14 @@ from common.exits import INTERRUPTED, KEYBOARD, TOO_MANY_SKIPPED, USER_ERROR
 from common.files import read_json, write_json
 from common.locks import folder_lock
 from data.store import TokenStore
-from eval import child
-from eval.config import EvalConfig
-from eval.metrics import read_metrics
-from eval.options import KEPT, check_output, config_of
-from eval.run import Subject, choose_device, evaluate, open_held_out
-from eval.tracking import add_wandb_arguments, wandb_config
+from eval.common import child
+from eval.common.metrics import read_metrics
+from eval.common.options import KEPT, check_output, config_of
+from eval.common.subjects import Subject, choose_device
+from eval.common.tracking import add_wandb_arguments, wandb_config
+from eval.held_out.config import EvalConfig
+from eval.held_out.texts import open_held_out
+from eval.run import evaluate
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.policies.thresholds import read_thresholds
 from model.version import code_version
@@ -152,7 +154,7 @@ def check_before_training(
 
 
 def _planned(config: TwinsConfig, options: list[str], run: Path) -> dict[str, Any]:
-    """Of the checkpoints that a run will have: tokenizer and sequence length. Raises ValueError, FileNotFoundError."""
+    """Tokenizer and sequence length of the checkpoints that a run will have. Raises ValueError, FileNotFoundError."""
     lr = config.lrs[0] if config.lrs else None
     data = _settings(_options(options, config.kinds[0], lr, config.seeds[0], run))["data"]
     if len(config.lrs) > 1 and not data["val_sequences"]:

@@ -1,10 +1,10 @@
 """Alpha-entmax attention and block-sparse softmax attention. Torch and triton only: no nn.Module, no configuration."""
 
-from kernels.attention import entmax_attention
-from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCK, block_maxima
-from kernels.block_sparse_softmax import BlockSparseStats, block_sparse_softmax_attention
-from kernels.rowwise import entmax
-from kernels.stats import AttentionStats
+from kernels.alpha_entmax.attention import entmax_attention
+from kernels.alpha_entmax.rowwise import entmax
+from kernels.block_sparse.attention import BlockSparseStats, block_sparse_softmax_attention
+from kernels.block_sparse.reference import KEY_BLOCK, QUERY_BLOCK, block_maxima
+from kernels.common.stats import AttentionStats
 
 __all__ = [
     "KEY_BLOCK",

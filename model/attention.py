@@ -24,7 +24,7 @@ from model.softmax import (
 
 
 @dataclass(frozen=True)
-class Geometry:
+class AttentionMetadata:
     """What all layers of one forward pass share about positions and documents.
 
     cu_seqlens: int32 (documents + 1,) or None. max_seqlen: upper bound of document lengths. log_position: float32 (T,),
@@ -47,9 +47,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of live 64 x
-    64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one; None for kinds
-    without one)."""
+    """Statistics of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of
+    live 64 x 64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one;
+    None for kinds without one)."""
 
     support_mean: Tensor
     live_share: Tensor
@@ -58,7 +58,7 @@ class LayerStats:
     temperature_max: Tensor | None
 
 
-def make_geometry(
+def make_metadata(
     config: ModelConfig,
     n_tokens: int,
     cu_seqlens: Tensor | None,
@@ -67,7 +67,7 @@ def make_geometry(
     *,
     alpha_progress: Tensor | None = None,
     shards: SequenceShards | None = None,
-) -> Geometry:
+) -> AttentionMetadata:
     """n_tokens: of this rank. Others as in `Transformer.forward`."""
     n_tokens *= shards.size if shards else 1
     position = torch.arange(n_tokens, device=device)
@@ -84,11 +84,11 @@ def make_geometry(
         slopes = None if slopes is None else exchange.local_heads(slopes)
     rotary = rotary_tables(position, config.head_size, config.rope_base) if config.positions == "rope" else None
     log_position = torch.log(2 + position.float())
-    return Geometry(cu_seqlens, max_seqlen, log_position, rotary, slopes, block_mask, alpha_progress, exchange)
+    return AttentionMetadata(cu_seqlens, max_seqlen, log_position, rotary, slopes, block_mask, alpha_progress, exchange)
 
 
-def cached_geometry(config: ModelConfig, extension: Extension, alpha_progress: Tensor | None) -> Geometry:
-    """Of tokens that continue the rows of a cache: their positions are those that a full forward pass gives them."""
+def cached_metadata(config: ModelConfig, extension: Extension, alpha_progress: Tensor | None) -> AttentionMetadata:
+    """For tokens that continue the rows of a cache: their positions are those that a full forward pass gives them."""
     position, device = extension.position, extension.position.device  # [b or 1, T]
     slopes = _alibi_slopes(config, device)
     rotary = None
@@ -98,7 +98,7 @@ def cached_geometry(config: ModelConfig, extension: Extension, alpha_progress: T
     if not config.attention.is_entmax and cached_uses_flex(extension, slopes, config.window):
         block_mask = cached_block_mask(extension, config.window)
     log_position = torch.log(2 + position.float())
-    return Geometry(None, position.shape[1], log_position, rotary, slopes, block_mask, alpha_progress, None)
+    return AttentionMetadata(None, position.shape[1], log_position, rotary, slopes, block_mask, alpha_progress, None)
 
 
 def _alibi_slopes(config: ModelConfig, device: torch.device) -> Tensor | None:
@@ -110,8 +110,8 @@ def _alibi_slopes(config: ModelConfig, device: torch.device) -> Tensor | None:
     return slopes * (rank < config.n_alibi_heads)
 
 
-# q, k, v, geometry, extension -> (B, H, T, D), or None for the layer's own attention
-AttentionOverride = Callable[[Tensor, Tensor, Tensor, Geometry, Extension | None], Tensor | None]
+# q, k, v, metadata, extension -> (B, H, T, D), or None for the layer's own attention
+AttentionOverride = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, Extension | None], Tensor | None]
 
 
 class Attention(nn.Module):
@@ -137,44 +137,48 @@ class Attention(nn.Module):
         return AdaptiveTemperature(self.config, n_scaled) if self.config.attention.kind == "asentmax" else None
 
     def forward(
-        self, x: Tensor, geometry: Geometry, stats: list[LayerStats] | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        metadata: AttentionMetadata,
+        stats: list[LayerStats] | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x: normalised input (B, T, C) -> (B, T, C), T of this rank. With a list in `stats` (and no exchange), appends
         what this layer's attention did. With a cache (and no exchange), x continues its rows."""
-        q, k, v, temperature = self.attended(x, geometry)
-        if geometry.exchange is not None:
-            q, k, v = geometry.exchange.to_heads(q, k, v)
+        q, k, v, temperature = self.attended(x, metadata)
+        if metadata.exchange is not None:
+            q, k, v = metadata.exchange.to_heads(q, k, v)
         if cache is not None:
             k, v = cache.append(k, v)
         record = None if stats is None else (stats, temperature)
-        out = self._attend(q, k, v, geometry, record, None if cache is None else cache.extension)
-        if geometry.exchange is not None:
-            out = geometry.exchange.to_tokens(out)
+        out = self._attend(q, k, v, metadata, record, None if cache is None else cache.extension)
+        if metadata.exchange is not None:
+            out = metadata.exchange.to_tokens(out)
         return self.wo(out.transpose(1, 2).flatten(2))
 
-    def attended(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def attended(self, x: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What attention computes with: q (B, H, T, D) times its temperature, k and v (B, G, T, D), all in one dtype,
         and the temperature as in `_head_temperatures`. x: as in `forward`."""
-        q, k, v = self._project(x, geometry)
-        temperature = self._head_temperatures(x, geometry)
+        q, k, v = self._project(x, metadata)
+        temperature = self._head_temperatures(x, metadata)
         if temperature is not None:
             q = q.float() * temperature[..., None]
         return q.to(v.dtype), k.to(v.dtype), v, temperature
 
-    def _project(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k and v (B, G, T, D), rotated where positions are rotary."""
         q, k, v = (w(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if geometry.rotary is not None:
-            q, k = rotate(q, *geometry.rotary), rotate(k, *geometry.rotary)
+        if metadata.rotary is not None:
+            q, k = rotate(q, *metadata.rotary), rotate(k, *metadata.rotary)
         return q, k, v
 
-    def _head_temperatures(self, x: Tensor, geometry: Geometry) -> Tensor | None:
+    def _head_temperatures(self, x: Tensor, metadata: AttentionMetadata) -> Tensor | None:
         """float32 (B, H, T), 1 for unscaled heads."""
         if self.temperature is None:
             return None
-        scaled = self.temperature(x, geometry.log_position)
+        scaled = self.temperature(x, metadata.log_position)
         return nn.functional.pad(scaled, (0, 0, self.config.n_alibi_heads, 0), value=1.0)
 
     def _attend(
@@ -182,26 +186,26 @@ class Attention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        geometry: Geometry,
+        metadata: AttentionMetadata,
         record: tuple[list[LayerStats], Tensor | None] | None,
         extension: Extension | None,
     ) -> Tensor:
-        if self.policy is not None and (chosen := self.policy(q, k, v, geometry, extension)) is not None:
+        if self.policy is not None and (chosen := self.policy(q, k, v, metadata, extension)) is not None:
             return chosen
-        shared: dict[str, Any] = dict(alibi_slopes=geometry.alibi_slopes, window=self.config.window)
+        shared: dict[str, Any] = dict(alibi_slopes=metadata.alibi_slopes, window=self.config.window)
         if self.alpha is None:
             if record is not None:
                 raise ValueError(
                     f"attention kind {self.config.attention.kind!r} is dense: it has no support statistics"
                 )
-            shared["block_mask"] = geometry.block_mask
+            shared["block_mask"] = metadata.block_mask
             if extension is not None:
                 return cached_softmax_attention(q, k, v, extension=extension, **shared)
-            lengths: dict[str, Any] = dict(cu_seqlens=geometry.cu_seqlens, max_seqlen=geometry.max_seqlen)
+            lengths: dict[str, Any] = dict(cu_seqlens=metadata.cu_seqlens, max_seqlen=metadata.max_seqlen)
             return softmax_attention(q, k, v, **lengths, **shared)
-        alpha = self._own_alpha(self.alpha, q.device, geometry)
+        alpha = self._own_alpha(self.alpha, q.device, metadata)
         backend = self.config.attention.backend
-        shared["cu_seqlens"] = geometry.cu_seqlens
+        shared["cu_seqlens"] = metadata.cu_seqlens
         shared["kv_lens"] = None if extension is None else extension.kv_lens
         result = entmax_attention(q, k, v, alpha=alpha, backend=backend, return_stats=record is not None, **shared)
         if record is None:
@@ -213,16 +217,16 @@ class Attention(nn.Module):
             LayerStats(
                 support_mean=measured.support.float().mean((0, 2)),
                 live_share=measured.live_share.mean(0),
-                alpha=self.alpha(q.device, geometry.alpha_progress),
+                alpha=self.alpha(q.device, metadata.alpha_progress),
                 temperature=None if temperature is None else temperature.mean((0, 2)),
                 temperature_max=None if temperature is None else temperature.amax((0, 2)),
             )
         )
         return out
 
-    def _own_alpha(self, heads: HeadAlpha, device: torch.device, geometry: Geometry) -> float | Tensor:
-        """Of the heads that this rank attends with."""
-        if geometry.alpha_progress is None and not self.config.attention.learn_alpha:
+    def _own_alpha(self, heads: HeadAlpha, device: torch.device, metadata: AttentionMetadata) -> float | Tensor:
+        """Alpha of the heads that this rank attends with."""
+        if metadata.alpha_progress is None and not self.config.attention.learn_alpha:
             return self.config.attention.alpha  # a number: the kernels have faster instructions for 1.5 and 2
-        alpha = heads(device, geometry.alpha_progress)
-        return alpha if geometry.exchange is None else geometry.exchange.local_heads(alpha)
+        alpha = heads(device, metadata.alpha_progress)
+        return alpha if metadata.exchange is None else metadata.exchange.local_heads(alpha)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import entmax
-from model.attention import Attention, Geometry, LayerStats, make_geometry
+from model.attention import Attention, AttentionMetadata, LayerStats, make_metadata
 from model.transformer import Transformer
 
 WEIGHTS_AT_ONCE = 2**23  # float32 scores of one block of rows: 32 MiB, and a few temporaries of their size
@@ -18,7 +18,7 @@ WEIGHTS_AT_ONCE = 2**23  # float32 scores of one block of rows: 32 MiB, and a fe
 
 @dataclass(frozen=True)
 class WeightShape:
-    """Of one layer, per query head, float32 (H,), means over the sampled queries.
+    """Statistics of one layer, per query head, float32 (H,), means over the sampled queries.
 
     Args:
         entropy: of a query's weights, in nats: log n where n keys share the weight evenly.
@@ -50,26 +50,28 @@ def layer_profiles(
     if not 0 <= int(queries.min()) <= int(queries.max()) < tokens.shape[1]:
         raise ValueError(f"queries must lie in 0 ... {tokens.shape[1] - 1}, got {queries.tolist()}")
     progress = model.alpha_progress()
-    geometry = make_geometry(model.config, tokens.shape[1], None, None, tokens.device, alpha_progress=progress)
+    metadata = make_metadata(model.config, tokens.shape[1], None, None, tokens.device, alpha_progress=progress)
     shapes: list[WeightShape] = []
     stats: list[LayerStats] = []
     x = model.embedding(tokens)
     for block in model.layers():
-        shapes.append(weight_shape(block.attention, block.attention_norm(x), geometry, queries, sink_tokens))
+        shapes.append(weight_shape(block.attention, block.attention_norm(x), metadata, queries, sink_tokens))
         # .forward: a compiled block would be traced once more for this rare call
-        x = block.forward(x, geometry, stats if model.config.attention.is_entmax else None)
+        x = block.forward(x, metadata, stats if model.config.attention.is_entmax else None)
     return shapes, stats
 
 
-def weight_shape(attention: Attention, x: Tensor, geometry: Geometry, queries: Tensor, sink_tokens: int) -> WeightShape:
+def weight_shape(
+    attention: Attention, x: Tensor, metadata: AttentionMetadata, queries: Tensor, sink_tokens: int
+) -> WeightShape:
     """x: normalised input (1, T, C); the others as in `layer_profiles`. A block of rows of all heads at a time."""
-    q, k, _, _ = attention.attended(x, geometry)
+    q, k, _, _ = attention.attended(x, metadata)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = q[0][:, queries].to(dtype), k[0].to(dtype)
     heads, n_keys = q.shape[0], k.shape[1]
     sums = torch.zeros(3, heads, device=q.device)
     for rows in torch.arange(len(queries), device=q.device).split(max(1, WEIGHTS_AT_ONCE // (heads * n_keys))):
-        weights, n_visible = attention_weights(attention, q[:, rows], k, queries[rows], geometry)
+        weights, n_visible = attention_weights(attention, q[:, rows], k, queries[rows], metadata)
         entropy = torch.special.entr(weights).sum(-1)  # [H, rows]
         relative = torch.where(n_visible > 1, entropy / n_visible.log(), 0.0)
         sink = weights[..., :sink_tokens].sum(-1)
@@ -78,7 +80,7 @@ def weight_shape(attention: Attention, x: Tensor, geometry: Geometry, queries: T
 
 
 def attention_weights(
-    attention: Attention, q: Tensor, k: Tensor, rows: Tensor, geometry: Geometry
+    attention: Attention, q: Tensor, k: Tensor, rows: Tensor, metadata: AttentionMetadata
 ) -> tuple[Tensor, Tensor]:
     """Weights of some queries over all keys of one document.
 
@@ -92,12 +94,12 @@ def attention_weights(
         grouped = q.unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # [G, H / G * n, D]
         scores = (grouped @ k.transpose(1, 2)).view(q.shape[0], len(rows), -1) * q.shape[2] ** -0.5
     distance = rows[:, None] - torch.arange(k.shape[1], device=q.device)  # [n, T]
-    if geometry.alibi_slopes is not None:
-        scores -= geometry.alibi_slopes.to(q.dtype)[:, None, None] * distance
+    if metadata.alibi_slopes is not None:
+        scores -= metadata.alibi_slopes.to(q.dtype)[:, None, None] * distance
     window = attention.config.window
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     scores.masked_fill_(~visible, -torch.inf)
     if attention.alpha is None:
         return scores.softmax(-1), visible.sum(-1)
-    alpha = attention.alpha(q.device, geometry.alpha_progress)
+    alpha = attention.alpha(q.device, metadata.alpha_progress)
     return entmax(scores, alpha[:, None, None], dim=-1), visible.sum(-1)

@@ -128,7 +128,7 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Of each row, how many there is memory for."""
+        """Tokens of each row that there is memory for."""
         return self._memory.shape[4]
 
     def reserve(self, rows: int, n_tokens: int) -> bool:

@@ -199,7 +199,7 @@ class RunCheckpoints:
 
     @property
     def lost(self) -> list[ValueError]:
-        """Of those that were complete once and are newer than the newest complete one."""
+        """What is wrong with those that were complete once and are newer than the newest complete one."""
         last = self.newest.step if self.newest else -1
         return [
             error
@@ -284,7 +284,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, from the files' headers."""
+        """Shapes of all tensors, from the files' headers."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in dict.fromkeys(self.files.values()):
             with _readable(self.folder / name), safe_open(self.folder / name, framework="pt") as file:

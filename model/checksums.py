@@ -18,14 +18,14 @@ CHUNK = 2**24
 
 
 def tensor_checksum(tensor: Tensor) -> str:
-    """Of dtype, shape and bytes. tensor: on the CPU."""
+    """Checksum of dtype, shape and bytes. tensor: on the CPU."""
     digest = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def file_checksum(path: Path) -> str:
-    """Of a file's bytes. Raises OSError."""
+    """Checksum of a file's bytes. Raises OSError."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

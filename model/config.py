@@ -10,7 +10,7 @@ Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
-NEAREST_TO_SOFTMAX = 1.0001  # nearer, float32 spoils the weights: kernels/arguments.py
+NEAREST_TO_SOFTMAX = 1.0001  # nearer, float32 spoils the weights: kernels/common/arguments.py
 # Far above any model that trains: a number beyond is a slip.
 LARGEST = {
     "vocab_size": 2**24, "n_layers": 1000, "d_model": 2**18, "n_heads": 2**12, "n_kv_heads": 2**12, "d_ff": 2**20,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, Geometry, LayerStats, make_geometry
+from model.attention import Attention, AttentionMetadata, LayerStats, make_metadata
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.layers import AdaptiveTemperature, FeedForward, ScalableTemperature
@@ -25,9 +25,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, geometry: Geometry, stats: list[LayerStats] | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        metadata: AttentionMetadata,
+        stats: list[LayerStats] | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), geometry, stats, cache)
+        x = x + self.attention(self.attention_norm(x), metadata, stats, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -65,13 +69,13 @@ class Transformer(nn.Module):
         """
         if shards is not None and tokens.shape[0] != 1:
             raise ValueError(f"ranks share one row of packed documents, got tokens {tuple(tokens.shape)}")
-        geometry = make_geometry(
+        metadata = make_metadata(
             self.config, tokens.shape[1], cu_seqlens, max_seqlen, tokens.device,
             alpha_progress=self.alpha_progress(), shards=shards,
         )  # fmt: skip
         x = self.embedding(tokens)  # [B, T, C]
         for block in self.blocks:
-            x = block(x, geometry)
+            x = block(x, metadata)
         return self.norm(x)
 
     def compile_blocks(self) -> None:
@@ -145,13 +149,13 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def attention_stats(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
         """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for softmax kinds."""
-        geometry = make_geometry(
+        metadata = make_metadata(
             self.config, tokens.shape[1], cu_seqlens, None, tokens.device, alpha_progress=self.alpha_progress()
         )
         stats: list[LayerStats] = []
         x = self.embedding(tokens)
         for block in self.layers():
             x = block.forward(
-                x, geometry, stats
+                x, metadata, stats
             )  # .forward: a compiled block would be traced once more for this rare call
         return stats

@@ -17,11 +17,12 @@ MODULES = (
     "data.prepare", "training.memory", "model.export", "eval.run", "eval.twins", "eval.generate",
     "eval.calibrate", "eval.length_generalisation", "eval.sparse_frontier", "eval.tasks", "eval.ruler",
 )  # fmt: skip
-IMPORTED_LATE = ("eval.task_evaluation", "attrs")  # by these commands: seconds
+PACKAGES = ("eval.length_generalisation", "eval.sparse_frontier", "eval.tasks", "eval.ruler")
+IMPORTED = (*(f"{package}.command" for package in PACKAGES), "eval.tasks.evaluation", "attrs")  # takes seconds
 
 
 def start(command: list[str], timeout: float, **environment: str) -> Ended:
-    return warm_interpreter("train", "training.cli", *MODULES, *IMPORTED_LATE, quick=True).run(
+    return warm_interpreter("train", "training.cli", *MODULES, *IMPORTED, quick=True).run(
         command, child_environment() | environment, timeout
     )
 

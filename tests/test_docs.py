@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,12 @@ def test_training_commands_parse(name: str) -> None:
 def test_other_commands_parse(name: str) -> None:
     _, dash, module, *arguments = shlex.split(OTHERS[name])
     assert dash == "-m"
-    found = importlib.import_module(module)
-    if hasattr(found, "_parser"):
-        found._parser().parse_args(arguments)
+    package = (
+        find_spec(f"{module}.__main__") if (found := find_spec(module)) and found.submodule_search_locations else None
+    )
+    command = importlib.import_module(f"{module}.command" if package else module)
+    if hasattr(command, "_parser"):
+        command._parser().parse_args(arguments)
 
 
 def test_there_are_commands_of_all_kinds() -> None:

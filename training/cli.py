@@ -27,7 +27,8 @@ from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
 from model.flops import matmul_parameters
 from model.version import code_version
-from training.callbacks import (
+from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint
+from training.callbacks.metrics import (
     AttentionStats,
     GradientNorms,
     MetricsLogger,
@@ -35,10 +36,14 @@ from training.callbacks import (
     StepProgress,
     ValidationConfig,
 )
-from training.checkpointing import CheckpointConfig, RunCheckpoint
-from training.guard import GuardConfig, StepGuard
-from training.interruption import Interruption, InterruptionConfig
-from training.loss import resolve_loss_backend
+from training.callbacks.profiling import ProfileConfig, StepProfiler
+from training.distributed.config import ParallelConfig, check_combinations
+from training.distributed.sequence_parallel import check_sequence_parallel
+from training.distributed.strategies import build_strategy
+from training.faults.guard import GuardConfig, StepGuard
+from training.faults.interruption import Interruption, InterruptionConfig
+from training.faults.signals import StopSignals
+from training.faults.watchdog import Watchdog, WatchdogConfig
 from training.module import LanguageModule
 from training.options import (
     REFUSED_OPTIONS,
@@ -49,9 +54,9 @@ from training.options import (
     check_trainer_options,
     count_processes,
 )
-from training.parallel import ParallelConfig, check_combinations
-from training.profiling import ProfileConfig, StepProfiler
-from training.resume import (
+from training.resume.run_folder import hold_run_folder
+from training.resume.settings import check_allowed, check_settings, run_settings
+from training.resume.start_point import (
     StartPoint,
     check_architecture,
     check_tokenizer,
@@ -59,15 +64,10 @@ from training.resume import (
     read_data_state,
     warn_of_unknown_data,
 )
-from training.run_folder import hold_run_folder
-from training.sequence_parallel import check_sequence_parallel
-from training.settings import check_allowed, check_settings, run_settings
-from training.signals import StopSignals
-from training.start import check_transfer, transfer_weights
-from training.strategies import build_strategy
+from training.resume.transfer import check_transfer, transfer_weights
+from training.step.loss import resolve_loss_backend
 from training.throughput import GIB, StepClock
 from training.tracking import WandbConfig, log_config, make_loggers, record_session, say
-from training.watchdog import Watchdog, WatchdogConfig
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False, "use_distributed_sampler": False,
@@ -331,7 +331,7 @@ class TrainingCLI(LightningCLI):
 
 
 def usable_folder(run_dir: str) -> Path:
-    """Of --run_dir. Raises UsageError where nothing can be written there; makes it where it is not there yet."""
+    """The folder of --run_dir, made where it is not there yet. Raises UsageError where nothing can be written there."""
     if not run_dir.strip():
         raise UsageError("--run_dir is empty: expected the run's folder")
     folder = Path(run_dir)
@@ -370,7 +370,7 @@ def check_warmup(warmup_steps: int, max_steps: int) -> None:
 
 
 def duration(max_time: Any) -> timedelta | None:
-    """Of trainer.max_time: "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta."""
+    """The time that trainer.max_time asks for: "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta."""
     if max_time is None:
         return None
     seconds = Timer(max_time)._duration

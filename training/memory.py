@@ -23,9 +23,9 @@ from data.datamodule import check_sizes
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Block, Transformer
 from training.cli import TrainingCLI
+from training.distributed.config import BUCKET_ELEMENTS, ParallelConfig
+from training.distributed.sequence_parallel import check_sequence_parallel
 from training.options import REFUSED_OPTIONS, check_trainer_options, count_processes
-from training.parallel import BUCKET_ELEMENTS, ParallelConfig
-from training.sequence_parallel import check_sequence_parallel
 from training.throughput import GIB
 
 FLOAT32, TILE = 4, 64
@@ -273,7 +273,7 @@ def outside_blocks(setup: Setup) -> float:
 
 
 def loss_workspace(setup: Setup) -> float:
-    """Of training/loss.py or Liger's fused loss: hidden states and their gradient, the head's weights in w bytes and
+    """Bytes of step/loss.py or Liger's fused loss: hidden states and their gradient, the head's weights in w bytes and
     their gradient in float32, logits of one chunk."""
     n, width, vocab, w = setup.local_tokens, setup.network.d_model, setup.network.vocab_size, setup.product_bytes
     hidden = n * width * (setup.residual_bytes + w)

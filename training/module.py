@@ -13,13 +13,13 @@ from model.config import ModelConfig
 from model.flops import train_flops
 from model.sequence_parallel import SequenceShards
 from model.transformer import Transformer
-from training.activations import ActivationCheckpointing, KeepOnHost, checkpoint_blocks, tile_feed_forward
-from training.engine import engine_of
-from training.graphs import GraphedLoss, check_graphs
-from training.guard import StepGuard
-from training.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
-from training.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
-from training.sequence_parallel import join_sequence_group
+from training.distributed.engine import engine_of
+from training.distributed.sequence_parallel import join_sequence_group
+from training.faults.guard import StepGuard
+from training.step.activations import ActivationCheckpointing, KeepOnHost, checkpoint_blocks, tile_feed_forward
+from training.step.cuda_graphs import GraphedLoss, check_graphs
+from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
+from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
 
 Batch = dict[str, Any]
 

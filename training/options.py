@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from common.checks import check_number
 from common.errors import UsageError
-from training.signals import LAUNCHER
+from training.faults.signals import LAUNCHER
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 WORKING_OPTIONS = (

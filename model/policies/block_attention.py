@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.block_sparse_reference import KEY_BLOCK, QUERY_BLOCKS, grid_of_blocks
-from kernels.block_sparse_softmax import FLOAT32_HEAD_DIM, block_sparse_softmax_attention, runs_on_triton
-from kernels.visibility import TILE
+from kernels.block_sparse.attention import FLOAT32_HEAD_DIM, block_sparse_softmax_attention, runs_on_triton
+from kernels.block_sparse.reference import KEY_BLOCK, QUERY_BLOCKS, grid_of_blocks
+from kernels.common.visibility import TILE
 from model.config import ModelConfig
 from model.policies.policy import Attended, BlockSelection, SequenceView, SparsePolicy, masked_attention
 

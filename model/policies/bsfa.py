@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import KEY_BLOCK, QUERY_BLOCK, block_maxima
-from kernels.block_sparse_reference import diagonal_blocks, kept_blocks, query_blocks
+from kernels.block_sparse.reference import diagonal_blocks, kept_blocks, query_blocks
 from model.checkpoint import model_fingerprint
 from model.config import ModelConfig
 from model.policies.block_attention import block_attention, count_kept

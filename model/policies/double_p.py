@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.stats import count_live_tiles
+from kernels.common.stats import count_live_tiles
 from model.policies.blocks import check_least, check_share, top_share
 from model.policies.policy import (
     Attended,
@@ -109,7 +109,7 @@ class DoubleP(SparsePolicy):
         return keys, scores.masked_fill(exact | ~taking_part, -torch.inf)
 
     def _clusters(self, k: Tensor, view: SequenceView) -> Clusters:
-        """Of the prompt, made at the first token that is passed alone."""
+        """Summaries of the prompt, made at the first token that is passed alone."""
         if view.key_start:
             raise ValueError(f"{self.name} clusters whole prompts: not a cache that a window has cut")
         if "clusters" not in view.memory:

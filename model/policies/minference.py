@@ -55,8 +55,8 @@ class VerticalSlash(SparsePolicy):
 
 @dataclass(frozen=True)
 class BlockSparse(BlockPolicy):
-    """Of each block of queries the `blocks` key blocks with the largest score of mean query and mean key (MInference,
-    arXiv:2407.02490, Algorithm 3), its own ones among them. Dense where blocks cover all keys.
+    """Keeps, for each block of queries, the `blocks` key blocks with the largest score of mean query and mean key
+    (MInference, arXiv:2407.02490, Algorithm 3), its own ones among them. Dense where blocks cover all keys.
 
     Own blocks are kept so that every query sees a key, which the paper leaves to their score. Blocks of 64, the
     default, and multiples run on the kernel (BlockPolicy).

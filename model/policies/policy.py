@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from kernels.stats import count_live_tiles
-from kernels.visibility import TILE
-from model.attention import Geometry
+from kernels.common.stats import count_live_tiles
+from kernels.common.visibility import TILE
+from model.attention import AttentionMetadata
 from model.cache import Extension
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -272,10 +272,10 @@ class _LayerPolicy:
     @torch.compiler.disable
     @torch.no_grad()
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, extension: Extension | None
+        self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
     ) -> Tensor | None:
         """Attention as in model.attention: (B, H, T, D), or None where the layer's own, dense, is wanted."""
-        if geometry.exchange is not None:
+        if metadata.exchange is not None:
             raise ValueError("policies do not run where ranks share sequences: evaluate with sequence_parallel 1")
         if extension is not None and len(q) > 1 and self.policy.remembers:
             raise ValueError(
@@ -285,9 +285,9 @@ class _LayerPolicy:
         phase: Phase = "decode" if decoding else "prefill"
         out = torch.empty_like(q)
         with torch.autocast(q.device.type, enabled=False):  # it would turn the float32 of selection into bfloat16
-            for row, queries, keys in sequences(q, k, geometry.cu_seqlens, extension):
+            for row, queries, keys in sequences(q, k, metadata.cu_seqlens, extension):
                 one = (q[row, :, queries], k[row, :, keys], v[row, :, keys])
-                view = self._view(row, decoding, one[0], one[1], geometry.alibi_slopes, extension)
+                view = self._view(row, decoding, one[0], one[1], metadata.alibi_slopes, extension)
                 if phase in self.phases:
                     attended = self.policy.attend(*one, view)
                     out[row, :, queries] = attended.out

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.visibility import TILE
+from kernels.common.visibility import TILE
 from model.config import ModelConfig
 from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, check_share, in_blocks, mean_scores, own_blocks, top_share

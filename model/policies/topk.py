@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.visibility import TILE
+from kernels.common.visibility import TILE
 from model.config import ModelConfig
 from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, own_blocks, top_count
@@ -15,7 +15,7 @@ from model.policies.policy import BlockSelection, SequenceView
 
 @dataclass(frozen=True)
 class OracleTopK(BlockPolicy):
-    """Of each block of queries the `blocks` key blocks with most exact attention weight, its own ones among them.
+    """Keeps, for each block of queries, the `blocks` key blocks with most exact attention weight, its own among them.
 
     What every method that estimates block weights aims at (an upper bound of theirs at equal density, though not of
     methods that choose by key or by head); computing it costs dense attention. Dense where blocks cover all keys. Only

@@ -9,7 +9,7 @@ from benchmarks.loopback import first_rank
 from benchmarks.train_speed import network, random_batch
 from model.sequence_parallel import HeadExchange
 from training.module import LanguageModule
-from training.optim import OptimizerConfig
+from training.step.optim import OptimizerConfig
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show, write_rows
 from training.module import LanguageModule
-from training.optim import OptimizerConfig
+from training.step.optim import OptimizerConfig
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.decoding as model_decoding
+import model.inference.decoding as model_decoding
 from eval.generation import (
     Generated,
     GenerationOptions,

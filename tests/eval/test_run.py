@@ -10,10 +10,11 @@ import torch
 
 import eval.run
 from data.store import TokenStore
-from eval.attention_profile import LayerProfile, measure_attention
-from eval.config import EvalConfig
-from eval.run import Subject, choose_autocast, find_subjects, main
-from eval.scoring import Runtime
+from eval.common.scoring import Runtime
+from eval.common.subjects import Subject, choose_autocast, find_subjects
+from eval.held_out.attention_profile import LayerProfile, measure_attention
+from eval.held_out.config import EvalConfig
+from eval.run import main
 from model.checkpoint import load_model, resolve_checkpoint
 from tests.eval.conftest import BASE_LENGTH, MakeRun
 

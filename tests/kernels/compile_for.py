@@ -15,17 +15,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import kernels.attention
-import kernels.block_sparse_softmax
-import kernels.block_sparse_triton
-import kernels.entmax_decode
-import kernels.entmax_triton
-import kernels.rowwise
+import kernels.alpha_entmax.attention
+import kernels.alpha_entmax.decode
+import kernels.alpha_entmax.operator
+import kernels.alpha_entmax.rowwise
+import kernels.block_sparse.attention
+import kernels.block_sparse.operator
 from kernels import block_sparse_softmax_attention, entmax, entmax_attention
-from kernels.block_sparse_reference import QUERY_BLOCKS
+from kernels.block_sparse.reference import QUERY_BLOCKS
 
-LAUNCHING = (kernels.entmax_triton, kernels.entmax_decode, kernels.block_sparse_triton)
-CHOOSING = (kernels.attention, kernels.block_sparse_softmax, kernels.rowwise)
+LAUNCHING = (kernels.alpha_entmax.operator, kernels.alpha_entmax.decode, kernels.block_sparse.operator)
+CHOOSING = (kernels.alpha_entmax.attention, kernels.block_sparse.attention, kernels.alpha_entmax.rowwise)
 CUDA = torch.device("cuda", 0)
 doing: list[str] = []
 
@@ -97,7 +97,7 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
     with torch.no_grad():
         lengths = torch.tensor([100], dtype=torch.int32)
         entmax_attention(draw(1), k, v, alpha=alpha, kv_lens=lengths, alibi_slopes=slopes, backend="triton")
-        if dtype == torch.float32 and head_dim > kernels.block_sparse_softmax.FLOAT32_HEAD_DIM:
+        if dtype == torch.float32 and head_dim > kernels.block_sparse.attention.FLOAT32_HEAD_DIM:
             return
         block_sparse_softmax_attention(q, k, v, thresholds=torch.zeros(2, 1), alibi_slopes=slopes, backend="triton")
         block_sparse_softmax_attention(q, k, v, backend="triton")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kernels.backends import INTERPRETED
+from kernels.common.backends import INTERPRETED
 from tests.kernels import interpreter
 
 if INTERPRETED:

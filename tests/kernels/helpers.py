@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels import entmax_attention
-from kernels.backends import INTERPRETED
-from kernels.entmax_triton import entmax_attention_triton
-from kernels.reference import entmax_reference
-from kernels.visibility import visible_keys
+from kernels.alpha_entmax.operator import entmax_attention_triton
+from kernels.alpha_entmax.reference import entmax_reference
+from kernels.common.backends import INTERPRETED
+from kernels.common.visibility import visible_keys
 from tests.kernels.conftest import CASES, HEADS, Case
 
 CUDA = torch.cuda.is_available()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import model.attention_weights
-from kernels.reference import entmax_reference
-from model.attention import Attention, make_geometry
+from kernels.alpha_entmax.reference import entmax_reference
+from model.attention import Attention, make_metadata
 from model.attention_weights import layer_profiles
 from model.config import AttentionConfig, AttentionKind, ModelConfig
 from model.transformer import Transformer
@@ -44,9 +44,9 @@ def dense_weights(attention: Attention, x: Tensor) -> Tensor:
             return torch.cat([z.real, z.imag], -1)
 
         q, k = rotated(q), rotated(k)
-    geometry = make_geometry(config, n, None, None, x.device)
+    metadata = make_metadata(config, n, None, None, x.device)
     if attention.temperature is not None:
-        scaled = attention.temperature(x, geometry.log_position)[0].double()  # tested in test_transformer
+        scaled = attention.temperature(x, metadata.log_position)[0].double()  # tested in test_transformer
         q = q * torch.cat([torch.ones(heads - len(scaled), n), scaled])[..., None]
     scores = q @ k.repeat_interleave(heads // config.n_kv_heads, 0).mT / width**0.5
     distance = torch.arange(n)[:, None] - torch.arange(n)
@@ -90,7 +90,7 @@ def test_measures_are_those_of_dense_attention(
             torch.testing.assert_close(
                 stats[layer].support_mean.double(), (weights > 0).sum(-1).double().mean(1), atol=0.1, rtol=0
             )
-        x = block(x, make_geometry(decoder.config, N_TOKENS, None, None, x.device))
+        x = block(x, make_metadata(decoder.config, N_TOKENS, None, None, x.device))
 
 
 @pytest.mark.parametrize("kind", get_args(AttentionKind))

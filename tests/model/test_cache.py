@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backends import INTERPRETED
-from model.attention import cached_geometry
+from kernels.common.backends import INTERPRETED
+from model.attention import cached_metadata
 from model.cache import Extension, KVCache
 from model.config import AttentionKind, Positions
-from model.incremental import extend, make_cache, prefill
+from model.inference.incremental import extend, make_cache, prefill
 from model.softmax import cached_block_mask, cached_softmax_attention
 from model.transformer import Transformer
 from tests.kernels import interpreter
@@ -91,7 +91,7 @@ def test_a_pass_takes_no_more_tokens_than_allowed(monkeypatch) -> None:
         shapes.append(tuple(tokens.shape))
         return extend(model, tokens, cache)
 
-    monkeypatch.setattr("model.incremental.extend", recorded)
+    monkeypatch.setattr("model.inference.incremental.extend", recorded)
     prefill(model, draw(50, 20, 8), make_cache(model, 3, 50), 24)
     assert shapes == [(3, 8), (2, 12), (1, 24), (1, 6)]
     shapes.clear()
@@ -195,10 +195,10 @@ def test_flex_path_sees_the_same_keys(positions: Positions, window: int | None, 
     cache = KVCache(config, 1, 90, torch.float32, torch.device("cpu"))
     cache.lengths = [53]
     extension, _ = cache.open(1, 37)
-    geometry = cached_geometry(config, extension, None)
+    metadata = cached_metadata(config, extension, None)
     q, k, v = (torch.randn(1, heads, n, 8) for heads, n in ((4, 37), (2, 90), (2, 90)))
     k, v = k[:, :, extension.keys], v[:, :, extension.keys]
-    shared = dict(extension=extension, alibi_slopes=geometry.alibi_slopes, window=window)
+    shared = dict(extension=extension, alibi_slopes=metadata.alibi_slopes, window=window)
     expected = cached_softmax_attention(q, k, v, block_mask=None, **shared)
     monkeypatch.setattr(softmax, "_compiled_flex", lambda: softmax.flex_attention)
     create = softmax.create_block_mask

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions
-from model.incremental import extend, make_cache, prefill
+from model.inference.incremental import extend, make_cache, prefill
 from model.softmax import softmax_attention
 from model.transformer import Transformer
 

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards, check_heads
 from model.transformer import Transformer
-from training.activations import KeepOnHost, checkpoint_blocks, tile_feed_forward
+from training.step.activations import KeepOnHost, checkpoint_blocks, tile_feed_forward
 
 TOKENS = 64
 DOCUMENTS = torch.tensor([0, 13, 13, 14, 45, TOKENS], dtype=torch.int32)  # one crosses the border of two slices

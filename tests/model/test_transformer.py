@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.attention import make_geometry
+from model.attention import make_metadata
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions, config_from_dict
 from model.layers import HeadAlpha, rotary_tables, rotate
 from model.transformer import Transformer
@@ -68,25 +68,25 @@ def test_softmax_path_is_softmax_of_biased_scores(positions: Positions) -> None:
     config = tiny("softmax", positions, window=20)
     attention = make(config).blocks[0].attention
     x = torch.randn(1, 50, 32)
-    geometry = make_geometry(config, 50, None, None, x.device)
+    metadata = make_metadata(config, 50, None, None, x.device)
     q, k, v = (w(x).unflatten(-1, (-1, 8)).transpose(1, 2) for w in (attention.wq, attention.wk, attention.wv))
-    if geometry.rotary is not None:
-        q, k = rotate(q, *geometry.rotary), rotate(k, *geometry.rotary)
+    if metadata.rotary is not None:
+        q, k = rotate(q, *metadata.rotary), rotate(k, *metadata.rotary)
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     distance = torch.arange(50)[:, None] - torch.arange(50)
     slopes = torch.tensor([1.0, 0.5, 0, 0]) if positions == "nape" else torch.zeros(4)
     scores = q @ k.transpose(2, 3) / 8**0.5 - slopes[:, None, None] * distance
     scores = scores.masked_fill((distance < 0) | (distance >= 20), -torch.inf)
     expected = attention.wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, geometry), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention(x, metadata), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_asentmax_temperature_is_the_papers_and_leaves_alibi_heads() -> None:
     config = tiny("asentmax", attention=dict(temperature_offset=0.7, temperature_range=1.3))
     attention = make(config).blocks[0].attention
     x = torch.randn(1, 128, 32)
-    geometry = make_geometry(config, 128, DOCUMENTS, None, x.device)
-    ours = attention._head_temperatures(x, geometry)
+    metadata = make_metadata(config, 128, DOCUMENTS, None, x.device)
+    ours = attention._head_temperatures(x, metadata)
     position = torch.cat([torch.arange(n) for n in DOCUMENTS.diff().tolist()]).float()
     beta = F.softplus(F.linear(x, attention.temperature.beta.weight, attention.temperature.beta.bias))
     gamma = torch.tanh(F.linear(x, attention.temperature.gamma.weight, attention.temperature.gamma.bias))
@@ -98,8 +98,8 @@ def test_asentmax_temperature_is_the_papers_and_leaves_alibi_heads() -> None:
 def test_ssmax_scales_by_log_position() -> None:
     config = tiny("ssmax", "nope")
     attention = make(config).blocks[0].attention
-    geometry = make_geometry(config, 10, None, None, torch.device("cpu"))
-    ours = attention._head_temperatures(torch.randn(1, 10, 32), geometry)
+    metadata = make_metadata(config, 10, None, None, torch.device("cpu"))
+    ours = attention._head_temperatures(torch.randn(1, 10, 32), metadata)
     expected = attention.temperature.scalar[:, None] * torch.log(torch.arange(2, 12).float())
     torch.testing.assert_close(ours[0], expected)
 
@@ -120,8 +120,8 @@ def test_rotary_scores_depend_on_distance_only() -> None:
 )
 def test_nape_slopes(slopes, expected) -> None:
     config = tiny(n_heads=8, n_kv_heads=2, nape_slopes=slopes)
-    geometry = make_geometry(config, 4, None, None, torch.device("cpu"))
-    torch.testing.assert_close(geometry.alibi_slopes, torch.tensor([*expected, 0, 0, 0, 0]))
+    metadata = make_metadata(config, 4, None, None, torch.device("cpu"))
+    torch.testing.assert_close(metadata.alibi_slopes, torch.tensor([*expected, 0, 0, 0, 0]))
 
 
 def test_alpha_starts_as_configured_and_stays_inside() -> None:

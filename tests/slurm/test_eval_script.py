@@ -46,6 +46,7 @@ def test_every_part_runs_and_the_first_failure_is_the_exit_code(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [([], "''"), (["runs/x", "--data", "y"], "'runs/x'"), (["eval.run", "a", "+", "eval.absent"], "'eval.absent'"),
+     (["eval.common", "a"], "'eval.common'"),
      (["+", "eval.run"], "''"), (["train"], "'train'")],
 )  # fmt: skip
 def test_a_wrong_module_ends_the_job_before_anything_runs(arguments: list[str], named: str, tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_flatten
 import model.transformer
 import training.module
 from benchmarks.train_memory import network_of
-from model.attention import make_geometry
+from model.attention import make_metadata
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards
 from tests.training.conftest import ROOT
 from training import memory
-from training.activations import KeepOnHost
 from training.memory import Setup, block_activations, estimate, parameter_count
 from training.module import LanguageModule
-from training.optim import OptimizerConfig, parameter_groups
+from training.step.activations import KeepOnHost
+from training.step.optim import OptimizerConfig, parameter_groups
 
 TOKENS, LENGTH = 512, 256
 BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
@@ -89,13 +89,13 @@ def measured_activations(module: LanguageModule, setup: Setup) -> int:
     saved, data = Saved(module), batch(setup.sequence_parallel)
 
     def recorded(*args: Any, **kwargs: Any) -> Any:  # blocks that are checkpointed hold what all layers share
-        geometry = make_geometry(*args, **kwargs)
-        for x in (geometry.log_position, *(geometry.rotary or ())):
+        metadata = make_metadata(*args, **kwargs)
+        for x in (metadata.log_position, *(metadata.rotary or ())):
             saved.pack(x)
-        return geometry
+        return metadata
 
     with saved, autocast(setup.precision), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.transformer, "make_geometry", recorded)
+        patch.setattr(model.transformer, "make_metadata", recorded)
         module.training_step(data, 0)
     return saved.bytes + data["tokens"].nbytes + data["labels"].nbytes
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards
-from training.loss import IGNORE_INDEX
 from training.module import LanguageModule, align_batch_counters
-from training.optim import OptimizerConfig
+from training.step.loss import IGNORE_INDEX
+from training.step.optim import OptimizerConfig
 
 LENGTH = 24
 

@@ -220,7 +220,9 @@ def run_as_python_does(arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
         return
     sys.argv = arguments[1:]
-    sys.modules.pop(arguments[1], None)  # it is the main module, not one that was imported
+    for name in (arguments[1], f"{arguments[1]}.__main__"):
+        if not hasattr(sys.modules.get(name), "__path__"):
+            sys.modules.pop(name, None)  # it is the main module, not one that was imported
     runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
 
 

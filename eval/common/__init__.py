@@ -1,0 +1,1 @@
+"""What every evaluation shares: options, scoring, kept results, where numbers come from, wandb."""

@@ -1,0 +1,1 @@
+"""How numbers are shown: intervals, tables, plots, the html page."""

@@ -1,0 +1,1 @@
+"""RULER, built for one tokenizer and frozen: python -m eval.ruler."""

@@ -1,0 +1,261 @@
+"""The backward pass in two launches over live tiles only: per tile of queries dq (and dalpha), per tile of keys dk and
+dv. No atomics on floats: the same inputs give the same bits.
+
+Per tile: dP = dO v^T, ds = w (dP - delta), with delta = sum w dP / sum w = dO . (sum w v / sum w).
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.alpha_entmax.threshold import support_distance, support_power, support_power_and_log
+from kernels.common.tiles import (
+    LENGTHS,
+    add_position_bias,
+    append_tiles,
+    head_offset,
+    head_scales,
+    list_row_tiles,
+    load_rows,
+    query_task,
+    store_rows,
+)
+
+
+@triton.jit
+def query_gradient_tiles(
+    q, do, p_k, p_v, stride_k, stride_v, p_list, list_step, count, dq, entropy_sum, entropy_dp, slope_sum, slope_dp,
+    tau, delta, z_scale, beta, slope, first, end, position, n_keys,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, DALPHA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds ds k of the listed key tiles, STEP keys at a time, and (if DALPHA) the row sums that dalpha needs, with
+    e = p (1 - log u): sum e, sum e (dP - delta), sum w, sum w (dP - delta)."""
+    PARTS: tl.constexpr = BM // STEP
+    for n in tl.range(0, count * PARTS, num_stages=STAGES):
+        start = tl.load(p_list + n // PARTS * list_step) * BM + n % PARTS * STEP
+        k = load_rows(p_k, start, stride_k, n_keys, STEP, D, BD, MASKED)
+        v = load_rows(p_v, start, stride_v, n_keys, STEP, D, BD, MASKED)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM queries, STEP keys]
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        key = start + tl.arange(0, STEP)
+        if BIAS:
+            x = add_position_bias(x, position[:, None], key[None, :], start, slope)
+        if MASKED:
+            x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
+        u = support_distance(x, z_scale, tau[:, None])
+        dp -= delta[:, None]
+        if DALPHA:
+            w, log_u = support_power_and_log(u, beta, POWER)
+            entropy = w * u * (1 - 0.6931471805599453 * log_u)
+        else:
+            w = support_power(u, beta, POWER)
+        ds = w * dp
+        if DALPHA:
+            entropy_sum += tl.sum(entropy, 1)
+            entropy_dp += tl.sum(entropy * dp, 1)
+            slope_sum += tl.sum(w, 1)
+            slope_dp += tl.sum(ds, 1)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, entropy_sum, entropy_dp, slope_sum, slope_dp
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def entmax_backward_queries(
+    p_q, p_k, p_v, p_do, p_slope_out, p_tau, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_list, p_counter,
+    p_dq, p_delta, p_dalpha,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_sb, stride_sh, stride_st, stride_db, stride_dh, stride_dt,
+    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, capacity, batch_step, stride_rows,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    STEP: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr, DALPHA: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq, delta and each query tile's part of dalpha. Programs take query tiles from a counter until none is left."""
+    p_list += tl.program_id(0) * capacity
+    task = tl.atomic_add(p_counter, 1)
+    while task < n_tasks:
+        i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
+            task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM, FIELDS
+        )
+        o_bh = i_bh.to(tl.int64) * n_queries
+        p_words = p_bits + (i_bh.to(tl.int64) * n_blocks + i_block) * n_words
+        n_inner, n_edge = list_row_tiles(
+            p_words, p_list, tl.load(p_block), tl.load(p_block + 1), tl.load(p_block + 2), tl.load(p_block + 3),
+            capacity, LIST_CHUNK,
+        )  # fmt: skip
+
+        alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+        o_k = head_offset(i_batch, i_head // repeat, stride_kb, stride_kh)
+        o_v = head_offset(i_batch, i_head // repeat, stride_vb, stride_vh)
+        o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
+        o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
+        o_s = head_offset(i_batch, i_head, stride_sb, stride_sh)
+        q = load_rows(p_q + o_q, i_block * BM, stride_qt, n_queries, BM, D, BD, True)
+        do = load_rows(p_do + o_o, i_block * BM, stride_ot, n_queries, BM, D, BD, True)
+        slope_out = load_rows(p_slope_out + o_s, i_block * BM, stride_st, n_queries, BM, D, BD, True)
+        delta = tl.sum(do.to(tl.float32) * slope_out, 1)  # [BM]
+        tl.store(p_delta + o_bh + row, delta, mask=inside)
+        tau = tl.load(p_tau + o_bh + row, mask=inside, other=float("inf"))
+
+        dq = tl.zeros([BM, BD], tl.float32)
+        entropy_sum, entropy_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        slope_sum, slope_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+            q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, n_inner, dq, entropy_sum, entropy_dp,
+            slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position, n_keys,
+            D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, STAGES,
+        )  # fmt: skip
+        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+            q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, n_edge, dq, entropy_sum,
+            entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position, n_keys,
+            D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, STAGES,
+        )  # fmt: skip
+        o_d = head_offset(i_batch, i_head, stride_db, stride_dh)
+        dq = tl.where((tau != tau)[:, None], float("nan"), dq * scale)
+        store_rows(p_dq + o_d, dq, i_block * BM, stride_dt, n_queries, BM, D, BD)
+        if DALPHA:
+            # taking out the weighted mean of dP makes the sum blind to rounding in delta: sum w (dP - delta) is 0
+            mean_dp = slope_dp / tl.where(slope_sum > 0, slope_sum, 1.0)
+            dalpha = beta * beta * tl.sum(entropy_dp - mean_dp * entropy_sum, 0)
+            tl.store(p_dalpha + i_bh * n_blocks + i_block, dalpha)
+        tl.debug_barrier()  # the next task overwrites the list
+        task = tl.atomic_add(p_counter, 1)
+
+
+@triton.jit
+def list_column_tiles(
+    p_bits, p_blocks, p_list, i_key_block, n_queries, n_blocks, n_words, capacity,
+    BM: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Lists the query tiles that have support in one key tile. Returns how many are inner (and whole), how many
+    edges."""
+    n_inner, n_edge = 0, 0
+    for start in range(0, n_blocks, CHUNK):
+        i_block = start + tl.arange(0, CHUNK)
+        inside = i_block < n_blocks
+        word = tl.load(p_bits + i_block.to(tl.int64) * n_words + i_key_block // 32, mask=inside, other=0)
+        live = ((word >> (i_key_block % 32)) & 1) != 0
+        inner_lo = tl.load(p_blocks + i_block * FIELDS + 2, mask=live, other=0)
+        inner_hi = tl.load(p_blocks + i_block * FIELDS + 3, mask=live, other=0)
+        inner = (i_key_block >= inner_lo) & (i_key_block < inner_hi) & ((i_block + 1) * BM <= n_queries)
+        n_inner, n_edge = append_tiles(p_list, i_block, live, inner, n_inner, n_edge, capacity)
+    tl.debug_barrier()
+    return n_inner, n_edge
+
+
+@triton.jit
+def key_gradient_tiles(
+    k, v, key, p_q, p_do, stride_q, stride_o, p_tau, p_delta, p_first, p_end, p_list, list_step, count, dk, dv, broken,
+    z_scale, beta, slope, offset, n_queries,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds ds^T q and p^T dO of the listed query tiles, STEP queries at a time. Tiles are [queries, keys], where what
+    belongs to a query is two numbers a thread, or TRANSPOSED, where products need no second transposition."""
+    PARTS: tl.constexpr = BM // STEP
+    for n in tl.range(0, count * PARTS, num_stages=STAGES):
+        start = tl.load(p_list + n // PARTS * list_step) * BM + n % PARTS * STEP
+        q = load_rows(p_q, start, stride_q, n_queries, STEP, D, BD, MASKED)
+        do = load_rows(p_do, start, stride_o, n_queries, STEP, D, BD, MASKED)
+        row = start + tl.arange(0, STEP)
+        inside = row < n_queries
+        if MASKED:
+            tau = tl.load(p_tau + row, mask=inside, other=float("inf"))
+            delta = tl.load(p_delta + row, mask=inside, other=0.0)
+            first = tl.load(p_first + row, mask=inside, other=0)
+            end = tl.load(p_end + row, mask=inside, other=0)
+        else:
+            tau = tl.load(p_tau + row)
+            delta = tl.load(p_delta + row)
+        if TRANSPOSED:
+            x = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM keys, STEP queries]
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            if BIAS:
+                x = add_position_bias(x, (row + offset)[None, :], key[:, None], tl.min(key, 0), slope)
+            if MASKED:
+                x = tl.where((key[:, None] >= first[None, :]) & (key[:, None] < end[None, :]), x, float("-inf"))
+            u = support_distance(x, z_scale, tau[None, :])
+            dp -= delta[None, :]
+        else:
+            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [STEP queries, BM keys]
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if BIAS:
+                x = add_position_bias(x, (row + offset)[:, None], key[None, :], tl.min(key, 0), slope)
+            if MASKED:
+                x = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), x, float("-inf"))
+            u = support_distance(x, z_scale, tau[:, None])
+            dp -= delta[:, None]
+        w = support_power(u, beta, POWER)
+        p = (w * u).to(do.dtype)
+        ds = (w * dp).to(q.dtype)
+        if TRANSPOSED:
+            dv = tl.dot(p, do, dv, input_precision=PRECISION)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        else:
+            dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        broken += (tau != tau).to(tl.int32)
+    return dk, dv, broken
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def entmax_backward_keys(
+    p_q, p_k, p_v, p_do, p_tau, p_delta, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_list, p_counter, p_dk, p_dv,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, stride_eb, stride_eh, stride_et,
+    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_key_blocks, n_words, capacity, batch_step,
+    stride_rows,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    STEP: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, summed over the query heads that share a key head. Programs take key tiles from a counter."""
+    p_list += tl.program_id(0) * capacity
+    task = tl.atomic_add(p_counter, 1)
+    while task < n_tasks:
+        i_bg, i_key_block = task // n_key_blocks, task % n_key_blocks
+        groups = heads // repeat
+        i_batch, i_group = i_bg // groups, i_bg % groups
+        key = i_key_block * BM + tl.arange(0, BM)
+        o_k = head_offset(i_batch, i_group, stride_kb, stride_kh)
+        o_v = head_offset(i_batch, i_group, stride_vb, stride_vh)
+        k = load_rows(p_k + o_k, i_key_block * BM, stride_kt, n_keys, BM, D, BD, True)
+        v = load_rows(p_v + o_v, i_key_block * BM, stride_vt, n_keys, BM, D, BD, True)
+        p_block = p_blocks + i_batch * batch_step * n_blocks * FIELDS
+        offset = tl.load(p_block + 4)
+        p_first = p_rows + i_batch * batch_step * n_queries
+        dk, dv = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+        broken = tl.zeros([STEP], tl.int32)  # queries with a NaN score spoil the keys they see, as in softmax
+        for i_repeat in range(0, repeat):
+            i_head = i_group * repeat + i_repeat
+            i_bh = (i_batch * heads + i_head).to(tl.int64)
+            n_inner, n_edge = list_column_tiles(
+                p_bits + i_bh * n_blocks * n_words, p_block, p_list, i_key_block, n_queries, n_blocks, n_words,
+                capacity,
+                BM, LIST_CHUNK, FIELDS,
+            )  # fmt: skip
+            alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+            o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
+            o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
+            dk, dv, broken = key_gradient_tiles(
+                k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
+                p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list, 1, n_inner, dk, dv, broken,
+                z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS, False, PRECISION, POWER,
+                STAGES,
+            )  # fmt: skip
+            dk, dv, broken = key_gradient_tiles(
+                k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
+                p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list + capacity - 1, -1, n_edge, dk,
+                dv, broken,
+                z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS, True, PRECISION, POWER,
+                STAGES,
+            )  # fmt: skip
+            tl.debug_barrier()  # the next head overwrites the list
+        o_d = head_offset(i_batch, i_group, stride_db, stride_dh)
+        o_e = head_offset(i_batch, i_group, stride_eb, stride_eh)
+        spoil = tl.where(tl.max(broken, 0) > 0, float("nan"), 0.0)
+        dk, dv = dk * scale + spoil, dv + spoil
+        store_rows(p_dk + o_d, dk, i_key_block * BM, stride_dt, n_keys, BM, D, BD)
+        store_rows(p_dv + o_e, dv, i_key_block * BM, stride_et, n_keys, BM, D, BD)
+        task = tl.atomic_add(p_counter, 1)

@@ -1,0 +1,139 @@
+"""The weighted sum of values over the tiles that hold support, with the last step of the threshold."""
+
+import triton
+import triton.language as tl
+
+from kernels.alpha_entmax.threshold import curved_step, lane_sums, norm_and_slope, support_distance, support_power
+from kernels.common.tiles import (
+    LENGTHS,
+    flag_listed,
+    head_offset,
+    head_scales,
+    keep_marked,
+    list_row_tiles,
+    listed_scores,
+    load_rows,
+    mark_listed,
+    query_task,
+    store_live_bits,
+    store_rows,
+)
+
+
+@triton.jit
+def sum_values(
+    q, p_k, p_v, stride_k, stride_v, p_list, list_step, count, p_marks,
+    power_sum, slope_sum, out, slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, POWER: tl.constexpr,
+    GRADIENT: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """sum_powers, and with the same weights sum u ** beta v and (if GRADIENT) sum u ** (beta - 1) v."""
+    marks = tl.zeros([BM], tl.int32)
+    for n in tl.range(0, count, num_stages=STAGES):
+        tile = tl.load(p_list + n * list_step)
+        x = listed_scores(
+            q, p_k, stride_k, tile, slope, first, end, position, n_keys, D, BD, BM, BIAS, MASKED, PRECISION
+        )
+        v = load_rows(p_v, tile * BM, stride_v, n_keys, BM, D, BD, MASKED)
+        u = support_distance(x, z_scale, tau[:, None])
+        w = support_power(u, beta, POWER)
+        p = w * u
+        power_sum += lane_sums(p)
+        tile_slope_sum = lane_sums(w)
+        slope_sum += tile_slope_sum
+        out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
+        if GRADIENT:
+            slope_out = tl.dot(w.to(v.dtype), v, slope_out, input_precision=PRECISION)
+        if STATS:
+            marks = mark_listed(p_marks, marks, tl.sum(tile_slope_sum, 1) > 0, n, count)
+            support += tl.sum((u > 0).to(tl.int32), 1)
+    return power_sum, slope_sum, out, slope_out, support
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def entmax_sum(
+    p_q, p_k, p_v, p_alpha, p_slopes, p_rows, p_blocks, p_flags, p_list, p_marks, p_counter, p_tau, p_bits,
+    p_last, p_out, p_slope_out, p_support, p_live,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_sb, stride_sh, stride_st,
+    stride_last, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, capacity, batch_step, stride_rows,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
+    hold the refinement's and get the final ones (bits only if STATS: else a tile may be marked whose best key lies in
+    the last step)."""
+    i_program = tl.program_id(0)
+    p_flags += i_program * capacity
+    p_list += i_program * capacity
+    p_marks += i_program * (capacity // 32 + 2)
+    task = tl.atomic_add(p_counter, 1)
+    while task < n_tasks:
+        i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
+            task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM, FIELDS
+        )
+        tile_lo, tile_hi = tl.load(p_block), tl.load(p_block + 1)
+        inner_lo, inner_hi = tl.load(p_block + 2), tl.load(p_block + 3)
+
+        alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
+        o_k = head_offset(i_batch, i_head // repeat, stride_kb, stride_kh)
+        o_v = head_offset(i_batch, i_head // repeat, stride_vb, stride_vh)
+        o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
+        q = load_rows(p_q + o_q, i_block * BM, stride_qt, n_queries, BM, D, BD, True)  # [BM, BD]
+
+        o_bh = i_bh.to(tl.int64) * n_queries
+        tau = tl.load(p_tau + o_bh + row, mask=inside, other=float("inf"))  # [BM]
+        nan = tau != tau
+        p_words = p_bits + (i_bh.to(tl.int64) * n_blocks + i_block) * n_words
+        n_inner, n_edge = list_row_tiles(
+            p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
+        )  # fmt: skip
+
+        # Weighted sums; the last step of the threshold is applied to them to first order
+        out = tl.zeros([BM, BD], tl.float32)
+        slope_out = tl.zeros([BM, BD], tl.float32)
+        support = tl.zeros([BM], tl.int32)
+        power_sum = tl.zeros([BM, 4], tl.float32)
+        slope_sum = tl.zeros([BM, 4], tl.float32)
+        power_sum, slope_sum, out, slope_out, support = sum_values(
+            q, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, n_inner, p_marks, power_sum, slope_sum, out,
+            slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM, BIAS, False,
+            PRECISION, POWER, GRADIENT, STATS, STAGES,
+        )  # fmt: skip
+        power_sum, slope_sum, out, slope_out, support = sum_values(
+            q, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, n_edge,
+            p_marks + tl.cdiv(n_inner, 32), power_sum,
+            slope_sum, out, slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM,
+            BIAS, True, PRECISION, POWER, GRADIENT, STATS, STAGES,
+        )  # fmt: skip
+        total, slope_total = tl.sum(power_sum, 1), tl.sum(slope_sum, 1)
+        norm, last_slope = norm_and_slope(total, slope_total, alpha, POWER)
+        earlier_slope = tl.load(p_last + o_bh + row, mask=inside, other=0.0)
+        earlier_step = tl.load(p_last + stride_last + o_bh + row, mask=inside, other=0.0)
+        step = curved_step(norm, last_slope, earlier_slope, earlier_step, alpha)
+        tau += step
+        tl.store(p_tau + o_bh + row, tau, mask=inside)
+        if GRADIENT:
+            out -= (beta * step)[:, None] * slope_out
+            total -= beta * step * slope_total
+            slope_out = slope_out / tl.where(slope_total > 0, slope_total, 1.0)[:, None]
+            o_s = head_offset(i_batch, i_head, stride_sb, stride_sh)
+            store_rows(p_slope_out + o_s, slope_out, i_block * BM, stride_st, n_queries, BM, D, BD)
+        if STATS:
+            n_inner, n_edge = (
+                keep_marked(p_list, 1, p_marks, n_inner, LIST_CHUNK),
+                keep_marked(p_list + capacity - 1, -1, p_marks + tl.cdiv(n_inner, 32), n_edge, LIST_CHUNK),
+            )
+            flag_listed(p_list, 1, p_flags, n_inner, LIST_CHUNK)
+            flag_listed(p_list + capacity - 1, -1, p_flags, n_edge, LIST_CHUNK)
+            tl.debug_barrier()  # all warps have written their flags
+            any_nan = tl.max(nan.to(tl.int32), 0) > 0
+            store_live_bits(p_flags, p_words, tile_lo, tile_hi, n_words, any_nan, p_live + i_bh, True, LIST_CHUNK)
+            tl.store(p_support + o_bh + row, support, mask=inside)
+        out = tl.where(nan[:, None], float("nan"), out / tl.where(total > 0, total, 1.0)[:, None])
+        o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
+        store_rows(p_out + o_o, out, i_block * BM, stride_ot, n_queries, BM, D, BD)
+        tl.debug_barrier()  # the next task lists anew
+        task = tl.atomic_add(p_counter, 1)

@@ -1,0 +1,1 @@
+"""Block-sparse softmax: dense softmax that leaves out whole blocks of keys, by thresholds or by a given grid."""

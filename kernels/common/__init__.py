@@ -1,0 +1,1 @@
+"""What both kinds of kernels share: tiles, visibility, launches, checks of arguments."""

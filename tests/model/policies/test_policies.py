@@ -1,0 +1,186 @@
+"""Sparse-attention policies: dense at full density, causal, within documents, and what each one selects."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.config import AttentionKind, Positions
+from model.inference.incremental import extend, make_cache, prefill
+from model.policies.double_p import DoubleP
+from model.policies.families import FAMILIES, policy_at
+from model.policies.flexprefill import FlexPrefill
+from model.policies.minference import BlockSparse, VerticalSlash
+from model.policies.policy import Attended, SequenceView, SparsePolicy, use_policy
+from model.policies.quest import Quest
+from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.sparge import SpargeAttention
+from model.policies.topk import OracleTopK
+from model.policies.window import SlidingWindow, StreamingLLM
+from tests.model.test_transformer import DOCUMENTS, make, tiny, tokens
+
+TOLERANCE = dict(atol=1e-4, rtol=1e-4)
+LONG = 10**6
+DENSE: list[SparsePolicy] = [
+    SlidingWindow(LONG), StreamingLLM(4, LONG), OracleTopK(LONG), Quest(LONG), VerticalSlash(1, LONG),
+    BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), AdaSnapKV(LONG), DoubleP(1.0, 1.0), SpargeAttention(1.0),
+    *(policy_at(name, 1.0, 128) for name in FAMILIES),
+]  # fmt: skip
+SPARSE: list[SparsePolicy] = [
+    SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
+    BlockSparse(2, 16), FlexPrefill(0.4, 0.2, 8, 8), SnapKV(20, 6), AdaSnapKV(20, 6), DoubleP(0.7, 0.4, 4),
+    SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), *(policy_at(name, 0.2, 128) for name in FAMILIES),
+]  # fmt: skip
+
+
+def named(policy: SparsePolicy) -> str:
+    return policy.name
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def view_of(n_queries: int, n_keys: int, slopes: Tensor | None = None, window: int | None = None) -> SequenceView:
+    return SequenceView(0, n_queries == 1 < n_keys, n_keys - n_queries, 0, 8**-0.5, window, slopes, {})
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("policy", [p for p in DENSE[:11] if not p.remembers], ids=named)
+def test_rows_of_different_lengths_equal_dense_ones(policy: SparsePolicy, window: int | None) -> None:
+    model = make(tiny("softmax", "nape", window=window))
+    prompts = [tokens()[0, :n].tolist() for n in (60, 33, 1)]
+
+    def answer() -> Tensor:
+        cache = make_cache(model, 3, 62)
+        first = prefill(model, prompts, cache, 50)
+        return torch.stack([first, *(extend(model, torch.tensor([[5], [6], [7]]), cache)[:, 0] for _ in range(2))])
+
+    dense = answer()
+    with use_policy(model, policy):
+        torch.testing.assert_close(answer(), dense, **TOLERANCE)
+
+
+CASES = [("softmax", "nape", None), ("softmax", "nape", 40), ("ssmax", "rope", 40), ("softmax", "nope", None)]
+
+
+@pytest.mark.parametrize(("kind", "positions", "window"), CASES)
+@pytest.mark.parametrize("policy", DENSE, ids=named)
+def test_full_density_equals_dense_attention(
+    policy: SparsePolicy, kind: AttentionKind, positions: Positions, window: int | None
+) -> None:
+    """Packed documents in one pass, and a prompt in chunks that is continued token by token."""
+    model = make(tiny(kind, positions, window=window))
+    with torch.no_grad():
+        dense = model.logits(model(tokens(), DOCUMENTS, 128))
+        whole = model.logits(model(tokens()))[0]
+    refused = policy.remembers and window is not None
+    with (
+        use_policy(model, policy) as record,
+        torch.no_grad(),
+        pytest.raises(ValueError, match="a window has cut") if refused else nullcontext(),
+    ):
+        packed = model.logits(model(tokens(), DOCUMENTS, 128))
+        cache = make_cache(model, 1, 128)
+        found = [prefill(model, tokens()[:, :121].tolist(), cache, 50)]
+        found += [extend(model, tokens()[:, i : i + 1], cache)[0] for i in range(121, 128)]
+    torch.testing.assert_close(packed, dense, **TOLERANCE)
+    if refused:
+        return
+    torch.testing.assert_close(model.logits(torch.cat(found)), whole[120:], **TOLERANCE)
+    assert set(record.counts) == policy.phases
+    for phase in policy.phases:
+        assert (record.density(phase) == 1).all() and (record.tile_density(phase) == 1).all()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("policy", SPARSE, ids=named)
+def test_documents_stay_apart(policy: SparsePolicy, data: st.DataObject) -> None:
+    """Documents of any lengths: a changed token changes no output of another document."""
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=2, max_size=4))
+    changed = data.draw(st.integers(0, sum(lengths) - 1))
+    text = torch.randint(0, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(changed))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    model = make(tiny("softmax", "nape"))
+    with use_policy(model, policy), torch.no_grad():
+        out = model(text, cu_seqlens)[0]
+        text[0, changed] = (text[0, changed] + 1) % 97
+        other = model(text, cu_seqlens)[0]
+    assert out.isfinite().all()
+    start, end = int(cu_seqlens[cu_seqlens <= changed][-1]), int(cu_seqlens[cu_seqlens > changed][0])
+    torch.testing.assert_close(other[:start], out[:start], atol=0, rtol=0)
+    torch.testing.assert_close(other[end:], out[end:], atol=0, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("policy", SPARSE, ids=named)
+def test_attention_is_causal_and_within_the_window(policy: SparsePolicy, data: st.DataObject) -> None:
+    """Values of keys that a query may not see change nothing of its output, and each query sees some key: with values
+    of one constant, the output is that constant (less what SpargeAttention drops after normalising)."""
+    before = data.draw(st.integers(0, 130))
+    n_queries = data.draw(st.integers(1, 140)) if "prefill" in policy.phases else 1
+    n_keys = before + n_queries
+    window = data.draw(st.none() | st.integers(1, 80))
+    slopes = data.draw(st.sampled_from([None, torch.tensor([1.0, 0.5, 0.0, 0.0])]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    q = torch.randn(4, n_queries, 8, generator=generator)
+    k, v = torch.randn(2, 2, n_keys, 8, generator=generator)
+    prompt = torch.randn(4, before, 8, generator=generator)
+
+    def attend(v: Tensor) -> Attended:
+        view = view_of(n_queries, n_keys, slopes, window)
+        if before and "prefill" not in policy.phases:
+            policy.observe(prompt, k[:, :before], replace(view, decoding=False, query_start=0))
+        return policy.attend(q, k, v, view)
+
+    attended = attend(v)
+    assert (attended.kept > 0).all() and (attended.kept <= attended.visible).all()
+    assert (attended.live_tiles > 0).all() and (attended.live_tiles <= attended.total_tiles).all()
+    changed = data.draw(st.integers(0, n_keys - 1))
+    other = v.clone()
+    other[:, changed] += 1
+    affected = view_of(n_queries, n_keys, window=window).visible(slice(0, n_queries), n_keys, q.device)[:, changed]
+    torch.testing.assert_close(attend(other).out[:, ~affected], attended.out[:, ~affected], atol=0, rtol=0)
+    ones = attend(torch.ones_like(v)).out
+    if isinstance(policy, SpargeAttention):
+        assert ((ones > 0) & (ones < 1 + 1e-5)).all()
+    else:
+        torch.testing.assert_close(ones, torch.ones_like(ones), atol=1e-5, rtol=0)
+
+
+def test_density_counts_pairs_and_tiles() -> None:
+    """A window of 64 in 3 tiles of 64 tokens: 64 keys a query after the first 64; the far tile is dead."""
+    model = make(tiny("softmax", "nope"))
+    with use_policy(model, SlidingWindow(64)) as record, torch.no_grad():
+        model(tokens(192))
+    pairs = 64 * 65 / 2 + 128 * 64
+    torch.testing.assert_close(record.density("prefill"), torch.full((2, 4), pairs / (192 * 193 / 2)).double())
+    torch.testing.assert_close(record.tile_density("prefill"), torch.full((2, 4), 5 / 6).double())
+    with pytest.raises(ValueError, match="did not act in phase 'decode': it acted in \\['prefill'\\]"):
+        record.density("decode")
+
+
+def test_what_cannot_run_is_an_error() -> None:
+    with (
+        pytest.raises(ValueError, match="kind is 'asentmax': give its softmax twin"),
+        use_policy(make(tiny("asentmax")), SlidingWindow(3)),
+    ):
+        pass
+    model = make(tiny("softmax"))
+    with (
+        use_policy(model, SlidingWindow(3)),
+        pytest.raises(ValueError, match="under a policy already"),
+        use_policy(model, SlidingWindow(3)),
+    ):
+        pass
+    assert all(block.attention.policy is None for block in model.layers())
+    for wrong in (lambda: SlidingWindow(0), lambda: StreamingLLM(-1, 4)):
+        with pytest.raises(ValueError, match="expected"):
+            wrong()

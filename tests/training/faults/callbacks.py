@@ -1,0 +1,239 @@
+"""Callbacks that disturb or watch their own training process, named by class_path in the tests' configs."""
+
+import errno
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import training.callbacks.checkpointing
+import training.distributed.config
+import training.distributed.state
+from model.checkpoint import TRAINER_STATE, write_complete
+
+
+def die(*_: object, **_options: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAfterStep(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            die()
+
+
+class StopAfterStep(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+class KillDuringSave(Callback):
+    """In the save of a step, when of what it writes there is: "nothing" but the folder; "part" of a state file; the
+    "state" files; all but the "marker"."""
+
+    def __init__(self, step: int, stage: Literal["nothing", "part", "state", "marker"]) -> None:
+        self.step, self.stage = step, stage
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step != self.step:
+            return
+        if self.stage == "nothing":
+            die()
+        if self.stage == "part":
+            training.distributed.state.save_file = write_part  # type: ignore[assignment]
+        if self.stage == "state":
+            training.distributed.config.torch.save = die  # type: ignore[assignment]
+        training.callbacks.checkpointing.write_complete = die  # type: ignore[assignment]
+
+
+def write_part(tensors: Any, path: Path) -> None:
+    path.write_bytes(b"half of a file")
+    die()
+
+
+class FullDisk(Callback):
+    """The disk of one rank refuses the files of some steps."""
+
+    def __init__(self, rank: int, steps: list[int]) -> None:
+        self.rank, self.steps = rank, steps
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        full = trainer.global_rank == self.rank and trainer.global_step in self.steps
+        training.distributed.state.save_file = refuse if full else safetensors.torch.save_file
+
+
+def refuse(tensors: Any, path: Path) -> None:
+    path.write_bytes(b"half of a file")
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+class SaveAtStart(Callback):
+    """Writes the restored state before the first step, as a checkpoint of its own."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.folder.mkdir(exist_ok=True)
+        trainer.strategy.barrier()
+        trainer.strategy.save_checkpoint({}, self.folder / TRAINER_STATE)
+        if trainer.is_global_zero:
+            write_complete(self.folder, {"step": trainer.global_step})
+
+
+class RecordSamples(Callback):
+    """Writes the global numbers of the samples that this rank trains on."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        samples = " ".join(map(str, batch["sample_ids"].tolist()))
+        with (self.folder / f"samples-{trainer.global_rank}").open("a") as file:
+            file.write(f"{samples} ")
+
+
+class Note(Callback):
+    """Does nothing; its argument becomes a part of the config."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Pause(Callback):
+    """Makes optimizer steps slow enough to be met by a signal."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(self.seconds)
+
+
+def on_rank(rank: int) -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == rank
+
+
+class SignalInStep(Callback):
+    """One rank gets a signal, `times` over, in the optimizer step after `step`: a stop signal meets one rank first."""
+
+    def __init__(self, step: int, rank: int, name: str, times: int = 1) -> None:
+        self.step, self.rank, self.signal, self.times = step, rank, signal.Signals[name], times
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and on_rank(self.rank):
+            for _signal in range(self.times):
+                os.kill(os.getpid(), self.signal)
+            self.times = 0  # not once more for each micro-batch of the step
+
+
+class SignalInValidation(Callback):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+        if on_rank(self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class BadGradient(Callback):
+    """A gradient that is not a number in the given optimizer steps (1 is the first), on one rank, before reduction."""
+
+    def __init__(self, steps: list[int], rank: int) -> None:
+        self.steps, self.rank = steps, rank
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        def poison(gradient: Tensor) -> Tensor:
+            bad = on_rank(self.rank) and trainer.global_step + 1 in self.steps
+            return torch.full_like(gradient, torch.nan) if bad else gradient
+
+        pl_module.model.blocks[0].attention_norm.weight.register_hook(poison)
+
+
+class Hang(Callback):
+    """One rank stops doing anything in a step: asleep, or stopped by the kernel, so that no thread of it runs."""
+
+    def __init__(self, step: int, rank: int, stopped: bool = False) -> None:
+        self.step, self.rank, self.stopped = step, rank, stopped
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and on_rank(self.rank):
+            if self.stopped:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)
+
+
+class EndWandb(Callback):
+    """SIGTERM to wandb's own process, as a scheduler that signals all processes of a job sends it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            (service,) = [int(pid) for pid in children if "wandb" in Path(f"/proc/{pid}/comm").read_text()]
+            os.kill(service, signal.SIGTERM)
+            while Path(f"/proc/{service}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+
+
+class KillRank(Callback):
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and on_rank(self.rank):
+            die()
+
+
+class KillAtRandom(Callback):
+    """SIGKILL at a random moment: of the process's life, or of one of its saves. Each rank has its own moment.
+
+    A file named "saving" stands in `folder` from the start of each save to the next batch, so that whoever finds it
+    there knows what the kill has interrupted.
+
+    Args:
+        seed: of the moment.
+        during_save: count the moment from the start of a save.
+        seconds: the moment is less than this after where the count starts.
+    """
+
+    def __init__(self, seed: int, during_save: bool, seconds: float, folder: str) -> None:
+        self.during_save = during_save
+        self.saves_before = random.Random(seed).randrange(3)
+        self.delay = random.Random(f"{seed} {os.environ.get('LOCAL_RANK', '0')}").uniform(0, seconds)
+        self.saving = Path(folder) / "saving"
+        if not during_save:
+            self._start()
+
+    def _start(self) -> None:
+        def wait_and_die() -> None:
+            time.sleep(self.delay)
+            die()
+
+        threading.Thread(target=wait_and_die, daemon=True).start()
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self.saving.touch()
+        if self.during_save:
+            if self.saves_before == 0:
+                self._start()
+            self.saves_before -= 1
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.saving.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""A process that is told to stop while its main thread is not in Python; what it says of its state."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common.exits import INTERRUPTED, KEYBOARD
+from tests.training.conftest import ROOT
+
+# A mutex that is locked twice waits in C, signals or not, as a compiler or a collective does.
+BLOCKED = """
+import ctypes, sys
+from training.faults.signals import stop_signals
+with stop_signals() as stop:
+    stop.progress.note("loading the data", None)
+    stop.progress.stepped, stop.grace = "--stepped" in sys.argv, lambda: 1000.0 if "--twice" in sys.argv else 0.1
+    mutex = ctypes.create_string_buffer(128)
+    print("ready", flush=True)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's mutexes")
+@pytest.mark.parametrize(
+    ("options", "signals", "code", "message"),
+    [
+        ([], [signal.SIGTERM], INTERRUPTED, "stopped by SIGTERM while loading the data, 0:00: nothing new to save"),
+        ([], [signal.SIGINT], INTERRUPTED, "stopped by SIGINT while loading the data"),
+        (["--stepped"], [signal.SIGUSR1], INTERRUPTED, "stopped by SIGUSR1 without saving: loading the data, 0:0"),
+        (["--stepped", "--twice"], [signal.SIGINT] * 2, KEYBOARD, "stopped by a second Ctrl-C, without saving"),
+    ],
+)
+def test_while_the_main_thread_is_in_c(options: list[str], signals: list[int], code: int, message: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, *options], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in the background
+    )  # fmt: skip
+    assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+    for signum in signals:
+        process.send_signal(signum)
+        time.sleep(0.3)  # two signals of a kind merge while the first one is pending
+    assert process.wait(60) == code
+    assert message in process.stderr.read()

@@ -1,0 +1,230 @@
+"""Saving checkpoints that are complete or absent, and removing those that the config does not keep."""
+
+import itertools
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from data.datamodule import PackedDataModule
+from model.checkpoint import (
+    MARKER,
+    TRAINER_STATE,
+    CheckpointInfo,
+    InterruptedSave,
+    StoredTensors,
+    checkpoint_folder,
+    list_checkpoints,
+    write_complete,
+)
+from model.checksums import Verify
+from training.distributed.state import SaveError, agreement, check_stored, gather_objects
+from training.module import LanguageModule
+from training.resume.settings import run_settings
+from training.resume.start_point import StartPoint
+from training.throughput import StepClock
+from training.tracking import say
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept. The last step of a session is always saved.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep_last: newest complete checkpoints that are kept; two, so that one is whole while another is removed.
+        keep_every_hours: of wall time; in addition one checkpoint for each such period is kept. 0 for none.
+        milestones: steps that are saved and always kept, such as the ends of stages.
+        max_failed_saves: the run ends when so many saves in a row have failed; until then training goes on.
+        verify: what a checkpoint is compared with before a run starts from it: "checksum" of each tensor (divided among
+            the ranks; model/checksums.py has the cost), or only the "size" of each file.
+    """
+
+    every_n_steps: int = 500
+    keep_last: int = 2
+    keep_every_hours: float = 0.0
+    milestones: list[int] = field(default_factory=list)
+    max_failed_saves: int = 3
+    verify: Verify = "checksum"
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "max_failed_saves"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"checkpoint.{name} is {value}: expected at least 1")
+        if self.keep_every_hours < 0:
+            raise ValueError(f"checkpoint.keep_every_hours is {self.keep_every_hours}: expected 0 (never) or more")
+        if any(step < 1 for step in self.milestones):
+            raise ValueError(f"checkpoint.milestones is {self.milestones}: expected steps, at least 1")
+        if self.verify not in get_args(Verify):
+            raise ValueError(f"checkpoint.verify is {self.verify!r}: expected checksum or size")
+        if self.keep_last < 2:
+            raise ValueError(
+                f"checkpoint.keep_last is {self.keep_last}: expected at least 2, or a crash could leave none"
+            )
+
+
+class RunCheckpoint(Checkpoint):
+    """Writes RUN/checkpoints/step-XXXXXXXX every n optimizer steps and at the end, and removes old ones.
+
+    All saves happen in on_train_batch_end, so that Lightning's loop counters are always saved in the same state.
+
+    Args:
+        run_dir: the run folder.
+        config: when to save, how many to keep.
+        start: where this session started.
+        code_version: recorded in each checkpoint.
+        clock: paused while saving.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, start: StartPoint, code_version: str, clock: StepClock
+    ) -> None:
+        self.run_dir, self.config, self.start, self.code_version, self.clock = (
+            run_dir,
+            config,
+            start,
+            code_version,
+            clock,
+        )
+        self.tried_step, self.failed_saves = start.step, 0  # the step comes again with each micro-batch behind it
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Raises ValueError when the ranks found different checkpoints to start from, or a damaged one."""
+        found = gather_objects(str(self.start.checkpoint.path) if self.start.checkpoint else "step 0")
+        for rank, path in enumerate(found):
+            if path != found[0]:
+                raise ValueError(
+                    f"rank 0 starts from {found[0]}, rank {rank} from {path}: --run_dir must be a folder that all "
+                    "nodes share, and nothing else may write to it"
+                )
+        if self.start.checkpoint and self.config.verify == "checksum":
+            check_stored(StoredTensors(self.start.checkpoint))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        last = step == trainer.max_steps or trainer.should_stop
+        due = step % self.config.every_n_steps == 0 or step in self.config.milestones or last
+        if due and step > self.tried_step:
+            with self.clock.paused():
+                self.save(trainer, pl_module, last)
+
+    def save(self, trainer: Trainer, module: LanguageModule, last: bool) -> None:
+        """Write the checkpoint of the current step and remove what is no longer kept.
+
+        Raises:
+            RuntimeError: on all ranks, when too many saves in a row have failed, or the last one of a session.
+        """
+        self.tried_step = trainer.global_step
+        folder = checkpoint_folder(self.run_dir, self.tried_step)
+        try:
+            self._write(trainer, module, folder)
+        except SaveError as error:
+            self.failed_saves += 1
+            if trainer.is_global_zero and not (folder / MARKER).exists():
+                with suppress(OSError):  # without a marker it will be passed over
+                    remove_checkpoint(folder)
+            count = f"{self.failed_saves} of checkpoint.max_failed_saves {self.config.max_failed_saves}"
+            say(f"warning: no checkpoint of step {self.tried_step} ({count} in a row): {error}")
+            if last or self.failed_saves >= self.config.max_failed_saves:
+                newest = list_checkpoints(self.run_dir).newest
+                raise RuntimeError(
+                    f"{folder} could not be written ({error}): make room or repair the disk, then continue with "
+                    f"--resume auto; the newest complete checkpoint is {newest.path if newest else 'none'}"
+                ) from error
+            return
+        self.failed_saves = 0
+        if trainer.is_global_zero:
+            try:
+                self.remove_old()
+            except OSError as error:
+                say(f"warning: an old checkpoint could not be removed: {error}")
+
+    def _write(self, trainer: Trainer, module: LanguageModule, folder: Path) -> None:
+        """All files, then the marker. Raises SaveError on all ranks when any of them cannot write."""
+        with agreement():
+            if trainer.is_global_zero:
+                make_room(folder)
+                folder.mkdir(parents=True)
+        self.data(trainer).consumed_samples = self.samples(trainer)
+        trainer.save_checkpoint(folder / TRAINER_STATE, weights_only=False)
+        with agreement():
+            if trainer.is_global_zero:
+                checksums = trainer.strategy.checksums  # type: ignore[attr-defined]
+                write_complete(folder, self.meta(trainer, module), checksums=checksums)
+
+    def meta(self, trainer: Trainer, module: LanguageModule) -> dict[str, Any]:
+        data, samples = self.data(trainer), self.samples(trainer)
+        return {
+            "step": trainer.global_step,
+            "samples": samples,
+            "tokens": self.start.tokens + (samples - self.start.samples) * data.sequence_length,
+            "model": asdict(module.network_config),
+            "tokenizer": {"path": str(data.tokenizer_path), "fingerprint": data.tokenizer_fingerprint},
+            "sequence_length": data.sequence_length,
+            "settings": run_settings(trainer, module, data.global_batch_size),
+            "code_version": self.code_version,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    @staticmethod
+    def data(trainer: Trainer) -> PackedDataModule:
+        return trainer.datamodule  # type: ignore[attr-defined]
+
+    def samples(self, trainer: Trainer) -> int:
+        return self.start.samples_at(trainer.global_step, self.data(trainer).global_batch_size)
+
+    def remove_old(self) -> None:
+        """Keep what the config says. Folders without marker are leftovers of interrupted saves; what was complete once
+        and cannot be read now, and what has another name, is not ours to remove."""
+        found = list_checkpoints(self.run_dir)
+        kept = {info.path for info in checkpoints_to_keep(found.complete, self.config)}
+        leftovers = [path for path, error in found.others.items() if isinstance(error, InterruptedSave)]
+        for folder in (*leftovers, *(info.path for info in found.complete if info.path not in kept)):
+            remove_checkpoint(folder)
+
+
+def checkpoints_to_keep(complete: list[CheckpointInfo], config: CheckpointConfig) -> list[CheckpointInfo]:
+    """The complete checkpoints that stay, oldest first: the last ones, milestones, one for each keep_every_hours.
+
+    A period begins with the checkpoint that was kept for the one before, so that a later call keeps the same ones.
+    """
+    kept = [info for info in complete if info.step in config.milestones]
+    if config.keep_every_hours:
+        period, due = timedelta(hours=config.keep_every_hours), datetime.min.replace(tzinfo=UTC)
+        for info in complete:
+            try:
+                created = datetime.fromisoformat(info.meta["created"]).astimezone(UTC)
+            except (KeyError, TypeError, ValueError):  # a damaged record is no reason to remove it
+                kept.append(info)
+                continue
+            if created >= due:
+                kept.append(info)
+                due = created + period
+    return kept + complete[-config.keep_last :]
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint folder, its marker first, so that it is never complete with files missing. Of a link only the
+    link goes."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        with suppress(FileNotFoundError):
+            (folder / MARKER).unlink()
+        shutil.rmtree(folder)
+
+
+def make_room(folder: Path) -> None:
+    """Remove what an interrupted save has left in a folder; what was complete once moves aside."""
+    if not (folder / MARKER).exists():
+        remove_checkpoint(folder)
+        return
+    names = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    folder.rename(aside)
+    say(f"warning: {folder} is written again: the one that was there stays as {aside.name}, for you to remove")

@@ -1,0 +1,1 @@
+"""What goes wrong: bad steps, signals, ranks that hang or die."""

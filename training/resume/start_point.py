@@ -1,0 +1,165 @@
+"""Choosing the checkpoint to resume from, and what a run that resumes may change."""
+
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import check_keys
+from common.nested import flatten
+from model.checkpoint import (
+    TRAINER_STATE,
+    WAY_OUT,
+    CheckpointInfo,
+    UnknownFormat,
+    check_file,
+    list_checkpoints,
+    resolve_checkpoint,
+)
+from model.checksums import Verify
+from model.config import ModelConfig
+from training.tracking import say
+
+# Keys of the model config that choose how to compute, not what: they may differ between sessions.
+EXECUTION_KEYS = {"attention.backend"}
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """What a session starts from: 0 everywhere for a new run."""
+
+    checkpoint: CheckpointInfo | None = None
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def samples(self) -> int:
+        return self.checkpoint.meta["samples"] if self.checkpoint else 0
+
+    def samples_at(self, step: int, global_batch_size: int) -> int:
+        """Global samples consumed by the optimizer steps up to `step` of this session, whatever the loader has
+        fetched."""
+        return self.samples + (step - self.step) * global_batch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.checkpoint.meta["tokens"] if self.checkpoint else 0
+
+    @property
+    def trainer_state(self) -> Path | None:
+        return self.checkpoint.path / TRAINER_STATE if self.checkpoint else None
+
+
+def choose_start(run_dir: Path, resume: str) -> StartPoint:
+    """The start that --resume asks for, announced in a line.
+
+    Args:
+        run_dir: folder of the run to be written.
+        resume: "none" starts at step 0; "auto" takes the newest complete checkpoint of run_dir, or starts at step 0
+            where there is none; anything else is the path of a checkpoint folder, or of a run folder (its newest
+            complete one).
+
+    Raises:
+        ValueError: the run would mix with checkpoints that are already in run_dir, all of run_dir's are damaged, its
+            newest is of another format, or PATH is not complete.
+        FileNotFoundError: PATH does not exist or holds no complete checkpoint.
+    """
+    found = list_checkpoints(run_dir)
+    newest, lost = found.newest, found.lost
+    if resume == "none":
+        if newest:
+            raise ValueError(
+                f"--run_dir {run_dir} already has checkpoints, the newest at step {newest.step}: "
+                "continue it with --resume auto, or choose another --run_dir"
+            )
+        if lost:
+            raise ValueError(f"--run_dir {run_dir} already has checkpoints: {lost[-1]}; choose another --run_dir")
+        return StartPoint()
+    if resume == "auto":
+        if lost and (newest is None or isinstance(lost[-1], UnknownFormat)):
+            raise ValueError(
+                f"--resume auto: {lost[-1]}; starting from {newest.path if newest else 'step 0'} instead takes "
+                f"{f'--resume {newest.path}' if newest else 'another --run_dir'}"
+            )
+        for line in found.others.values():
+            say(f"passing over: {line}")
+        if newest is None:
+            say(f"--resume auto: {run_dir} has no complete checkpoint, starting from step 0")
+            return StartPoint()
+        return _start_of(newest)
+    chosen = resolve_checkpoint(resume)
+    if not (chosen.path / TRAINER_STATE).is_file():
+        raise ValueError(
+            f"--resume {resume} is an exported model: it has weights only; resume from a checkpoint of its run"
+        )
+    if newest and newest.path.resolve() != chosen.path.resolve():
+        raise ValueError(
+            f"--resume {resume} is not the newest checkpoint of --run_dir {run_dir}, which is {newest.path.name}: "
+            "use --resume auto, or branch off into another --run_dir"
+        )
+    if lost and newest is None:
+        raise ValueError(f"--run_dir {run_dir} already has checkpoints: {lost[-1]}; choose another --run_dir")
+    return _start_of(chosen)
+
+
+def _start_of(checkpoint: CheckpointInfo) -> StartPoint:
+    checkpoint.require(samples=int, tokens=int)
+    if TRAINER_STATE not in checkpoint.meta["files"]:
+        raise ValueError(f"{checkpoint.path} has no {TRAINER_STATE} among its files; {WAY_OUT}")
+    say(f"resuming from {checkpoint.path} (step {checkpoint.step})")
+    return StartPoint(checkpoint)
+
+
+def check_architecture(checkpoint: CheckpointInfo, architecture: dict[str, Any]) -> None:
+    """Raises ValueError that lists the keys in which the checkpoint's model differs from the config's."""
+    saved, wanted = flatten(checkpoint.require(model=dict)["model"]), flatten(architecture)
+    keys = sorted((saved.keys() | wanted.keys()) - EXECUTION_KEYS)
+    # a key that is newer than the checkpoint had its default then
+    saved = {**flatten(asdict(ModelConfig())), **saved}
+    differing = [key for key in keys if saved.get(key) != wanted.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
+        raise ValueError(
+            f"{checkpoint.path} is a checkpoint of another architecture: model.network has {listed}; "
+            "use the config it was trained with, or another --run_dir"
+        )
+
+
+def check_tokenizer(checkpoint: CheckpointInfo, path: str, fingerprint: str) -> None:
+    """Raises ValueError if the checkpoint was trained with another tokenizer than that of the data."""
+    saved = checkpoint.tokenizer
+    if saved["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{checkpoint.path} was trained with tokenizer {saved['path']} ({saved['fingerprint'][:12]}), the data has "
+            f"{path} ({fingerprint[:12]}): use the data it was trained on, or another --run_dir"
+        )
+
+
+def read_data_state(checkpoint: CheckpointInfo, name: str, verify: Verify = "checksum") -> dict[str, Any]:
+    """State of the data module of class `name` in a checkpoint.
+
+    Raises ValueError that names the file when it is damaged or lacks what a run needs.
+    """
+    path = checkpoint.path / TRAINER_STATE
+    if verify == "checksum":
+        check_file(checkpoint, TRAINER_STATE)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {WAY_OUT}") from error
+    kinds = {name: dict, "global_step": int, "loops": dict, "lr_schedulers": list, "optimizer_steps": dict}
+    return check_keys(content, kinds, str(path), WAY_OUT)[name]
+
+
+def warn_of_unknown_data(checkpoint: CheckpointInfo, data_state: dict[str, Any]) -> None:
+    """Say so where a checkpoint does not know its data's identity."""
+    sources = data_state["order"].get("sources", [])
+    if any("content" not in source for source in sources):
+        say(
+            f"warning: {checkpoint.path} is older than the record of its shards: if data.sources were prepared again, "
+            "that goes unnoticed"
+        )

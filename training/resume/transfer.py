@@ -1,0 +1,74 @@
+"""A new run that starts from another run's weights: what may differ between the two, and what is new."""
+
+from dataclasses import asdict
+
+from common.nested import flatten
+from model.checkpoint import CheckpointInfo, load_model
+from model.checksums import Verify
+from model.config import ModelConfig
+from model.transformer import Transformer
+from training.tracking import say
+
+# Keys of the model config that may differ from the checkpoint's: they change how the same weights are used.
+FREE_KEYS = {"rope_base", "window"} | {
+    f"attention.{key}"
+    for key in (
+        "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
+        "temperature_range", "temperature_bias", "backend",
+    )
+}  # fmt: skip
+# (old, new) attention kinds where the new one uses every weight of the old one.
+KIND_CHANGES = {
+    ("softmax", "ssmax"),
+    ("softmax", "entmax"),
+    ("softmax", "asentmax"),
+    ("entmax", "asentmax"),
+}
+
+
+def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
+    """Raises ValueError that names what keeps a model of config `network` from starting with these weights."""
+    saved, wanted = _architectures(checkpoint, network)
+    differing = sorted(key for key in wanted.keys() - FREE_KEYS if saved[key] != wanted[key])
+    if (saved["attention.kind"], wanted["attention.kind"]) in KIND_CHANGES:
+        differing = [key for key in differing if key != "attention.kind"]
+    if differing:
+        listed = ", ".join(f"{key} {saved[key]!r} (config: {wanted[key]!r})" for key in differing)
+        raise ValueError(
+            f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}; only "
+            f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to any or from "
+            "entmax to asentmax"
+        )
+
+
+def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Verify = "checksum") -> None:
+    """Give `model` the checkpoint's weights, and say what has changed and what keeps its initial values. Learned alphas
+    stay what they are, wherever the config's alpha starts.
+
+    Raises ValueError as check_transfer and load_model do.
+    """
+    check_transfer(checkpoint, model.config)
+    saved, wanted = _architectures(checkpoint, model.config)
+    source = load_model(checkpoint.path, verify=verify).model
+    missing, dropped = model.load_state_dict(source.state_dict(), strict=False)
+    for new, old in zip(model.layers(), source.layers(), strict=True):
+        if new.attention.alpha is not None and old.attention.alpha is not None:
+            new.attention.alpha.take_over(old.attention.alpha)
+    say(f"starting from the weights of {checkpoint.path} (its step {checkpoint.step}): step 0, new optimizer and data")
+    changed = [f"{key} {saved[key]} -> {wanted[key]}" for key in sorted(wanted) if saved[key] != wanted[key]]
+    for what, found in (
+        ("changed", changed),
+        ("new, with initial values", _names(missing)),
+        ("not taken over", _names(dropped)),
+    ):
+        if found:
+            say(f"  {what}: {', '.join(found)}")
+
+
+def _architectures(checkpoint: CheckpointInfo, network: ModelConfig) -> tuple[dict[str, object], dict[str, object]]:
+    return flatten(asdict(checkpoint.architecture)), flatten(asdict(network))
+
+
+def _names(keys: list[str]) -> list[str]:
+    """Parameter names without the number of their layer, each once."""
+    return list(dict.fromkeys(".".join(part for part in key.split(".")[1:] if not part.isdigit()) for key in keys))
