@@ -1,0 +1,72 @@
+"""What can be said of a run's options before a model is built or data are read."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import Timer
+
+from common.errors import UsageError
+from model.config import ModelConfig
+from model.flops import matmul_parameters
+from training.throughput import GIB
+from training.tracking import say
+
+
+def usable_folder(run_dir: str) -> Path:
+    """The folder of --run_dir, made where it is not there yet. Raises UsageError where nothing can be written there."""
+    if not run_dir.strip():
+        raise UsageError("--run_dir is empty: expected the run's folder")
+    folder = Path(run_dir)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--run_dir {folder} is a file: expected a folder, or a path where one can be made")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run_dir {folder} cannot be made ({error.strerror}): choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--run_dir {folder} cannot be written to: choose another folder, or change its permissions")
+    return folder
+
+
+def check_runs_here(network: ModelConfig, device: torch.device) -> None:
+    """Raises UsageError for a network that this machine cannot hold, or a backend that it cannot run."""
+    if network.attention.backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(
+            "model.network.attention.backend is 'triton', which needs CUDA: use auto or torch on a CPU, or set "
+            "TRITON_INTERPRET=1 to interpret its kernels"
+        )
+    needed = 4 * (matmul_parameters(network) + (0 if network.tie_embeddings else network.vocab_size * network.d_model))
+    if needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise UsageError(
+            f"model.network has about {needed // 4:,} parameters, {needed / GIB:,.0f} GiB in float32, and this machine "
+            f"has {there / GIB:,.0f} GiB of memory, where every process builds it whole: choose smaller sizes"
+        )
+
+
+def check_warmup(warmup_steps: int, max_steps: int) -> None:
+    if isinstance(warmup_steps, int) and warmup_steps > max_steps:
+        say(
+            f"warning: model.optimizer.warmup_steps is {warmup_steps}, longer than trainer.max_steps {max_steps}: the "
+            "learning rate never reaches model.optimizer.lr"
+        )
+
+
+def duration(max_time: Any) -> timedelta | None:
+    """The time that trainer.max_time asks for: "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta."""
+    if max_time is None:
+        return None
+    seconds = Timer(max_time)._duration
+    if seconds is None or seconds <= 0:
+        raise UsageError(f"trainer.max_time is {max_time!r}: expected a time, as in 00:12:00:00 (DD:HH:MM:SS)")
+    return timedelta(seconds=seconds)
+
+
+def first_device(options: dict[str, Any]) -> torch.device:
+    """The first device that Trainer options ask for on a node."""
+    if options["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", (CUDAAccelerator.parse_devices(options["devices"]) or [0])[0])
+    return torch.device("cpu")
