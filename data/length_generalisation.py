@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.packing import IGNORED_LABEL, PackedSequence, derive_key, mix
+from data.packing import IGNORED_LABEL, PackedSequence
+from data.permutation import derive_key, mix
 
 TaskName = Literal["copy", "reverse", "sort", "mqmtar", "flip_flop", "local_count", "two_back"]
 Split = Literal["train", "validation", "evaluation"]

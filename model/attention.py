@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from kernels import entmax_attention
-from model.cache import Extension, LayerCache
 from model.config import ModelConfig
+from model.kv_cache import Extension, LayerCache
 from model.layers import AdaptiveTemperature, HeadAlpha, ScalableTemperature, rotary_tables, rotate
 from model.sequence_parallel import HeadExchange, SequenceShards
 from model.softmax import (

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, AttentionMetadata, LayerStats, make_metadata
-from model.cache import LayerCache
 from model.config import ModelConfig
+from model.kv_cache import LayerCache
 from model.layers import AdaptiveTemperature, FeedForward, ScalableTemperature
 from model.sequence_parallel import SequenceShards
 

@@ -34,9 +34,9 @@ from training.callbacks.profiling import ProfileConfig, StepProfiler
 from training.distributed.config import ParallelConfig, check_combinations
 from training.distributed.sequence_parallel import check_sequence_parallel
 from training.distributed.strategies import build_strategy
-from training.faults.guard import GuardConfig, StepGuard
 from training.faults.interruption import Interruption, InterruptionConfig
 from training.faults.signals import StopSignals
+from training.faults.step_guard import GuardConfig, StepGuard
 from training.faults.watchdog import Watchdog, WatchdogConfig
 from training.module import LanguageModule
 from training.options import (

@@ -15,7 +15,7 @@ from model.sequence_parallel import SequenceShards
 from model.transformer import Transformer
 from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
-from training.faults.guard import StepGuard
+from training.faults.step_guard import StepGuard
 from training.step.activations import ActivationCheckpointing, KeepOnHost, checkpoint_blocks, tile_feed_forward
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from common.redaction import redact, redact_config
 from eval.common import provenance
 from eval.common.options import config_of
-from eval.reporting.document import Picture
+from eval.reporting.html_report import Picture
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ from eval.held_out import figures as plots
 from eval.held_out.attention_profile import LayerProfile
 from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
-from eval.reporting.document import Block, Heading, Paragraph, Picture, Table
+from eval.reporting.html_report import Block, Heading, Paragraph, Picture, Table
 
 
 def head_mean(layers: Sequence[LayerProfile], multiple: int, name: str) -> float:

@@ -11,8 +11,8 @@ from eval.held_out.analysis import INTERVAL_METHODS, NeedleScore, PairSummary, R
 from eval.held_out.attention_report import attention_blocks, head_mean
 from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
-from eval.reporting.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.reporting.formatting import count, interval_text, percent_text
+from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 
 TITLE = "LongSplash evaluation"
 

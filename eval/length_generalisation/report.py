@@ -12,8 +12,8 @@ from common.files import write_file, write_json
 from data.length_generalisation import TaskConfig
 from eval.length_generalisation.figures import Curve, exact_match_over_length
 from eval.length_generalisation.measure import LengthResult
-from eval.reporting.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_markdown
 from eval.reporting.formatting import count, percent_text
+from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Picture, Table, to_markdown
 from eval.reporting.statistics import LEAST_UNITS, Interval
 from eval.reporting.tables import interval_columns
 

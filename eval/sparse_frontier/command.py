@@ -28,7 +28,7 @@ from eval.ruler.files import FrozenTask
 from eval.sparse_frontier.config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
 from eval.sparse_frontier.measure import Measuring
 from eval.sparse_frontier.report import summarise, summary_lines, write_report
-from eval.sparse_frontier.ruler import open_sets
+from eval.sparse_frontier.ruler_answers import open_sets
 from eval.sparse_frontier.tables import study_records
 from model.version import code_version
 

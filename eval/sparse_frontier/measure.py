@@ -15,7 +15,7 @@ from eval.common.subjects import Subject, choose_autocast, file_fingerprint
 from eval.held_out.texts import HeldOut
 from eval.ruler.files import FrozenTask
 from eval.sparse_frontier.config import PHASES, Cell, FrontierConfig, PrefillTime, RulerCell
-from eval.sparse_frontier.ruler import write_answers
+from eval.sparse_frontier.ruler_answers import write_answers
 from eval.sparse_frontier.tasks import Scorer, Tasks, entmax_density, make_tasks, set_density, time_prefill
 from model.checkpoint import load_model
 from model.policies.bsfa import BlockSparseFlash, load_policy

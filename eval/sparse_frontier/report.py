@@ -8,8 +8,8 @@ from statistics import median
 import numpy as np
 
 from common.files import write_file, write_json
-from eval.reporting.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.reporting.formatting import count, interval_text, percent_text
+from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from eval.reporting.statistics import LEAST_UNITS, Interval, paired_sums, ratio_of_sums, share
 from eval.sparse_frontier.config import PHASES, Cell, PrefillTime, Study
 from eval.sparse_frontier.names import AS_THEY_ARE, density_text, method_name

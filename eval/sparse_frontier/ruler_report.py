@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.reporting.document import Block, Heading, Paragraph, Picture, Table
 from eval.reporting.formatting import count, percent_text
+from eval.reporting.html_report import Block, Heading, Paragraph, Picture, Table
 from eval.reporting.statistics import LEAST_UNITS, Interval, paired_shares, share
 from eval.sparse_frontier.config import RulerCell, Study
 from eval.sparse_frontier.names import AS_THEY_ARE, density_text, method_name

@@ -21,7 +21,7 @@ from eval.common.tracking import WandbConfig, open_tracker
 from eval.generate import open_tokenizer
 from eval.ruler.files import check_tokenizer
 from eval.tasks.config import TasksConfig
-from eval.tasks.harness import HarnessModel
+from eval.tasks.lm_eval_adapter import HarnessModel
 from eval.tasks.loading import LoadedTask, load_tasks
 from eval.tasks.report import RunResult, Study, score_rows, summary_lines, write_report
 from eval.tasks.results import MEASURING, TaskResult, TaskSettings, measure

@@ -8,8 +8,8 @@ from typing import Any
 
 from common.files import write_file, write_json
 from eval.held_out.analysis import attention_kind, choose_baseline
-from eval.reporting.document import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
 from eval.reporting.formatting import count, number_text, percent_text, significant
+from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
 from eval.tasks.results import TaskResult
 from eval.tasks.scores import METHODS, Difference, Score, compare, merge, score_metric
 

@@ -15,7 +15,7 @@ from lm_eval.api import metrics
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
-from eval.tasks.harness import HarnessModel
+from eval.tasks.lm_eval_adapter import HarnessModel
 from eval.tasks.loading import LoadedTask
 
 MEASURING = (__name__,)  # with all that it imports: what decides the numbers
@@ -36,7 +36,7 @@ class TaskSettings:
     Args:
         limit: most documents, the first ones; None for all.
         fewshot: examples before each question; None for the task's own number.
-        window: as in eval.tasks.harness.HarnessModel.
+        window: as in eval.tasks.lm_eval_adapter.HarnessModel.
         refuse: as there.
         seed: of few-shot examples and of sampled texts.
     """

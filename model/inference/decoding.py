@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.alpha_entmax.attention import unsupported_by_triton
-from model.cache import Extension, KVCache
 from model.inference.incremental import cached_pass, extend
+from model.kv_cache import Extension, KVCache
 from model.transformer import Transformer
 
 FEWEST_KEYS = 256  # slots that a graph sees at least

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention import cached_metadata
-from model.cache import Extension, KVCache, LayerCache
+from model.kv_cache import Extension, KVCache, LayerCache
 from model.transformer import Transformer
 
 

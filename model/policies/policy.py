@@ -22,8 +22,8 @@ from torch import Tensor
 from kernels.common.stats import count_live_tiles
 from kernels.common.visibility import TILE
 from model.attention import AttentionMetadata
-from model.cache import Extension
 from model.config import ModelConfig
+from model.kv_cache import Extension
 from model.transformer import Transformer
 
 Phase = Literal["prefill", "decode"]

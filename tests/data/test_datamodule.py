@@ -13,7 +13,8 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from data.datamodule import MicroBatchSampler, PackedDataModule, PackedDataset, SourceConfig
+from data.datamodule import PackedDataModule, SourceConfig
+from data.loading import MicroBatchSampler, PackedDataset
 from data.store import TokenStore
 from tests.data.conftest import PrepareTexts
 

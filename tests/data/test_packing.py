@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data.packing import IGNORED_LABEL, Interleaving, PackedSequence, Packing, bucket_totals, permute
+from data.packing import IGNORED_LABEL, PackedSequence, Packing, bucket_totals
+from data.permutation import Interleaving, permute
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 

@@ -14,8 +14,8 @@ from eval.generation import (
     generate,
     stream,
 )
-from model.cache import KVCache
 from model.config import AttentionConfig, ModelConfig
+from model.kv_cache import KVCache
 from model.transformer import Transformer
 
 

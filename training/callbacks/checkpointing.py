@@ -23,7 +23,7 @@ from model.checkpoint import (
     write_complete,
 )
 from model.checksums import Verify
-from training.distributed.state import SaveError, agreement, check_stored, gather_objects
+from training.distributed.checkpoint_state import SaveError, agreement, check_stored, gather_objects
 from training.module import LanguageModule
 from training.resume.settings import run_settings
 from training.resume.start_point import StartPoint

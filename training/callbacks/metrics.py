@@ -15,7 +15,7 @@ from common.checks import check_number, check_numbers
 from data.datamodule import PackedDataModule
 from model.flops import peak_flops
 from training.distributed.engine import engine_of
-from training.faults.guard import StepGuard
+from training.faults.step_guard import StepGuard
 from training.module import LanguageModule
 from training.resume.start_point import StartPoint
 from training.throughput import StepClock, Work, peak_memory_gib, speed_metrics

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from common.checks import check_number
 from model.checkpoint import StoredTensors, read_complete
+from training.distributed.checkpoint_state import (
+    TrainingState,
+    agreement,
+    read_state,
+    together,
+    whole_state,
+    write_state,
+)
 from training.distributed.engine import Engine, PlainEngine
-from training.distributed.state import TrainingState, agreement, read_state, together, whole_state, write_state
 
 ZERO_PRECISIONS = ("32-true", "bf16-mixed")
 STEPS = "optimizer_steps"

@@ -17,8 +17,15 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from model.checkpoint import WEIGHT
+from training.distributed.checkpoint_state import (
+    MOMENTS,
+    Fragment,
+    TrainingState,
+    adam_state,
+    read_state,
+    tensor_shapes,
+)
 from training.distributed.config import BUCKET_ELEMENTS, ElasticCheckpoints, ParallelConfig, data_ranks
-from training.distributed.state import MOMENTS, Fragment, TrainingState, adam_state, read_state, tensor_shapes
 
 
 def deepspeed_config(config: ParallelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from eval.held_out.multi_needle import MultiNeedleCell
 from eval.held_out.needle import NeedleCell
 from eval.held_out.perplexity import PerplexityPlan, PerplexityResult, Sums, Window
 from eval.held_out.report import Study, config_differences, summary_lines, write_report
-from eval.reporting.document import Block, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
+from eval.reporting.html_report import Block, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 
 CONFIG = EvalConfig(lengths=[1, 2])
 PLAN = PerplexityPlan(

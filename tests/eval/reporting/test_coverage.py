@@ -123,7 +123,7 @@ def test_paired_shares_cover_what_they_say_wherever_the_truth_lies(count: int) -
 
 def test_every_interval_is_one_of_those_covered_here() -> None:
     """Whatever makes an Interval lies in statistics.py and is simulated above. The one exception is the lowest and
-    highest of several runs, which length_report names so."""
+    highest of several runs, which that of length generalisation names so."""
     public = {
         name
         for name, function in inspect.getmembers(statistics, inspect.isfunction)
@@ -141,7 +141,7 @@ def test_every_interval_is_one_of_those_covered_here() -> None:
             n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).split(".")[-1] == "Interval"
         ]
         if made:
-            makers[path.name] = len(made)
+            makers[str(path.relative_to(ROOT))] = len(made)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "eval.reporting.statistics":
                 imported |= {name.name for name in node.names}
@@ -150,4 +150,5 @@ def test_every_interval_is_one_of_those_covered_here() -> None:
             assert "eval.reporting.quantiles" not in (module, *names), f"{path} makes intervals of its own"
             assert not {"NormalDist", "scipy"} & {module, *names}, f"{path} makes intervals of its own"
     assert imported == COVERED | {"Interval", "LEAST_UNITS"}
-    assert makers == {"length_report.py": 2}  # the paper's figures, without ends; lowest and highest of several runs
+    # the paper's figures, without ends; lowest and highest of several runs
+    assert makers == {"eval/length_generalisation/report.py": 2}

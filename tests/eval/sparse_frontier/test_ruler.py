@@ -16,14 +16,14 @@ import eval.sparse_frontier.measure
 from data.tokenizer import Tokenizer
 from eval.common.scoring import Runtime
 from eval.generation import generate
-from eval.reporting.document import Picture
+from eval.reporting.html_report import Picture
 from eval.reporting.statistics import share
 from eval.ruler.files import FORMAT, MANIFEST, FrozenTask, write_manifest, write_samples
 from eval.ruler.tasks import RULER_TASKS
 from eval.sparse_frontier.command import main
 from eval.sparse_frontier.config import Study
 from eval.sparse_frontier.report import Summaries
-from eval.sparse_frontier.ruler import open_sets, write_answers
+from eval.sparse_frontier.ruler_answers import open_sets, write_answers
 from eval.sparse_frontier.tasks import Scorer
 from kernels import entmax_attention
 from model.checkpoint import load_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import eval.sparse_frontier.ruler_report
-from eval.reporting.document import Table
+from eval.reporting.html_report import Table
 from eval.reporting.statistics import paired_shares, share
 from eval.sparse_frontier.config import RulerCell, Study
 from eval.sparse_frontier.report import summarise

@@ -134,7 +134,7 @@ def test_head_dims_at_length(head_dim: int, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_views_of_a_cache() -> None:
-    """Rows and slots of a larger memory, keys and values interleaved, as model.cache hands them over."""
+    """Rows and slots of a larger memory, keys and values interleaved, as model.kv_cache hands them over."""
     memory = draw(2, 3, 2, 500, 16)
     k, v = (x[:2, :, 100:230] for x in memory)
     q = draw(2, 4, 3, 16, seed=5)[:, :, 1:2]

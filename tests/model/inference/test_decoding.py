@@ -15,7 +15,7 @@ from model.inference.decoding import Decoder, FixedStep, step_size
 from model.inference.incremental import make_cache, prefill
 from model.transformer import Transformer
 from tests.kernels import interpreter
-from tests.model.test_cache import draw
+from tests.model.test_kv_cache import draw
 from tests.model.test_transformer import KINDS, POSITIONS, make, tiny
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,9 +11,9 @@ from torch import Tensor
 from model.checkpoint import TRAINER_STATE, WEIGHT, StoredTensors, read_complete, write_complete
 from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
+from training.distributed.checkpoint_state import TrainingState, read_state, whole_state, write_state
 from training.distributed.config import ParallelConfig
 from training.distributed.engine import PlainEngine
-from training.distributed.state import TrainingState, read_state, whole_state, write_state
 from training.distributed.zero import ZeroEngine, ZeroStrategy, deepspeed_config
 from training.step.optim import OptimizerConfig, build_optimizer
 

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import training.callbacks.checkpointing
+import training.distributed.checkpoint_state
 import training.distributed.config
-import training.distributed.state
 from model.checkpoint import TRAINER_STATE, write_complete
 
 
@@ -54,7 +54,7 @@ class KillDuringSave(Callback):
         if self.stage == "nothing":
             die()
         if self.stage == "part":
-            training.distributed.state.save_file = write_part  # type: ignore[assignment]
+            training.distributed.checkpoint_state.save_file = write_part  # type: ignore[assignment]
         if self.stage == "state":
             training.distributed.config.torch.save = die  # type: ignore[assignment]
         training.callbacks.checkpointing.write_complete = die  # type: ignore[assignment]
@@ -73,7 +73,7 @@ class FullDisk(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         full = trainer.global_rank == self.rank and trainer.global_step in self.steps
-        training.distributed.state.save_file = refuse if full else safetensors.torch.save_file
+        training.distributed.checkpoint_state.save_file = refuse if full else safetensors.torch.save_file
 
 
 def refuse(tensors: Any, path: Path) -> None:

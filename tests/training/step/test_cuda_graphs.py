@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.datamodule import PackedDataset
 from data.length_generalisation import TaskConfig, TaskSequences
+from data.loading import PackedDataset
 from model.config import AttentionConfig, ModelConfig
 from training.module import LanguageModule
 from training.step.cuda_graphs import GraphedLoss, check_graphs

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kernels.common.backends import INTERPRETED
 from model.attention import cached_metadata
-from model.cache import Extension, KVCache
 from model.config import AttentionKind, Positions
 from model.inference.incremental import extend, make_cache, prefill
+from model.kv_cache import Extension, KVCache
 from model.softmax import cached_block_mask, cached_softmax_attention
 from model.transformer import Transformer
 from tests.kernels import interpreter

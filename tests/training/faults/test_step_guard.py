@@ -17,7 +17,7 @@ from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
 from tests.training.faults.test_interruption import interruption
 from training.distributed.engine import PlainEngine
 from training.faults.failures import by_block
-from training.faults.guard import GuardConfig, History, StepGuard
+from training.faults.step_guard import GuardConfig, History, StepGuard
 
 
 def column(run_dir: Path, name: str) -> dict[int, float]:

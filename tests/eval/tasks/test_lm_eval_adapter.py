@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from data.tokenizer import Tokenizer
 from eval.common.scoring import Runtime
-from eval.tasks.harness import HarnessModel
+from eval.tasks.lm_eval_adapter import HarnessModel
 from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.distributed.state import (
+from training.distributed.checkpoint_state import (
     Fragment,
     SaveError,
     TrainingState,
