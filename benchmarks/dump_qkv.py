@@ -17,7 +17,7 @@ from torch import Tensor
 import kernels
 import model.attention
 from data.store import TokenStore
-from model.checkpoint import load_model
+from model.loading import load_model
 from model.transformer import Transformer
 
 

@@ -25,7 +25,8 @@ from data.store import TokenStore
 from eval.common.options import check_least, check_output_file, config_of
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
-from model.checkpoint import LoadedModel, load_model, model_fingerprint, resolve_checkpoint
+from model.checkpoint import resolve_checkpoint
+from model.loading import LoadedModel, load_model, model_fingerprint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
 from model.policies.policy import use_policy
 from model.policies.thresholds import Calibration, Estimator, save_thresholds

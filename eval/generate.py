@@ -18,7 +18,8 @@ from data.tokenizer import Tokenizer
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, choose_autocast, choose_device
 from eval.generation import GenerationOptions, stream
-from model.checkpoint import CheckpointInfo, load_model, resolve_checkpoint
+from model.checkpoint import CheckpointInfo, resolve_checkpoint
+from model.loading import load_model
 from model.policies.bsfa import use_thresholds
 
 # of GenerationOptions: what the command line offers; the rest is the tokenizer's, or for many texts

@@ -3,7 +3,7 @@
     python -m model.export runs/30m-asentmax exported/30m-asentmax --dtype bfloat16
 
 OUTPUT gets model.safetensors (in parts with model.safetensors.index.json where it is large) and config.json: the
-architecture, the tokenizer's path and fingerprint, the training length. `model.checkpoint.load_model` and eval.run
+architecture, the tokenizer's path and fingerprint, the training length. `model.loading.load_model` and eval.run
 read it.
 """
 
@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from common.command_line import CommandParser
 from common.errors import UsageError, run_command
-from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, share, stored_weights, write_complete
+from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, share, write_complete
+from model.loading import stored_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

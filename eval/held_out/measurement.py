@@ -18,7 +18,7 @@ from eval.held_out.multi_needle import MultiNeedleCell, measure_multi_needles
 from eval.held_out.needle import NeedleCell, measure_needles
 from eval.held_out.perplexity import PerplexityPlan, PerplexityResult, bytes_of_tokens, measure_perplexity
 from eval.held_out.texts import HeldOut
-from model.checkpoint import load_model
+from model.loading import load_model
 from model.policies.bsfa import use_thresholds
 from model.policies.thresholds import read_thresholds
 

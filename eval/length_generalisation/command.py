@@ -28,7 +28,7 @@ from eval.common.subjects import Subject, choose_autocast, choose_device, find_s
 from eval.common.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
 from eval.length_generalisation.measure import LengthConfig, LengthResult, length_of, measure
 from eval.length_generalisation.report import RunResult, Study, result_rows, summary_lines, write_report
-from model.checkpoint import LoadedModel, load_model
+from model.loading import LoadedModel, load_model
 from model.version import code_version
 
 MEASURING = ("eval.length_generalisation.measure",)  # with all that it imports: what decides the numbers

@@ -17,7 +17,7 @@ from eval.ruler.files import FrozenTask
 from eval.sparse_frontier.config import PHASES, Cell, FrontierConfig, PrefillTime, RulerCell
 from eval.sparse_frontier.ruler_answers import write_answers
 from eval.sparse_frontier.tasks import Scorer, Tasks, entmax_density, make_tasks, set_density, time_prefill
-from model.checkpoint import load_model
+from model.loading import load_model
 from model.policies.bsfa import BlockSparseFlash, load_policy
 from model.policies.families import calibrated_densities, policy_at
 from model.policies.policy import Phase, SparsePolicy

@@ -26,7 +26,7 @@ from eval.tasks.loading import LoadedTask, load_tasks
 from eval.tasks.report import RunResult, Study, score_rows, summary_lines, write_report
 from eval.tasks.results import MEASURING, TaskResult, TaskSettings, measure
 from eval.tasks.tables import study_records
-from model.checkpoint import load_model
+from model.loading import load_model
 from model.version import code_version
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels import KEY_BLOCK, QUERY_BLOCK, block_maxima
 from kernels.block_sparse.reference import diagonal_blocks, kept_blocks, query_blocks
-from model.checkpoint import model_fingerprint
 from model.config import ModelConfig
+from model.loading import model_fingerprint
 from model.policies.block_attention import block_attention, count_kept
 from model.policies.policy import Attended, Phase, PolicyRecord, Selection, SequenceView, SparsePolicy, use_policy
 from model.policies.thresholds import Estimator, read_thresholds

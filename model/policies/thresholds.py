@@ -22,7 +22,7 @@ Estimator = Literal["mean", "pooled"]  # of ThresholdCollector
 class Calibration:
     """What stands beside the thresholds in their file.
 
-    model: fingerprint of the model they belong to (model.checkpoint.model_fingerprint). checkpoint, step: where it was.
+    model: fingerprint of the model they belong to (model.loading.model_fingerprint). checkpoint, step: where it was.
     ks: off-diagonal blocks that each set of thresholds keeps. length, samples: of the texts. estimator: how their
     thresholds became one. predicted: density of each k at that length. measured: on held-out text, mean over layers and
     heads; None where that has no such length.

@@ -15,8 +15,8 @@ import eval.generate
 from data.tokenizer import Tokenizer
 from eval.generate import main
 from eval.generation import Piece, generate
-from model.checkpoint import load_model
 from model.export import export
+from model.loading import load_model
 from tests.eval.conftest import MakeRun
 
 

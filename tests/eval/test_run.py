@@ -15,7 +15,8 @@ from eval.common.subjects import Subject, choose_autocast, find_subjects
 from eval.held_out.attention_profile import LayerProfile, measure_attention
 from eval.held_out.config import EvalConfig
 from eval.run import main
-from model.checkpoint import load_model, resolve_checkpoint
+from model.checkpoint import resolve_checkpoint
+from model.loading import load_model
 from tests.eval.conftest import BASE_LENGTH, MakeRun
 
 QUICK = ["--headline_tokens", "600", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]

@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import checkpoint_folder, find_checkpoints, load_model, resolve_checkpoint, write_complete
+from model.checkpoint import checkpoint_folder, find_checkpoints, resolve_checkpoint, write_complete
 from model.config import ModelConfig
 from model.export import export
+from model.loading import load_model
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(vocab_size=50, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24)

@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import model.export
-from model.checkpoint import load_model, resolve_checkpoint
+from model.checkpoint import resolve_checkpoint
 from model.export import export, main
+from model.loading import load_model
 from model.transformer import Transformer
 from tests.model.test_checkpoint import CONFIG, save
 

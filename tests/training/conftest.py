@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from data.prepare import main as prepare
-from model.checkpoint import StoredTensors, checkpoint_folder, load_model, read_complete
+from model.checkpoint import checkpoint_folder, read_complete
+from model.loading import StoredTensors, load_model
 from tests.training.warm import Ended, warm_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,12 +17,12 @@ from model.checkpoint import (
     TRAINER_STATE,
     CheckpointInfo,
     InterruptedSave,
-    StoredTensors,
     checkpoint_folder,
     list_checkpoints,
     write_complete,
 )
 from model.checksums import Verify
+from model.loading import StoredTensors
 from training.distributed.checkpoint_state import SaveError, agreement, check_stored, gather_objects
 from training.module import LanguageModule
 from training.resume.settings import run_settings

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from common.errors import error_line
 from common.files import flush
-from model.checkpoint import STATE_FILE, WEIGHT, StoredTensors, share
+from model.checkpoint import STATE_FILE, WEIGHT, share
 from model.checksums import is_finite, tensor_checksum
+from model.loading import StoredTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30

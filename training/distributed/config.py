@@ -12,7 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor, nn
 
 from common.checks import check_number
-from model.checkpoint import StoredTensors, read_complete
+from model.checkpoint import read_complete
+from model.loading import StoredTensors
 from training.distributed.checkpoint_state import (
     TrainingState,
     agreement,

@@ -9,17 +9,10 @@ import torch
 
 from common.files import check_keys
 from common.nested import flatten
-from model.checkpoint import (
-    TRAINER_STATE,
-    WAY_OUT,
-    CheckpointInfo,
-    UnknownFormat,
-    check_file,
-    list_checkpoints,
-    resolve_checkpoint,
-)
+from model.checkpoint import TRAINER_STATE, WAY_OUT, CheckpointInfo, UnknownFormat, list_checkpoints, resolve_checkpoint
 from model.checksums import Verify
 from model.config import ModelConfig
+from model.loading import check_file
 from training.tracking import say
 
 # Keys of the model config that choose how to compute, not what: they may differ between sessions.

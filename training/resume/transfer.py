@@ -3,9 +3,10 @@
 from dataclasses import asdict
 
 from common.nested import flatten
-from model.checkpoint import CheckpointInfo, load_model
+from model.checkpoint import CheckpointInfo
 from model.checksums import Verify
 from model.config import ModelConfig
+from model.loading import load_model
 from model.transformer import Transformer
 from training.tracking import say
 

@@ -22,8 +22,9 @@ from eval.held_out.callback import (
     unless_told_to_stop,
 )
 from eval.held_out.config import EvalConfig
-from model.checkpoint import load_model, resolve_checkpoint
+from model.checkpoint import resolve_checkpoint
 from model.config import ModelConfig
+from model.loading import load_model
 from model.transformer import Transformer
 from tests.training.conftest import (
     ROOT,

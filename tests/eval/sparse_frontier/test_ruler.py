@@ -26,8 +26,8 @@ from eval.sparse_frontier.report import Summaries
 from eval.sparse_frontier.ruler_answers import open_sets, write_answers
 from eval.sparse_frontier.tasks import Scorer
 from kernels import entmax_attention
-from model.checkpoint import load_model
 from model.inference.incremental import extend, make_cache, prefill
+from model.loading import load_model
 from model.policies.policy import Phase, SparsePolicy, use_policy
 from model.policies.snapkv import SnapKV
 from model.policies.window import SlidingWindow

@@ -19,8 +19,8 @@ from eval.sparse_frontier.config import PHASES, FrontierConfig
 from eval.sparse_frontier.measure import Measuring
 from eval.sparse_frontier.tasks import Scorer, decode, entmax_density, make_tasks, set_density
 from kernels import entmax_attention
-from model.checkpoint import load_model
 from model.config import ModelConfig
+from model.loading import load_model
 from model.policies.families import FAMILIES, policy_at
 from model.policies.minference import BlockSparse
 from model.policies.quest import Quest

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.checkpoint import model_fingerprint
 from model.inference.incremental import extend, make_cache, prefill
+from model.loading import model_fingerprint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, load_policy, predicted_density, use_thresholds
 from model.policies.policy import SequenceView, masked_attention, use_policy
 from model.policies.thresholds import Calibration, Estimator, save_thresholds

@@ -17,11 +17,11 @@ from model.checkpoint import (
     CheckpointInfo,
     checkpoint_folder,
     find_checkpoints,
-    load_model,
     resolve_checkpoint,
 )
 from model.checkpoint import write_complete as mark
 from model.config import ModelConfig
+from model.loading import load_model
 from tests.training.conftest import TrainProcess, callbacks, stored_tensors
 from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint, checkpoints_to_keep, make_room
 from training.resume.start_point import StartPoint, check_architecture, check_tokenizer, choose_start

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import load_model
 from model.config import ModelConfig
+from model.loading import load_model
 from tests.training.conftest import TrainProcess
 from training.distributed.config import ParallelConfig
 from training.distributed.sequence_parallel import check_sequence_parallel

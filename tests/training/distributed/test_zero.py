@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from model.checkpoint import StoredTensors, checkpoint_folder, read_complete
+from model.checkpoint import checkpoint_folder, read_complete
+from model.loading import StoredTensors
 from tests.training.conftest import TrainProcess, callbacks, logged, stored_tensors
 from tests.training.distributed import zero_worker
 from training.distributed.config import ParallelConfig, check_combinations

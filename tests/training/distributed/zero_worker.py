@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint import TRAINER_STATE, WEIGHT, StoredTensors, read_complete, write_complete
+from model.checkpoint import TRAINER_STATE, WEIGHT, read_complete, write_complete
 from model.config import AttentionConfig, ModelConfig
+from model.loading import StoredTensors
 from model.transformer import Transformer
 from training.distributed.checkpoint_state import TrainingState, read_state, whole_state, write_state
 from training.distributed.config import ParallelConfig

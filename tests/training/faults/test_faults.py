@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import checkpoint_folder, find_checkpoints, load_model
+from model.checkpoint import checkpoint_folder, find_checkpoints
+from model.loading import load_model
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
 
 LONG = [pytest.mark.faults, pytest.mark.timeout(7200)]

@@ -11,8 +11,9 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.checkpoint import CheckpointInfo, checkpoint_folder, load_model, resolve_checkpoint
+from model.checkpoint import CheckpointInfo, checkpoint_folder, resolve_checkpoint
 from model.config import AttentionConfig, ModelConfig
+from model.loading import load_model
 from model.transformer import Transformer
 from tests.training.conftest import ROOT, TrainProcess
 from training.resume.transfer import check_transfer
