@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval.held_out.measurement
 import eval.run
 from data.store import TokenStore
 from eval.common.scoring import Runtime
@@ -64,7 +65,7 @@ def test_twins_are_compared_and_a_second_run_reuses_every_result(
     def refuse(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(eval.run, "measure", refuse)
+    monkeypatch.setattr(eval.held_out.measurement, "measure", refuse)
     assert main([*runs, *options(corpus, tmp_path)]) == 0
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["runs"] == first["runs"] and again["measurements"] == first["measurements"]

@@ -25,8 +25,8 @@ def test_a_sleeping_rank_ends_the_run_and_every_rank_says_where_it_was(train: Tr
     assert set(reports) == {0, 1}
     # rank 0 waits for the reduction of its gradients
     assert "no progress for 0.05 minutes while training after optimizer step 6; last samples [24, 25]" in reports[0]
-    assert "_engine_run_backward" in reports[0] and "faults.py" not in reports[0]
-    assert "last samples [26, 27]" in reports[1] and 'faults.py", line' in reports[1]
+    assert "_engine_run_backward" in reports[0] and "faults/callbacks.py" not in reports[0]
+    assert "last samples [26, 27]" in reports[1] and 'faults/callbacks.py", line' in reports[1]
 
 
 def test_a_stopped_rank_ends_the_run(train: TrainProcess, tmp_path: Path) -> None:
