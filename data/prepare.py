@@ -240,10 +240,17 @@ def remove_earlier_run(output: Path) -> None:
     config_file = output / "progress" / "config.json"
     if not config_file.exists() and not (output / "manifest.json").exists():
         return
+    written = {".lock", "progress", "manifest.json", "tokenizer.model", *SPLITS}
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in written and path.suffix != ".tmp")
+    if foreign:
+        raise ValueError(
+            f"{output} holds {', '.join(foreign[:3])}, which data.prepare did not write: move that away, or choose "
+            "another --output; nothing is removed"
+        )
     config_file.parent.mkdir(exist_ok=True)
     write_json(config_file, {"format": FORMAT, "config": UNFINISHED_OVERWRITE}, sort_keys=True)
-    for name in ("manifest.json", "tokenizer.model"):
-        (output / name).unlink(missing_ok=True)
+    for path in (output / "manifest.json", output / "tokenizer.model", *output.glob("*.tmp")):
+        path.unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
     shutil.rmtree(config_file.parent)

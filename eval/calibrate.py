@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.command_line import CommandParser
-from common.errors import run_command
+from common.errors import UsageError, run_command
 from data.store import TokenStore
 from eval.common.options import check_least, check_output_file, config_of
 from eval.common.scoring import Runtime
@@ -29,7 +29,7 @@ from model.checkpoint import resolve_checkpoint
 from model.loading import LoadedModel, load_model, model_fingerprint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
 from model.policies.policy import use_policy
-from model.policies.thresholds import Calibration, Estimator, save_thresholds
+from model.policies.thresholds import Calibration, Estimator, read_thresholds, save_thresholds
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
     found = resolve_checkpoint(run)
     subject = Subject(found.path.name, found)
     check_output_file(output)
+    if output.exists():
+        try:
+            read_thresholds(output)
+        except ValueError as error:
+            raise UsageError(f"--output {output} is a file of something else: choose another name") from error
     loaded = load_model(found.path, device)
     length = config.length or loaded.training_length
     collector = ThresholdCollector(config.ks, loaded.config.n_layers, config.estimator)

@@ -40,6 +40,9 @@ def check_most(config: Any, most: Mapping[str, int]) -> None:
 def check_output(folder: Path) -> None:
     """Makes the folder and writes a file there, which is removed: before the work, not after it. Raises UsageError."""
     try:
+        corpus = (folder / "heldout").is_dir() and (folder / "tokenizer.model").is_file()
+        if corpus or (folder / "checkpoints").is_dir():
+            raise UsageError(f"--output {folder} is a run's or a corpus's own folder: choose another one")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-", buffering=0) as file:
             file.write(b"x" * 4096)

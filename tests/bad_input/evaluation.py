@@ -102,6 +102,15 @@ CASES = [
     Case("a device of no kind", run("--device", "gpu"), ["device is 'gpu': expected auto, cpu, cuda or cuda:N"]),
     Case("a precision of no kind", run("--precision", "float16"), ["precision", "float16"]),
     Case("thresholds without their k", run("--thresholds", "{tiny}"), ["give both, or neither"]),
+    Case(
+        "a report in a run's folder", run("--output", "{run}"), ["--output {run} is a run's or a corpus's own folder"]
+    ),
+    Case("a report in a corpus", run("--output", "{corpus}"), ["own folder: choose another one"]),
+    Case(
+        "thresholds over another file",
+        ["-m", "eval.calibrate", "{run}", "--data", "{corpus}", "--ks", "1", "--device", "cpu", "--output", "{tiny}"],
+        ["--output {tiny} is a file of something else: choose another name"],
+    ),
     Case("a report that is a file", run("--output", "{tiny}"), ["--output {tiny} cannot be written (File exists)"]),
     Case("a report below a file", run("--output", "{tiny}/x"), ["--output {tiny}/x cannot be written"]),
     Case("a report of a long name", run("--output", TOO_LONG), ["cannot be written (File name too long)"]),

@@ -454,3 +454,12 @@ def test_hub_yamls_on_a_stand_in_of_the_same_schema(
     assert stores[0].fingerprint_of_tokenizer == TokenStore(prepared / "train").fingerprint_of_tokenizer
     text = (CONFIGS / f"prepare_{name}.yaml").read_text()
     assert re.search(r"path: (HuggingFaceFW/fineweb-edu|mlfoundations/dclm-baseline-1.0)\n", text)
+
+
+def test_overwrite_removes_nothing_beside_files_of_somebody_else(prepare_texts: Any, tmp_path: Path) -> None:
+    output = prepare_texts(tmp_path / "out")
+    (output / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds notes.txt, which data.prepare did not write.*nothing is removed"):
+        prepare_texts(output, "--overwrite=true")
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

@@ -86,3 +86,13 @@ def test_ctrl_c_is_one_line(
 
 def test_a_sample_has_as_many_needles_as_there_are_names() -> None:
     assert GREATEST["needle_count"] == len(WORDS)
+
+
+@pytest.mark.parametrize("inside", [["checkpoints"], ["heldout", "tokenizer.model"]])
+def test_folders_of_runs_and_corpora_are_not_written_to(inside: list[str], tmp_path: Path) -> None:
+    (tmp_path / inside[0]).mkdir()
+    for name in inside[1:]:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError, match="own folder: choose another one"):
+        check_output(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == inside
