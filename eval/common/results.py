@@ -57,19 +57,19 @@ def result_key(
         asdict(settings),
         base_length,
         device,
-        _code_hash(measuring),
+        _code_hash(tuple(measuring)),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _code_hash(modules: Sequence[str]) -> str:
+@functools.cache
+def _code_hash(modules: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for path in source_files(tuple(modules)):
+    for path in source_files(modules):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-@functools.cache
 def source_files(modules: tuple[str, ...]) -> list[Path]:
     """The project's files that these modules consist of: their own and all that are imported from there, in functions
     too, sorted by path. Raises FileNotFoundError for a module that there is not."""

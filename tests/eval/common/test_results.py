@@ -54,9 +54,9 @@ def test_the_key_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.Monke
     for name, text in files.items():
         (project / name).write_text(text)
     monkeypatch.setattr(results, "ROOT", project)
-    source_files.cache_clear()
 
     def key() -> str:
+        results._code_hash.cache_clear()
         return result_key(checkpoint, "data", Kept(1), 64, "cpu", ("pack.a",))
 
     first = key()
@@ -64,4 +64,4 @@ def test_the_key_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.Monke
     assert key() == first
     (project / "pack/b.py").write_text("changed = 1")
     assert key() != first
-    source_files.cache_clear()
+    results._code_hash.cache_clear()
