@@ -319,10 +319,15 @@ def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
         print(f"prepared {output}: {summary(output)}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m data.prepare", description="Prepare a corpus as token shards.")
     parser.add_argument("--config", action="config", help="YAML file, e.g. configs/data/prepare_stdlib.yaml")
     parser.add_class_arguments(PrepareConfig)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = _parser()
     settings = parser.parse_args(arguments)
     corpus_settings = settings.corpus.as_dict()
     config = PrepareConfig(**{k: v for k, v in parser.instantiate(settings).items() if k != "config"})
