@@ -21,10 +21,10 @@ class _KilledPopen(Popen):
         if threading.current_thread() is not threading.main_thread():
             self.kill()  # handlers are the main thread's to set
             return
-        torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.kill()
         self.wait()
-        signal.signal(signal.SIGCHLD, torchs or signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 class _WorkerProcess(ForkProcess):

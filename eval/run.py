@@ -10,7 +10,7 @@ from common.command_line import CommandParser
 from common.errors import run_command
 from common.nested import flatten
 from eval.common import provenance
-from eval.common.metrics import Series, read_metrics
+from eval.common.metrics import read_metrics
 from eval.common.options import KEPT, check_output, config_of
 from eval.common.subjects import Subject, choose_device, find_subjects
 from eval.common.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
@@ -85,7 +85,7 @@ def evaluate(
         runs=[summarise(one) for one in measurements],
         pairs=[pair(one, baseline) for one in measurements if one is not baseline],
         settings={subject.label: _settings(subject) for subject in subjects},
-        metrics={subject.label: _metrics(subject) for subject in subjects},
+        metrics={subject.label: read_metrics(subject.run_dir) for subject in subjects},
         base_length=held_out.base_length,
         data=str(data),
         data_fingerprint=held_out.fingerprint,
@@ -111,10 +111,6 @@ def _settings(subject: Subject) -> dict[str, str]:
     # Without its run folder a checkpoint still records its model.
     flat = flatten(settings or {"model": {"network": subject.checkpoint.meta["model"]}})
     return {name: str(value) for name, value in flat.items()}
-
-
-def _metrics(subject: Subject) -> dict[str, Series]:
-    return read_metrics(subject.run_dir)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def run_train(*options: object, quick: bool = False, **environment: str) -> Ende
 
 
 def callbacks(*named: tuple[str, dict[str, object]]) -> str:
-    """The option that adds callbacks of faults.py: name and arguments of each."""
+    """The option that adds callbacks of faults/callbacks.py: name and arguments of each."""
     listed = [
         {"class_path": f"tests.training.faults.callbacks.{name}", "init_args": arguments} for name, arguments in named
     ]
