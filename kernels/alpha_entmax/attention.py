@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kernels.alpha_entmax.blockwise import entmax_attention_blockwise
 from kernels.alpha_entmax.decode import entmax_decode
-from kernels.alpha_entmax.operator import intercepted, power_of, run_attention
+from kernels.alpha_entmax.launches import power_of
+from kernels.alpha_entmax.operator import intercepted, run_attention
 from kernels.alpha_entmax.reference import entmax_attention_reference
 from kernels.common.arguments import (
     check_distance,
@@ -102,7 +103,7 @@ def entmax_attention(
         if q.shape[2] == 1 and not (gradient or return_stats or intercepted(q, k, v, alpha)):
             # one query stands at the last valid key, alone in its document: causality hides nothing
             return entmax_decode(q, k, v, alpha, scale, power, kv_lens, alibi_slopes, window)
-        out, _, _, _, support, live, passes, _, _ = run_attention(
+        results = run_attention(
             q,
             k,
             v,
@@ -118,6 +119,7 @@ def entmax_attention(
             return_stats,
             True,
         )
+        out, support, live, passes = results.out, results.support, results.live, results.passes
     else:
         out, _, support, live = entmax_attention_blockwise(
             q, k, v, alpha, scale, alibi_slopes=alibi_slopes, with_stats=return_stats, **visible

@@ -1,5 +1,5 @@
-"""The backward pass in two launches over live tiles only: per tile of queries dq (and dalpha), per tile of keys dk and
-dv. No atomics on floats: the same inputs give the same bits.
+"""The backward pass in two launches over what has weight only, tiles or single keys and queries: per tile of queries dq
+(and dalpha), per tile of keys dk and dv. No atomics on floats: the same inputs give the same bits.
 
 Per tile: dP = dO v^T, ds = w (dP - delta), with delta = sum w dP / sum w = dO . (sum w v / sum w).
 """
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import support_distance, support_power, support_power_and_log
+from kernels.common.key_lists import KEY_CHUNK, gather_rows, is_sparse, key_scores, step_entries
 from kernels.common.tiles import (
     LENGTHS,
     add_position_bias,
@@ -23,25 +24,34 @@ from kernels.common.tiles import (
 
 @triton.jit
 def query_gradient_tiles(
-    q, do, p_k, p_v, stride_k, stride_v, p_list, list_step, count, dq, entropy_sum, entropy_dp, slope_sum, slope_dp,
-    tau, delta, z_scale, beta, slope, first, end, position, n_keys,
+    q, do, p_k, p_v, stride_k, stride_v, p_list, list_step, first_step, last_step, n_inner, count, capacity,
+    dq, entropy_sum, entropy_dp, slope_sum, slope_dp,
+    tau, delta, z_scale, beta, slope, first, end, position, anchor, n_keys,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, POWER: tl.constexpr, DALPHA: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, DALPHA: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds k of the listed key tiles, STEP keys at a time, and (if DALPHA) the row sums that dalpha needs, with
-    e = p (1 - log u): sum e, sum e (dP - delta), sum w, sum w (dP - delta)."""
+    """Adds ds k of the listed key tiles (KEYS: keys), STEP keys at a time, and (if DALPHA) the row sums that dalpha
+    needs, with e = p (1 - log u): sum e, sum e (dP - delta), sum w, sum w (dP - delta)."""
     PARTS: tl.constexpr = BM // STEP
-    for n in tl.range(0, count * PARTS, num_stages=STAGES):
-        start = tl.load(p_list + n // PARTS * list_step) * BM + n % PARTS * STEP
-        k = load_rows(p_k, start, stride_k, n_keys, STEP, D, BD, MASKED)
-        v = load_rows(p_v, start, stride_v, n_keys, STEP, D, BD, MASKED)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM queries, STEP keys]
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        key = start + tl.arange(0, STEP)
-        if BIAS:
-            x = add_position_bias(x, position[:, None], key[None, :], start, slope)
-        if MASKED:
-            x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
+    for n in tl.range(first_step, last_step, num_stages=STAGES):
+        if KEYS:
+            key = step_entries(p_list, n, n_inner, count, capacity, STEP, MASKED)
+            x, k = key_scores(
+                q, p_k, stride_k, key, slope, first, end, position, anchor, D, BD, BIAS, MASKED, PRECISION
+            )  # fmt: skip
+            v = gather_rows(p_v, key, stride_v, D, BD, MASKED)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        else:
+            start = tl.load(p_list + n // PARTS * list_step) * BM + n % PARTS * STEP
+            k = load_rows(p_k, start, stride_k, n_keys, STEP, D, BD, MASKED)
+            v = load_rows(p_v, start, stride_v, n_keys, STEP, D, BD, MASKED)
+            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM queries, STEP keys]
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            key = start + tl.arange(0, STEP)
+            if BIAS:
+                x = add_position_bias(x, position[:, None], key[None, :], start, slope)
+            if MASKED:
+                x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
         u = support_distance(x, z_scale, tau[:, None])
         dp -= delta[:, None]
         if DALPHA:
@@ -61,28 +71,40 @@ def query_gradient_tiles(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def entmax_backward_queries(
-    p_q, p_k, p_v, p_do, p_slope_out, p_tau, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_list, p_counter,
+    p_q, p_k, p_v, p_do, p_slope_out, p_tau, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_key_bits, p_sparse, p_list,
+    p_entries, p_counter,
     p_dq, p_delta, p_dalpha,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_sb, stride_sh, stride_st, stride_db, stride_dh, stride_dt,
-    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, capacity, batch_step, stride_rows,
+    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, capacity, batch_step,
+    stride_rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     STEP: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr, DALPHA: tl.constexpr,
-    STAGES: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta and each query tile's part of dalpha. Programs take query tiles from a counter until none is left."""
+    """dq, delta and each query tile's part of dalpha. Programs take query tiles from a counter until none is left.
+    KEYS, p_key_bits, p_sparse: as in entmax_refine."""
+    PARTS: tl.constexpr = BM // STEP
     p_list += tl.program_id(0) * capacity
+    if KEYS:
+        p_entries += tl.program_id(0) * capacity * BM
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
         i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
             task, p_rows, p_blocks, heads, n_queries, n_blocks, batch_step, stride_rows, BM, FIELDS
         )
         o_bh = i_bh.to(tl.int64) * n_queries
-        p_words = p_bits + (i_bh.to(tl.int64) * n_blocks + i_block) * n_words
-        n_inner, n_edge = list_row_tiles(
-            p_words, p_list, tl.load(p_block), tl.load(p_block + 1), tl.load(p_block + 2), tl.load(p_block + 3),
-            capacity, LIST_CHUNK,
-        )  # fmt: skip
+        i_tile = i_bh.to(tl.int64) * n_blocks + i_block
+        tile_lo, tile_hi = tl.load(p_block), tl.load(p_block + 1)
+        inner_lo, inner_hi = tl.load(p_block + 2), tl.load(p_block + 3)
+        whole_tiles = True
+        if KEYS:
+            whole_tiles = tl.load(p_sparse + i_tile) == 0
+        n_inner, n_edge = 0, 0
+        if whole_tiles:
+            n_inner, n_edge = list_row_tiles(
+                p_bits + i_tile * n_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
+            )
 
         alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
         o_k = head_offset(i_batch, i_head // repeat, stride_kb, stride_kh)
@@ -101,15 +123,36 @@ def entmax_backward_queries(
         entropy_sum, entropy_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         slope_sum, slope_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
-            q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, n_inner, dq, entropy_sum, entropy_dp,
-            slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position, n_keys,
-            D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, STAGES,
+            q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, 0, n_inner * PARTS, 0, 0, capacity,
+            dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position,
+            0, n_keys, D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, False, STAGES,
         )  # fmt: skip
         dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
-            q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, n_edge, dq, entropy_sum,
-            entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position, n_keys,
-            D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, STAGES,
+            q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, 0, n_edge * PARTS, 0, 0,
+            capacity, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end,
+            position, 0, n_keys, D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, False, STAGES,
         )  # fmt: skip
+        if KEYS:
+            n_inner, n_edge = 0, 0
+            if not whole_tiles:
+                n_inner, n_edge = list_row_tiles(
+                    p_key_bits + i_tile * n_key_words, p_entries, tile_lo * BM, tile_hi * BM, inner_lo * BM,
+                    inner_hi * BM, capacity * BM, KEY_CHUNK,
+                )  # fmt: skip
+            whole, count = n_inner // STEP, n_inner + n_edge
+            anchor = i_block * BM + tl.load(p_block + 4)
+            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+                q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_entries, 1, 0, whole, n_inner, count,
+                capacity * BM, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope,
+                first, end, position, anchor, n_keys,
+                D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, True, STAGES,
+            )  # fmt: skip
+            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+                q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_entries, 1, whole, tl.cdiv(count, STEP), n_inner,
+                count, capacity * BM, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta,
+                slope, first, end, position, anchor, n_keys,
+                D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, True, STAGES,
+            )  # fmt: skip
         o_d = head_offset(i_batch, i_head, stride_db, stride_dh)
         dq = tl.where((tau != tau)[:, None], float("nan"), dq * scale)
         store_rows(p_dq + o_d, dq, i_block * BM, stride_dt, n_queries, BM, D, BD)
@@ -124,12 +167,12 @@ def entmax_backward_queries(
 
 @triton.jit
 def list_column_tiles(
-    p_bits, p_blocks, p_list, i_key_block, n_queries, n_blocks, n_words, capacity,
-    BM: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    p_bits, p_sparse, p_blocks, p_list, i_key_block, n_queries, n_blocks, n_words, capacity,
+    BM: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Lists the query tiles that have support in one key tile. Returns how many are inner (and whole), how many
-    edges."""
-    n_inner, n_edge = 0, 0
+    """Lists the query tiles that have support in one key tile. Returns how many are inner (and whole), how many edges,
+    how many of them follow single keys (if KEYS)."""
+    n_inner, n_edge, n_sparse = 0, 0, 0
     for start in range(0, n_blocks, CHUNK):
         i_block = start + tl.arange(0, CHUNK)
         inside = i_block < n_blocks
@@ -139,27 +182,64 @@ def list_column_tiles(
         inner_hi = tl.load(p_blocks + i_block * FIELDS + 3, mask=live, other=0)
         inner = (i_key_block >= inner_lo) & (i_key_block < inner_hi) & ((i_block + 1) * BM <= n_queries)
         n_inner, n_edge = append_tiles(p_list, i_block, live, inner, n_inner, n_edge, capacity)
+        if KEYS:
+            n_sparse += tl.sum(tl.load(p_sparse + i_block, mask=live, other=0).to(tl.int32), 0)
+    tl.debug_barrier()
+    return n_inner, n_edge, n_sparse
+
+
+@triton.jit
+def list_column_queries(
+    p_row_words, p_first, p_end, p_blocks, p_list, i_key_block, n_queries, n_blocks, capacity,
+    BM: tl.constexpr, LIST_CHUNK: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Lists the queries that have weight on a key of one tile. Returns how many see it whole, how many in part."""
+    lo, hi = n_blocks, 0  # query tiles that can see it
+    for start in range(0, n_blocks, LIST_CHUNK):
+        i_block = start + tl.arange(0, LIST_CHUNK)
+        tile_lo = tl.load(p_blocks + i_block * FIELDS, mask=i_block < n_blocks, other=0)
+        tile_hi = tl.load(p_blocks + i_block * FIELDS + 1, mask=i_block < n_blocks, other=0)
+        sees = (tile_lo <= i_key_block) & (i_key_block < tile_hi)
+        lo = tl.minimum(lo, tl.min(tl.where(sees, i_block, n_blocks), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(sees, i_block + 1, 0), 0))
+    n_inner, n_edge = 0, 0
+    for start in range(lo * BM, tl.minimum(hi * BM, n_queries), CHUNK):
+        row = start + tl.arange(0, CHUNK)
+        word = tl.load(p_row_words + row, mask=row < n_queries, other=0)
+        live = ((word >> (i_key_block % 32)) & 1) != 0
+        first = tl.load(p_first + row, mask=live, other=0)
+        end = tl.load(p_end + row, mask=live, other=0)
+        inner = (first <= i_key_block * BM) & (end >= (i_key_block + 1) * BM)
+        n_inner, n_edge = append_tiles(p_list, row, live, inner, n_inner, n_edge, capacity)
     tl.debug_barrier()
     return n_inner, n_edge
 
 
 @triton.jit
 def key_gradient_tiles(
-    k, v, key, p_q, p_do, stride_q, stride_o, p_tau, p_delta, p_first, p_end, p_list, list_step, count, dk, dv, broken,
+    k, v, key, p_q, p_do, stride_q, stride_o, p_tau, p_delta, p_first, p_end, p_list, list_step, first_step, last_step,
+    n_inner, count, capacity, dk, dv, broken,
     z_scale, beta, slope, offset, n_queries,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds^T q and p^T dO of the listed query tiles, STEP queries at a time. Tiles are [queries, keys], where what
-    belongs to a query is two numbers a thread, or TRANSPOSED, where products need no second transposition."""
+    """Adds ds^T q and p^T dO of the listed query tiles (KEYS: queries), STEP queries at a time. Tiles are
+    [queries, keys], where what belongs to a query is two numbers a thread, or TRANSPOSED, where products need no second
+    transposition."""
     PARTS: tl.constexpr = BM // STEP
-    for n in tl.range(0, count * PARTS, num_stages=STAGES):
-        start = tl.load(p_list + n // PARTS * list_step) * BM + n % PARTS * STEP
-        q = load_rows(p_q, start, stride_q, n_queries, STEP, D, BD, MASKED)
-        do = load_rows(p_do, start, stride_o, n_queries, STEP, D, BD, MASKED)
-        row = start + tl.arange(0, STEP)
-        inside = row < n_queries
+    for n in tl.range(first_step, last_step, num_stages=STAGES):
+        if KEYS:
+            row = step_entries(p_list, n, n_inner, count, capacity, STEP, MASKED)
+            q = gather_rows(p_q, row, stride_q, D, BD, MASKED)
+            do = gather_rows(p_do, row, stride_o, D, BD, MASKED)
+            inside = row >= 0
+        else:
+            start = tl.load(p_list + n // PARTS * list_step) * BM + n % PARTS * STEP
+            q = load_rows(p_q, start, stride_q, n_queries, STEP, D, BD, MASKED)
+            do = load_rows(p_do, start, stride_o, n_queries, STEP, D, BD, MASKED)
+            row = start + tl.arange(0, STEP)
+            inside = row < n_queries
         if MASKED:
             tau = tl.load(p_tau + row, mask=inside, other=float("inf"))
             delta = tl.load(p_delta + row, mask=inside, other=0.0)
@@ -201,17 +281,22 @@ def key_gradient_tiles(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def entmax_backward_keys(
-    p_q, p_k, p_v, p_do, p_tau, p_delta, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_list, p_counter, p_dk, p_dv,
+    p_q, p_k, p_v, p_do, p_tau, p_delta, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_row_bits, p_sparse, p_list,
+    p_entries, p_counter, p_dk, p_dv,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, stride_eb, stride_eh, stride_et,
-    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_key_blocks, n_words, capacity, batch_step,
-    stride_rows,
+    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_key_blocks, n_words, capacity, query_capacity,
+    batch_step, stride_rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     STEP: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the query heads that share a key head. Programs take key tiles from a counter."""
+    """dk and dv, summed over the query heads that share a key head. Programs take key tiles from a counter. KEYS: over
+    the queries of p_row_bits where they are few of those in the query tiles of p_bits."""
+    PARTS: tl.constexpr = BM // STEP
     p_list += tl.program_id(0) * capacity
+    if KEYS:
+        p_entries += tl.program_id(0) * query_capacity
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
         i_bg, i_key_block = task // n_key_blocks, task % n_key_blocks
@@ -230,27 +315,50 @@ def entmax_backward_keys(
         for i_repeat in range(0, repeat):
             i_head = i_group * repeat + i_repeat
             i_bh = (i_batch * heads + i_head).to(tl.int64)
-            n_inner, n_edge = list_column_tiles(
-                p_bits + i_bh * n_blocks * n_words, p_block, p_list, i_key_block, n_queries, n_blocks, n_words,
-                capacity,
-                BM, LIST_CHUNK, FIELDS,
+            n_inner, n_edge, n_sparse = list_column_tiles(
+                p_bits + i_bh * n_blocks * n_words, p_sparse + i_bh * n_blocks, p_block, p_list, i_key_block, n_queries,
+                n_blocks, n_words, capacity, BM, LIST_CHUNK, FIELDS, KEYS,
             )  # fmt: skip
+            inner_queries, edge_queries = 0, 0
+            if KEYS:  # noqa: SIM102 (one of the compiler, one of the device)
+                if n_sparse > 0:
+                    inner_queries, edge_queries = list_column_queries(
+                        p_row_bits + (i_bh * n_words + i_key_block // 32) * n_queries, p_first, p_first + stride_rows,
+                        p_block, p_entries, i_key_block, n_queries, n_blocks, query_capacity,
+                        BM, LIST_CHUNK, KEY_CHUNK, FIELDS,
+                    )  # fmt: skip
+                    sparse = is_sparse(inner_queries + edge_queries, n_inner + n_edge)
+                    n_inner, n_edge = tl.where(sparse, 0, n_inner), tl.where(sparse, 0, n_edge)
+                    inner_queries, edge_queries = tl.where(sparse, inner_queries, 0), tl.where(sparse, edge_queries, 0)
             alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
             o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
             o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
             dk, dv, broken = key_gradient_tiles(
                 k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
-                p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list, 1, n_inner, dk, dv, broken,
-                z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS, False, PRECISION, POWER,
-                STAGES,
+                p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list, 1, 0, n_inner * PARTS, 0, 0,
+                capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS,
+                False, PRECISION, POWER, False, STAGES,
             )  # fmt: skip
             dk, dv, broken = key_gradient_tiles(
                 k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
-                p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list + capacity - 1, -1, n_edge, dk,
-                dv, broken,
-                z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS, True, PRECISION, POWER,
-                STAGES,
+                p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list + capacity - 1, -1, 0,
+                n_edge * PARTS, 0, 0, capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM,
+                STEP, TRANSPOSED, BIAS, True, PRECISION, POWER, False, STAGES,
             )  # fmt: skip
+            if KEYS:
+                whole, count = inner_queries // STEP, inner_queries + edge_queries
+                dk, dv, broken = key_gradient_tiles(
+                    k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
+                    p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_entries, 1, 0, whole, inner_queries,
+                    count, query_capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP,
+                    TRANSPOSED, BIAS, False, PRECISION, POWER, True, STAGES,
+                )  # fmt: skip
+                dk, dv, broken = key_gradient_tiles(
+                    k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
+                    p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_entries, 1, whole,
+                    tl.cdiv(count, STEP), inner_queries, count, query_capacity, dk, dv, broken, z_scale, beta, slope,
+                    offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS, True, PRECISION, POWER, True, STAGES,
+                )  # fmt: skip
             tl.debug_barrier()  # the next head overwrites the list
         o_d = head_offset(i_batch, i_group, stride_db, stride_dh)
         o_e = head_offset(i_batch, i_group, stride_eb, stride_eh)

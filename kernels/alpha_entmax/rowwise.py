@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.alpha_entmax.operator import power_of
+from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.reference import entmax_reference
 from kernels.alpha_entmax.rowwise_passes import (
     MAX_STEPS,

@@ -5,12 +5,15 @@ import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import raise_threshold
-from kernels.common.tiles import LENGTHS, add_position_bias, bit_or, load_rows, store_live_bits, tile_range
-
-
-@triton.jit
-def nan_maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+from kernels.common.tiles import (
+    LENGTHS,
+    add_position_bias,
+    bit_or,
+    load_rows,
+    nan_maximum,
+    store_live_bits,
+    tile_range,
+)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""The weighted sum of values over the tiles that hold support, with the last step of the threshold."""
+"""The weighted sum of values over the tiles or the keys that hold support, with the last step of the threshold."""
 
 import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import curved_step, lane_sums, norm_and_slope, support_distance, support_power
+from kernels.common.key_lists import KEY_CHUNK, gather_rows, key_scores, step_entries
 from kernels.common.tiles import (
     LENGTHS,
     flag_listed,
@@ -21,14 +22,33 @@ from kernels.common.tiles import (
 
 
 @triton.jit
-def sum_values(
+def add_values(
+    x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Adds sum u ** beta, sum u ** (beta - 1), and with the same weights sum u ** beta v and (if GRADIENT)
+    sum u ** (beta - 1) v of one step. Returns them, u and the step's sum u ** (beta - 1)."""
+    u = support_distance(x, z_scale, tau[:, None])
+    w = support_power(u, beta, POWER)
+    p = w * u
+    power_sum += lane_sums(p)
+    step_slope_sum = lane_sums(w)
+    slope_sum += step_slope_sum
+    out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
+    if GRADIENT:
+        slope_out = tl.dot(w.to(v.dtype), v, slope_out, input_precision=PRECISION)
+    return power_sum, slope_sum, out, slope_out, u, step_slope_sum
+
+
+@triton.jit
+def sum_tiles(
     q, p_k, p_v, stride_k, stride_v, p_list, list_step, count, p_marks,
     power_sum, slope_sum, out, slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, POWER: tl.constexpr,
     GRADIENT: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """sum_powers, and with the same weights sum u ** beta v and (if GRADIENT) sum u ** (beta - 1) v."""
+    """add_values over a list of tiles; counts support and marks tiles with weight if STATS."""
     marks = tl.zeros([BM], tl.int32)
     for n in tl.range(0, count, num_stages=STAGES):
         tile = tl.load(p_list + n * list_step)
@@ -36,39 +56,55 @@ def sum_values(
             q, p_k, stride_k, tile, slope, first, end, position, n_keys, D, BD, BM, BIAS, MASKED, PRECISION
         )
         v = load_rows(p_v, tile * BM, stride_v, n_keys, BM, D, BD, MASKED)
-        u = support_distance(x, z_scale, tau[:, None])
-        w = support_power(u, beta, POWER)
-        p = w * u
-        power_sum += lane_sums(p)
-        tile_slope_sum = lane_sums(w)
-        slope_sum += tile_slope_sum
-        out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
-        if GRADIENT:
-            slope_out = tl.dot(w.to(v.dtype), v, slope_out, input_precision=PRECISION)
+        power_sum, slope_sum, out, slope_out, u, tile_slope_sum = add_values(
+            x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION, POWER, GRADIENT
+        )
         if STATS:
             marks = mark_listed(p_marks, marks, tl.sum(tile_slope_sum, 1) > 0, n, count)
             support += tl.sum((u > 0).to(tl.int32), 1)
     return power_sum, slope_sum, out, slope_out, support
 
 
+@triton.jit
+def sum_keys(
+    q, p_k, p_v, stride_k, stride_v, p_list, first_step, last_step, n_inner, count, capacity,
+    power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end, position, anchor,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, GRADIENT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """add_values over steps of a list of keys."""
+    for n in tl.range(first_step, last_step, num_stages=STAGES):
+        key = step_entries(p_list, n, n_inner, count, capacity, BM, MASKED)
+        x, _ = key_scores(q, p_k, stride_k, key, slope, first, end, position, anchor, D, BD, BIAS, MASKED, PRECISION)
+        v = gather_rows(p_v, key, stride_v, D, BD, MASKED)
+        power_sum, slope_sum, out, slope_out, _, _ = add_values(
+            x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION, POWER, GRADIENT
+        )
+    return power_sum, slope_sum, out, slope_out
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def entmax_sum(
-    p_q, p_k, p_v, p_alpha, p_slopes, p_rows, p_blocks, p_flags, p_list, p_marks, p_counter, p_tau, p_bits,
-    p_last, p_out, p_slope_out, p_support, p_live,
+    p_q, p_k, p_v, p_alpha, p_slopes, p_rows, p_blocks, p_flags, p_list, p_keys, p_marks, p_counter, p_tau, p_bits,
+    p_key_bits, p_sparse, p_last, p_out, p_slope_out, p_support, p_live,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_sb, stride_sh, stride_st,
-    stride_last, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, capacity, batch_step, stride_rows,
+    stride_last, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, capacity,
+    batch_step, stride_rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
-    GRADIENT: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
+    GRADIENT: tl.constexpr, STATS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
     hold the refinement's and get the final ones (bits only if STATS: else a tile may be marked whose best key lies in
-    the last step)."""
+    the last step). KEYS, p_key_bits, p_sparse: as in entmax_refine; not with STATS."""
     i_program = tl.program_id(0)
-    p_flags += i_program * capacity
     p_list += i_program * capacity
-    p_marks += i_program * (capacity // 32 + 2)
+    if KEYS:
+        p_keys += i_program * capacity * BM
+    if STATS:
+        p_flags += i_program * capacity
+        p_marks += i_program * (capacity // 32 + 2)
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
         i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
@@ -86,10 +122,9 @@ def entmax_sum(
         o_bh = i_bh.to(tl.int64) * n_queries
         tau = tl.load(p_tau + o_bh + row, mask=inside, other=float("inf"))  # [BM]
         nan = tau != tau
-        p_words = p_bits + (i_bh.to(tl.int64) * n_blocks + i_block) * n_words
-        n_inner, n_edge = list_row_tiles(
-            p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
-        )  # fmt: skip
+        i_tile = i_bh.to(tl.int64) * n_blocks + i_block
+        p_words = p_bits + i_tile * n_words
+        p_k_head, p_v_head = p_k + o_k, p_v + o_v
 
         # Weighted sums; the last step of the threshold is applied to them to first order
         out = tl.zeros([BM, BD], tl.float32)
@@ -97,14 +132,41 @@ def entmax_sum(
         support = tl.zeros([BM], tl.int32)
         power_sum = tl.zeros([BM, 4], tl.float32)
         slope_sum = tl.zeros([BM, 4], tl.float32)
-        power_sum, slope_sum, out, slope_out, support = sum_values(
-            q, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, n_inner, p_marks, power_sum, slope_sum, out,
+        whole_tiles = True
+        if KEYS:
+            whole_tiles = tl.load(p_sparse + i_tile) == 0
+            if not whole_tiles:
+                n_inner, n_edge = list_row_tiles(
+                    p_key_bits + i_tile * n_key_words, p_keys, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM,
+                    capacity * BM, KEY_CHUNK,
+                )  # fmt: skip
+                whole, count = n_inner // BM, n_inner + n_edge
+                anchor = i_block * BM + tl.load(p_block + 4)
+                power_sum, slope_sum, out, slope_out = sum_keys(
+                    q, p_k_head, p_v_head, stride_kt, stride_vt, p_keys, 0, whole, n_inner, count, capacity * BM,
+                    power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end, position, anchor,
+                    D, BD, BM, BIAS, False, PRECISION, POWER, GRADIENT, STAGES,
+                )  # fmt: skip
+                power_sum, slope_sum, out, slope_out = sum_keys(
+                    q, p_k_head, p_v_head, stride_kt, stride_vt, p_keys, whole, tl.cdiv(count, BM), n_inner, count,
+                    capacity * BM, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end,
+                    position, anchor, D, BD, BM, BIAS, True, PRECISION, POWER, GRADIENT, STAGES,
+                )  # fmt: skip
+        n_inner, n_edge = 0, 0
+        if whole_tiles:
+            n_inner, n_edge = list_row_tiles(
+                p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
+            )  # fmt: skip
+        p_edge_marks = p_marks
+        if STATS:
+            p_edge_marks += tl.cdiv(n_inner, 32)
+        power_sum, slope_sum, out, slope_out, support = sum_tiles(
+            q, p_k_head, p_v_head, stride_kt, stride_vt, p_list, 1, n_inner, p_marks, power_sum, slope_sum, out,
             slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM, BIAS, False,
             PRECISION, POWER, GRADIENT, STATS, STAGES,
         )  # fmt: skip
-        power_sum, slope_sum, out, slope_out, support = sum_values(
-            q, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, n_edge,
-            p_marks + tl.cdiv(n_inner, 32), power_sum,
+        power_sum, slope_sum, out, slope_out, support = sum_tiles(
+            q, p_k_head, p_v_head, stride_kt, stride_vt, p_list + capacity - 1, -1, n_edge, p_edge_marks, power_sum,
             slope_sum, out, slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM,
             BIAS, True, PRECISION, POWER, GRADIENT, STATS, STAGES,
         )  # fmt: skip
@@ -124,7 +186,7 @@ def entmax_sum(
         if STATS:
             n_inner, n_edge = (
                 keep_marked(p_list, 1, p_marks, n_inner, LIST_CHUNK),
-                keep_marked(p_list + capacity - 1, -1, p_marks + tl.cdiv(n_inner, 32), n_edge, LIST_CHUNK),
+                keep_marked(p_list + capacity - 1, -1, p_edge_marks, n_edge, LIST_CHUNK),
             )
             flag_listed(p_list, 1, p_flags, n_inner, LIST_CHUNK)
             flag_listed(p_list + capacity - 1, -1, p_flags, n_edge, LIST_CHUNK)

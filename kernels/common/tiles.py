@@ -14,7 +14,7 @@ from kernels.common.visibility import TILE
 
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_tasks", "n_blocks", "n_key_blocks", "n_words", "capacity", "batch_step"]
-LENGTHS += ["stride_rows", "stride_last", "n_documents", "search_steps", "window"]
+LENGTHS += ["n_key_words", "query_capacity", "stride_rows", "stride_last", "n_documents", "search_steps", "window"]
 LIST_CHUNK = 512  # tiles examined at once when a list is built
 BLOCK_FIELDS = 5  # of key_intervals' blocks: tile_lo, tile_hi, inner_lo, inner_hi, position of query 0
 
@@ -249,6 +249,11 @@ def store_live_bits(
 @triton.jit
 def bit_or(a, b):
     return a | b
+
+
+@triton.jit
+def nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -49,11 +49,11 @@ DECODING = {  # on an H200 with bfloat16, head dims 64 and 128, 4K to 128K keys;
 # the branch at 0.75; at 128 the branch is at both. A "_pointers" entry stands in where TMA cannot be used. The given_
 # ones are not measured: of 128 queries those of the same loop over a list or all blocks, of 64 what spills little
 HEAD_DIM_64 = {
-    "scan": Launch(warps=4, stages=3, programs=3, registers=168, tiles=2, fold=2),
-    "refine": Launch(warps=4, stages=2, programs=5, registers=96),
+    "scan": Launch(warps=4, stages=3, programs=2, tiles=2),
+    "refine": Launch(warps=4, stages=2, programs=4, registers=128),
     "sum": Launch(warps=4, stages=2, programs=3, registers=168),
-    "backward_queries": Launch(warps=4, stages=2, programs=3, registers=168),
-    "backward_keys": Launch(warps=4, stages=2, programs=2),
+    "backward_queries": Launch(warps=4, stages=3, programs=3, registers=168),
+    "backward_keys": Launch(warps=4, stages=3, programs=2),
     "block_sparse": Launch(warps=4, stages=2, programs=3, registers=168, scan_stages=3, descriptors=True),
     "block_sparse_pointers": Launch(warps=8, stages=2, programs=2, scan_stages=3),
     "block_sparse_given_128": Launch(warps=4, stages=2, programs=3, registers=168, descriptors=True),

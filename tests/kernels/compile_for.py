@@ -17,14 +17,14 @@ from triton.runtime.jit import JITFunction
 
 import kernels.alpha_entmax.attention
 import kernels.alpha_entmax.decode
-import kernels.alpha_entmax.operator
+import kernels.alpha_entmax.launches
 import kernels.alpha_entmax.rowwise
 import kernels.block_sparse.attention
 import kernels.block_sparse.operator
 from kernels import block_sparse_softmax_attention, entmax, entmax_attention
 from kernels.block_sparse.reference import QUERY_BLOCKS
 
-LAUNCHING = (kernels.alpha_entmax.operator, kernels.alpha_entmax.decode, kernels.block_sparse.operator)
+LAUNCHING = (kernels.alpha_entmax.launches, kernels.alpha_entmax.decode, kernels.block_sparse.operator)
 CHOOSING = (kernels.alpha_entmax.attention, kernels.block_sparse.attention, kernels.alpha_entmax.rowwise)
 CUDA = torch.device("cuda", 0)
 doing: list[str] = []

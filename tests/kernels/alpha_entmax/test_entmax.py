@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kernels.alpha_entmax.rowwise
 from kernels import entmax
-from kernels.alpha_entmax.operator import power_of
+from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.reference import entmax_reference
 from kernels.common.backends import INTERPRETED
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import kernels.alpha_entmax.attention
-import kernels.alpha_entmax.operator
+import kernels.alpha_entmax.launches
 import kernels.common.backends
 from kernels import entmax_attention
 from kernels.alpha_entmax.attention import unsupported_by_triton
@@ -169,7 +169,7 @@ def test_first_call_compiles_in_half_a_minute(tmp_path) -> None:
 def test_a_new_length_compiles_nothing() -> None:
     names = ("key_intervals", "entmax_scan", "entmax_refine", "entmax_sum")
     names += ("entmax_backward_queries", "entmax_backward_keys")
-    modules = [kernels.common.tiles, kernels.alpha_entmax.operator]
+    modules = [kernels.common.tiles, kernels.alpha_entmax.launches]
     functions = [getattr(next(m for m in modules if hasattr(m, name)), name) for name in names]
 
     def compiled() -> int:

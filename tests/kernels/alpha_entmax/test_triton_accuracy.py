@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import kernels.alpha_entmax.attention
-import kernels.alpha_entmax.operator
+import kernels.alpha_entmax.launches
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
-from kernels.alpha_entmax.reference import _bisect_threshold
+from kernels.alpha_entmax.launches import ForwardResults
+from kernels.alpha_entmax.reference import _bisect_threshold, entmax_reference
 from tests.kernels.conftest import CASES, SLOPES, Case
 from tests.kernels.helpers import (
     CUDA,
@@ -33,6 +34,7 @@ from tests.kernels.helpers import (
     operator,
     options_of,
     per_head,
+    visible_scores,
 )
 
 pytestmark = needs_triton
@@ -96,6 +98,60 @@ def test_more_tiles_than_one_chunk_of_a_list(n_queries: int) -> None:
     assert stats.live_tiles.item() > 512
     # two roundings of the result
     assert_errors((ours,), (plain,), (truth,), (2 * EPS * truth.norm(),))
+
+
+# Lists of keys and lists of tiles
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_lists_of_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lengths past LONGEST_KEY_LIST take."""
+    monkeypatch.setattr(kernels.alpha_entmax.launches, "LONGEST_KEY_LIST", 0)
+    check_float32(tuple(x.to(DEVICE) for x in case.tensors(torch.float32)), MIXED, **options_of(case))
+
+
+N_KEYS = 2500  # 40 tiles, more than marking looks at before it may stop
+
+
+def scattered(near: float, far: float) -> tuple[Tensor, ...]:
+    """Inputs of 70 queries whose scores with the first 36 tiles of keys spread by `near`, with the others by `far`."""
+    q, k, v, weight = draw_qkv(1, 1, 70, N_KEYS)
+    size = torch.where(torch.arange(N_KEYS, device=DEVICE) < 36 * 64, near, far)
+    return q, (k.detach() * size[:, None]).requires_grad_(), v, weight
+
+
+def passes_over_keys(inputs: tuple[Tensor, ...], alpha: float) -> tuple[list[int], Tensor]:
+    """Which query tiles go over single keys, and int (query tiles, keys): the key bits."""
+    q, k, v, _ = (x.detach() for x in inputs)
+    found = ForwardResults(*operator(q, k, v, per_head(alpha, 1).detach(), causal=False, gradient=True))
+    bits = (found.key_bits[0, 0, :, :, None] >> torch.arange(32, device=DEVICE)) & 1
+    return found.sparse[0, 0].tolist(), bits.flatten(1)[:, :N_KEYS]
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "sparse"), [(3.0, 3.0, [1, 1]), (0.02, 0.02, [0, 0]), (0.02, 3.0, [1, 1]), (3.0, 0.02, [1, 1])]
+)
+def test_single_keys_where_they_are_few(near: float, far: float, sparse: list[int]) -> None:
+    """Keys that hold weight anywhere in a query tile have their bit, wherever they stand; flat scores, which all keys
+    share, go over tiles."""
+    inputs = scattered(near, far)
+    chosen, bits = passes_over_keys(inputs, 1.5)
+    assert chosen == sparse
+    scores = visible_scores(*(x.detach().double() for x in inputs[:2]), causal=False)[0, 0]
+    held = (entmax_reference(scores, 1.5) > 1e-12).split(64)
+    for tile, (choice, rows) in enumerate(zip(chosen, held, strict=True)):
+        if choice:
+            assert (bits[tile] >= rows.any(0)).all() and bits[tile].float().mean() < 0.7
+    check_float32(inputs, [1.5], causal=False)
+
+
+def test_a_tile_of_queries_that_stops_marking_beside_one_that_does_not() -> None:
+    """The pass over keys meets queries of both kinds: those over tiles have row bits of whole tiles."""
+    q, k, v, weight = scattered(3.0, 3.0)
+    flat = torch.arange(70, device=DEVICE) < 64
+    q = (q.detach() * torch.where(flat, 0.004, 1.0)[:, None]).requires_grad_()
+    assert passes_over_keys((q, k, v, weight), 1.5)[0] == [0, 1]
+    check_float32((q, k, v, weight), [1.5], causal=False)
 
 
 # tokens, query heads, key/value heads, head dim, cu_seqlens, ALiBi
@@ -178,7 +234,7 @@ def test_thresholds(alphas, dtype: torch.dtype, size: float) -> None:
     q, k, v, _ = draw_qkv(heads, heads, n_tokens, n_tokens, dtype=dtype)
     q, k, v = (q * size).detach(), k.detach(), v.detach()
     alpha = per_head(alphas, heads).detach()
-    power = kernels.alpha_entmax.operator.power_of(alphas if isinstance(alphas, float) else alpha)
+    power = kernels.alpha_entmax.launches.power_of(alphas if isinstance(alphas, float) else alpha)
     tau = operator(q.requires_grad_(), k, v, alpha, power=power, gradient=True)[2].detach()
     q = q.detach()
     hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=DEVICE).triu(1)

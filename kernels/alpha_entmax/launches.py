@@ -1,0 +1,391 @@
+"""Launches of the Triton kernels: what forward and backward allocate, and how each pass is called."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.alpha_entmax.backward import entmax_backward_keys, entmax_backward_queries
+from kernels.alpha_entmax.refine import entmax_refine
+from kernels.alpha_entmax.scan import entmax_scan
+from kernels.alpha_entmax.sum import entmax_sum
+from kernels.common.key_lists import MARK_WORDS
+from kernels.common.launching import (
+    bfloat16_as_float32,
+    ceil_div,
+    dot_precision,
+    on_device,
+    padded_head_dim,
+    strides,
+    unit_stride,
+)
+from kernels.common.tiles import BLOCK_FIELDS, LIST_CHUNK, Intervals, write_intervals
+from kernels.common.tuning import Launch, launch_for, program_count
+from kernels.common.visibility import TILE
+
+# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made. Outputs in
+# 16 bits take the last step to first order; without gradients there is no such step, and float32 resolves more
+TOLERANCE = {"gradient": 0.05, "inference": 3e-3, "float32": 3e-4}
+MAX_STEPS = 20  # a bound only, for rows at the limit of float32
+# Lists of keys hold 16-bit numbers, and their bits grow with the square of the length: past this, lists of tiles
+LONGEST_KEY_LIST = 1 << 16
+
+POWERS = {1.5: "linear", 2.0: "constant"}
+
+
+class ForwardResults(NamedTuple):
+    """out: (B, H, Tq, D). slope_out: sum w v / sum w, its shape in float32 (delta, a difference of large sums where
+    keys have much in common, needs it). tau: float32 (B, H, Tq). bits: int32 (B, H, query tiles, words), one bit for
+    each tile of keys with weight. Empty unless `lists_keys`: key_bits, int32 (B, H, query tiles, words), one for each
+    key; row_bits, int32 (B, H, words, Tq), one for each query and tile of keys; sparse, uint8 (B, H, query tiles), 1
+    where passes follow key_bits, 0 where bits. support: int32 (B, H, Tq). live: tiles, int64 (B, H). passes: over
+    lists, int32 (B, H, query tiles). rows, blocks: of tiles.Intervals. What was not asked for is empty."""
+
+    out: Tensor
+    slope_out: Tensor
+    tau: Tensor
+    bits: Tensor
+    key_bits: Tensor
+    row_bits: Tensor
+    sparse: Tensor
+    support: Tensor
+    live: Tensor
+    passes: Tensor
+    rows: Tensor
+    blocks: Tensor
+
+
+def power_of(alpha: float | Tensor) -> str:
+    """How the kernels take powers: numbers known before the launch can have their own instructions."""
+    return "general" if isinstance(alpha, Tensor) else POWERS.get(float(alpha), "general")
+
+
+def lists_keys(n_queries: int, n_keys: int, stats: bool) -> bool:
+    """Whether passes after the first refinement follow single keys instead of tiles (statistics count tiles)."""
+    return max(n_queries, n_keys) <= LONGEST_KEY_LIST and not stats
+
+
+def tile_words(n_keys: int) -> int:
+    """int32 words of one bit a tile of keys."""
+    return ceil_div(n_keys, 32 * TILE)
+
+
+def key_words(n_keys: int) -> int:
+    """int32 words of one bit a key of whole tiles."""
+    return ceil_div(n_keys, TILE) * (TILE // 32)
+
+
+def forward_outputs(
+    q: Tensor, k: Tensor, kv_lens: Tensor | None, gradient: bool, stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ForwardResults, allocated."""
+    batch, heads, n_queries, _ = q.shape
+    n_keys = k.shape[2]
+    n_blocks = ceil_div(n_queries, TILE)
+    keys = lists_keys(n_queries, n_keys, stats)
+    interval_batch = 1 if kv_lens is None else batch
+    return (
+        torch.empty_like(q),
+        torch.empty_like(q, dtype=torch.float32) if gradient else q.new_empty(0, dtype=torch.float32),
+        q.new_empty((batch, heads, n_queries), dtype=torch.float32),
+        q.new_empty((batch, heads, n_blocks, tile_words(n_keys)), dtype=torch.int32),
+        q.new_zeros((batch, heads, n_blocks, key_words(n_keys)) if keys else 0, dtype=torch.int32),
+        q.new_zeros((batch, heads, tile_words(n_keys), n_queries) if keys else 0, dtype=torch.int32),
+        q.new_empty((batch, heads, n_blocks) if keys else 0, dtype=torch.uint8),
+        q.new_empty((batch, heads, n_queries) if stats else 0, dtype=torch.int32),
+        q.new_zeros((batch, heads) if stats else 0, dtype=torch.int64),
+        q.new_empty((batch, heads, n_blocks) if stats else 0, dtype=torch.int32),
+        q.new_empty((2, interval_batch, n_queries), dtype=torch.int32),
+        q.new_empty((interval_batch, n_blocks, BLOCK_FIELDS), dtype=torch.int32),
+    )
+
+
+def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Intervals, power: str) -> dict[str, Any]:
+    head_dim = q.shape[3]
+    return dict(
+        p_q=q,
+        p_k=k,
+        heads=q.shape[1],
+        repeat=q.shape[1] // k.shape[1],
+        n_queries=q.shape[2],
+        n_keys=k.shape[2],
+        n_blocks=intervals.blocks.shape[1],
+        batch_step=int(intervals.rows.shape[1] > 1),
+        stride_rows=intervals.rows.stride(0),
+        p_slopes=None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+        p_rows=intervals.rows,
+        p_blocks=intervals.blocks,
+        D=head_dim,
+        BD=padded_head_dim(head_dim),
+        LIST_CHUNK=LIST_CHUNK,
+        FIELDS=BLOCK_FIELDS,
+        BIAS=alibi_slopes is not None,
+        POWER=power,
+        PRECISION=dot_precision(q),
+        **strides("q", q),
+        **strides("k", k),
+    )
+
+
+class _Forward:
+    """The three passes of a forward: scan, refine and sum run one after another."""
+
+    def __init__(self, q: Tensor, k: Tensor, results: ForwardResults, shared: dict[str, Any], keys: bool) -> None:
+        self.q, self.k, self.results, self.shared, self.keys = q, k, results, shared, keys
+        self.capacity = ceil_div(ceil_div(k.shape[2], TILE), 32) * 32  # tiles of a list
+        self.last = torch.empty(2, *results.tau.shape, dtype=torch.float32, device=q.device)
+        self.counters = torch.zeros(3, dtype=torch.int32, device=q.device)
+
+    def _programs(self, name: str) -> tuple[Launch, int, int]:
+        launch = launch_for(name, self.shared["BD"], self.q.dtype, self.q.device)
+        tiles = launch.tiles if name == "scan" else 1
+        n_tasks = ceil_div(self.shared["n_blocks"], tiles) * self.q.shape[0] * self.q.shape[1]
+        return launch, program_count(launch, self.q.device, n_tasks), n_tasks
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    def _flags(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.uint8, device=self.q.device)
+
+    def scan(self, alpha: Tensor, scale: float, skip_far: bool) -> None:
+        launch, n_programs, n_tasks = self._programs("scan")
+        norms = torch.linalg.vector_norm(self.k, dim=-1, dtype=torch.float32).amax(-1) if skip_far else None
+        entmax_scan[(n_programs,)](
+            p_alpha=alpha,
+            p_key_norms=norms,
+            p_flags=self._flags(n_programs * launch.tiles * self.capacity),
+            p_counter=self.counters,
+            p_tau=self.results.tau,
+            p_bits=self.results.bits,
+            scale=scale,
+            n_tasks=n_tasks,
+            n_words=tile_words(self.k.shape[2]),
+            capacity=self.capacity,
+            TILE=TILE,
+            ROWS=launch.tiles * TILE,
+            SPAN=launch.span,
+            FOLD=launch.fold,
+            CHUNK=32 // launch.span,
+            SKIP_FAR=skip_far,
+            STAGES=launch.stages,
+            **launch.options,
+            **self.shared,
+        )
+
+    def _lists(self, n_programs: int, tiles: int, keys: bool) -> dict[str, Tensor | None]:
+        """Space for the lists of every program."""
+        entries = self._empty(n_programs, tiles * TILE, dtype=torch.uint16) if keys else None
+        return dict(p_list=self._empty(n_programs, tiles), p_keys=entries)
+
+    def refine(self, alpha: Tensor, scale: float, tolerance: float, stats: bool) -> None:
+        launch, n_programs, n_tasks = self._programs("refine")
+        results, capacity = self.results, self.capacity
+        entmax_refine[(n_programs,)](
+            p_alpha=alpha,
+            p_flags=self._flags(n_programs * capacity),
+            **self._lists(n_programs, capacity, self.keys),
+            p_marks=self._empty(n_programs, capacity * MARK_WORDS.value if self.keys else capacity // 32 + 2),
+            p_counter=self.counters[1:],
+            p_tau=results.tau,
+            p_bits=results.bits,
+            p_key_bits=results.key_bits,
+            p_row_bits=results.row_bits,
+            p_sparse=results.sparse,
+            p_last=self.last,
+            stride_last=self.last.stride(0),
+            p_passes=results.passes,
+            scale=scale,
+            tolerance=tolerance,
+            n_tasks=n_tasks,
+            n_words=tile_words(self.k.shape[2]),
+            n_key_words=key_words(self.k.shape[2]),
+            capacity=capacity,
+            BM=TILE,
+            MAX_STEPS=MAX_STEPS,
+            STATS=stats,
+            KEYS=self.keys,
+            STAGES=launch.stages,
+            **launch.options,
+            **self.shared,
+        )
+
+    def sum(self, v: Tensor, alpha: Tensor, scale: float, gradient: bool, stats: bool) -> None:
+        launch, n_programs, n_tasks = self._programs("sum")
+        results, capacity = self.results, self.capacity
+        entmax_sum[(n_programs,)](
+            p_v=v,
+            p_alpha=alpha,
+            p_flags=self._flags(n_programs * capacity) if stats else None,
+            **self._lists(n_programs, capacity, self.keys),
+            p_marks=self._empty(n_programs, capacity // 32 + 2) if stats else None,
+            p_counter=self.counters[2:],
+            p_tau=results.tau,
+            p_bits=results.bits,
+            p_key_bits=results.key_bits,
+            p_sparse=results.sparse,
+            p_last=self.last,
+            stride_last=self.last.stride(0),
+            p_out=results.out,
+            p_slope_out=results.slope_out,
+            p_support=results.support,
+            p_live=results.live,
+            scale=scale,
+            n_tasks=n_tasks,
+            n_words=tile_words(self.k.shape[2]),
+            n_key_words=key_words(self.k.shape[2]),
+            capacity=capacity,
+            BM=TILE,
+            GRADIENT=gradient,
+            STATS=stats,
+            KEYS=self.keys,
+            STAGES=launch.stages,
+            **launch.options,
+            **strides("v", v),
+            **strides("o", results.out),
+            **strides("s", results.slope_out if gradient else results.out),
+            **self.shared,
+        )
+
+
+@bfloat16_as_float32(n_outputs=1)
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    scale: float,
+    power: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    kv_lens: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    gradient: bool,
+    stats: bool,
+    skip_far: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as in `kernels.entmax_attention`; alpha float32 (H,). Returns ForwardResults.
+
+    power: from `power_of`. gradient: keep what backward needs. skip_far: leave out tiles that position bias rules out.
+    """
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    outputs = forward_outputs(q, k, kv_lens, gradient, stats)
+    results = ForwardResults(*outputs)
+    if results.out.numel() == 0 or k.shape[2] == 0:
+        for output in (results.out, results.slope_out, results.support, results.passes):
+            output.zero_()
+        results.tau.fill_(torch.inf)
+        return outputs
+    intervals = Intervals(results.rows, results.blocks)
+    shared = _shared(q, k, alibi_slopes, intervals, power)
+    passes = _Forward(q, k, results, shared, lists_keys(q.shape[2], k.shape[2], stats))
+    alpha = alpha.contiguous()
+    exact = stats or q.dtype == torch.float32
+    with on_device(q):
+        write_intervals(intervals, k.shape[2], causal, cu_seqlens, kv_lens, window)
+        passes.scan(alpha, scale, skip_far and alibi_slopes is not None)
+        passes.refine(alpha, scale, TOLERANCE["float32" if exact else "gradient" if gradient else "inference"], stats)
+        passes.sum(v, alpha, scale, gradient, stats)
+    return outputs
+
+
+@bfloat16_as_float32(n_outputs=3)
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    slope_out: Tensor,
+    tau: Tensor,
+    bits: Tensor,
+    key_bits: Tensor,
+    row_bits: Tensor,
+    sparse: Tensor,
+    rows: Tensor,
+    blocks: Tensor,
+    scale: float,
+    power: str,
+    alibi_slopes: Tensor | None,
+    with_dalpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v; dalpha float32 (H,), 0 unless with_dalpha."""
+    q, k, v, grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(grad)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(alpha)
+    batch, heads, n_queries, _ = q.shape
+    keys = row_bits.numel() > 0
+    shared = _shared(q, k, alibi_slopes, Intervals(rows, blocks), power)
+    n_blocks, n_key_blocks = shared["n_blocks"], ceil_div(k.shape[2], TILE)
+    delta = torch.empty_like(tau)
+    dalpha = tau.new_empty((batch, heads, n_blocks) if with_dalpha else 0)
+    counters = torch.zeros(2, dtype=torch.int32, device=q.device)
+    same = dict(
+        p_v=v,
+        p_do=grad,
+        p_tau=tau,
+        p_delta=delta,
+        p_alpha=alpha.contiguous(),
+        p_bits=bits,
+        scale=scale,
+        n_words=bits.shape[3],
+        KEYS=keys,
+        BM=TILE,
+        **strides("v", v),
+        **strides("o", grad),
+        **shared,
+    )
+
+    def run(kernel: Any, name: str, n_tasks: int, tiles: int, counter: Tensor, **arguments: Any) -> None:
+        launch = launch_for(name, shared["BD"], q.dtype, q.device)
+        n_programs = program_count(launch, q.device, n_tasks)
+        entries = n_programs * tiles * TILE if keys else 0
+        kernel[(n_programs,)](
+            p_list=torch.empty(n_programs * tiles, dtype=torch.int32, device=q.device),
+            p_entries=torch.empty(entries, dtype=torch.uint16, device=q.device),
+            p_counter=counter,
+            n_tasks=n_tasks,
+            capacity=tiles,
+            STEP=launch.step,
+            STAGES=launch.stages,
+            **launch.options,
+            **same,
+            **arguments,
+        )
+
+    with on_device(q):
+        run(
+            entmax_backward_queries,
+            "backward_queries",
+            batch * heads * n_blocks,
+            n_key_blocks,
+            counters,
+            p_slope_out=slope_out,
+            p_key_bits=key_bits,
+            p_sparse=sparse,
+            n_key_words=key_words(k.shape[2]),
+            p_dq=dq,
+            p_dalpha=dalpha,
+            DALPHA=with_dalpha,
+            **strides("s", slope_out),
+            **strides("d", dq),
+        )
+        run(
+            entmax_backward_keys,
+            "backward_keys",
+            batch * k.shape[1] * n_key_blocks,
+            n_blocks,
+            counters[1:],
+            p_row_bits=row_bits,
+            p_sparse=sparse,
+            p_dk=dk,
+            p_dv=dv,
+            n_key_blocks=n_key_blocks,
+            query_capacity=n_blocks * TILE,
+            TRANSPOSED=launch_for("backward_keys", shared["BD"], q.dtype, q.device).transposed,
+            **strides("d", dk),
+            **strides("e", dv),
+        )
+    return dq, dk, dv, dalpha.sum((0, 2)) if with_dalpha else torch.zeros_like(alpha)

@@ -1,0 +1,170 @@
+"""Lists of single keys (and, in the pass over keys, of single queries) in place of tiles.
+
+A trained model spreads its weights: most tiles hold a pair with weight, while few of their keys have weight for any of
+the tile's 64 queries. So passes after the first refinement go over those keys alone, 64 of a list at a time, wherever
+they stand. Lists are two-ended, as those of tiles: inner entries from the front, edges from the back; entry i of one
+counts edges after inner ones.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.common.tiles import add_position_bias, append_tiles, bit_or, nan_maximum
+
+KEY_CHUNK = tl.constexpr(4096)  # keys examined at once when a list is built
+FIRST_TILES = tl.constexpr(32)  # tiles of a list after which marking stops if most of their keys are marked
+MARK_WORDS = tl.constexpr(16)  # int32 of marks for 64 entries: four lanes of each of four warps hold 16 bits
+
+
+@triton.jit
+def entry_slot(i, n_inner, capacity):
+    """Where entry i of a two-ended list stands."""
+    return tl.where(i < n_inner, i, capacity - 1 - (i - n_inner))
+
+
+@triton.jit
+def step_entries(p_list, n, n_inner, count, capacity, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Entries [n SIZE, (n + 1) SIZE) of a list, -1 past its count (if MASKED, else all are inner ones)."""
+    i = n * SIZE + tl.arange(0, SIZE)
+    if MASKED:
+        entry = tl.load(p_list + entry_slot(i, n_inner, capacity), mask=i < count, other=0).to(tl.int32)
+        return tl.where(i < count, entry, -1)
+    else:
+        return tl.load(p_list + i).to(tl.int32)
+
+
+@triton.jit
+def gather_rows(p, index, stride, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BD] of a (tokens, D) matrix, at the given rows; 0 for index -1 (if MASKED) and past D."""
+    dim = tl.arange(0, BD)
+    if MASKED:
+        pointers = p + tl.maximum(index, 0).to(tl.int64)[:, None] * stride + dim[None, :]
+        return tl.load(pointers, mask=(index >= 0)[:, None] & (dim < D)[None, :], other=0.0)
+    else:
+        pointers = p + index.to(tl.int64)[:, None] * stride + dim[None, :]
+        if D != BD:
+            return tl.load(pointers, mask=(dim < D)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_marks(p_marks, n, excess):
+    """Marks the columns of step n where excess ([64, 64]) is above 0 or NaN in any row. Warps write apart: a dot hands
+    a thread columns 2 i and 2 i + 1 of every eight, of rows r and r + 8, and eight threads share its columns."""
+    ROWS: tl.constexpr = excess.shape[0]
+    excess = tl.reduce(tl.reshape(excess, (ROWS // 16, 2, 8, 8, 4, 2)), 1, nan_maximum)  # [warps, 8, 8, 4, 2]
+    bit = 1 << (2 * tl.arange(0, 8)[None, None, :, None, None] + tl.arange(0, 2)[None, None, None, None, :])
+    word = tl.where(excess <= 0, 0, bit)
+    word = tl.reduce(tl.reduce(word, 4, bit_or), 2, bit_or)  # [warps, 8, 4]
+    word = tl.reduce(word, 1, bit_or)  # [warps, 4]
+    place = tl.arange(0, ROWS // 16)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(p_marks + n * MARK_WORDS + place, word)
+
+
+@triton.jit
+def spread(pairs):
+    """Moves the four pairs of bits of a byte to the four bytes of a word."""
+    return (pairs & 3) | ((pairs & 12) << 6) | ((pairs & 48) << 12) | ((pairs & 192) << 18)
+
+
+@triton.jit
+def bit_count(word):
+    """Bits set in int32."""
+    x = word - ((word >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x + (x >> 8) + (x >> 16) + (x >> 24)) & 63
+
+
+@triton.jit
+def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words, CHUNK: tl.constexpr):
+    """Writes the marks of listed tiles [first, n_tiles) as two words of key bits a tile. Returns how many keys are
+    marked."""
+    lane = tl.arange(0, 4)[None, :]
+    count = 0
+    for start in range(first, n_tiles, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        inside = n < n_tiles
+        tile = tl.load(p_tiles + n * tile_step, mask=inside, other=0)
+        p = p_marks + n[:, None] * MARK_WORDS + lane
+        mask = inside[:, None]
+        marks = tl.load(p, mask=mask, other=0) | tl.load(p + 4, mask=mask, other=0)
+        marks = marks | tl.load(p + 8, mask=mask, other=0) | tl.load(p + 12, mask=mask, other=0)
+        # bit 2 i + j of lane l is column 8 i + 2 l + j
+        low = tl.reduce(spread(marks & 255) << 2 * lane, 1, bit_or)
+        high = tl.reduce(spread((marks >> 8) & 255) << 2 * lane, 1, bit_or)
+        tl.store(p_words + 2 * tile, low, mask=inside)
+        tl.store(p_words + 2 * tile + 1, high, mask=inside)
+        count += tl.sum(bit_count(low) + bit_count(high), 0)
+    return count
+
+
+@triton.jit
+def keys_of_tiles(p_words, p_tiles, tile_step, n_tiles, start, n_keys, CHUNK: tl.constexpr):
+    """CHUNK keys of listed tiles, and which of them have their bit."""
+    i = start + tl.arange(0, CHUNK)
+    inside = i < n_tiles * 64
+    key = tl.load(p_tiles + i // 64 * tile_step, mask=inside, other=0) * 64 + i % 64
+    word = tl.load(p_words + key // 32, mask=inside, other=0)
+    return key, (((word >> (i % 32)) & 1) != 0) & (key < n_keys)
+
+
+@triton.jit
+def list_keys_of_tiles(p_words, p_tiles, tiles, p_list, n_tiles, n_edge_tiles, n_keys, capacity, CHUNK: tl.constexpr):
+    """The list of the keys with a bit in a list of tiles (of capacity `tiles`). Returns how many are inner, how many
+    edges."""
+    tl.debug_barrier()  # all warps have written their bits
+    n_inner, n_edge = 0, 0
+    for start in range(0, n_tiles * 64, CHUNK):
+        key, live = keys_of_tiles(p_words, p_tiles, 1, n_tiles, start, n_keys, CHUNK)
+        n_inner, n_edge = append_tiles(p_list, key, live, live, n_inner, n_edge, capacity)
+    for start in range(0, n_edge_tiles * 64, CHUNK):
+        key, live = keys_of_tiles(p_words, p_tiles + tiles - 1, -1, n_edge_tiles, start, n_keys, CHUNK)
+        n_inner, n_edge = append_tiles(p_list, key, live, key < 0, n_inner, n_edge, capacity)
+    tl.debug_barrier()
+    return n_inner, n_edge
+
+
+@triton.jit
+def is_sparse(count, n_tiles):
+    """Whether `count` single entries are so few of the tiles' that gathering them is faster than whole tiles."""
+    return count * 10 < n_tiles * (7 * 64)
+
+
+@triton.jit
+def mark_rows(p_row_words, rows, live, row, inside, tile, next_tile, last, n_queries):
+    """Sets a bit for every (query, tile of keys) that is live, in words of 32 tiles: [words, queries].
+
+    rows: int32 [rows, 4], bits of the present word for each of four lanes, kept in registers until the next tile stands
+    in another one. live: [rows, 4]. A list's tiles follow one another, so that one word is written about once.
+    """
+    rows |= live.to(tl.int32) << (tile % 32)
+    if last | (next_tile // 32 != tile // 32):
+        p = p_row_words + (tile // 32).to(tl.int64) * n_queries + row
+        tl.store(p, tl.load(p, mask=inside, other=0) | tl.reduce(rows, 1, bit_or), mask=inside)
+        rows = tl.zeros_like(rows)
+    return rows
+
+
+@triton.jit
+def fill_rows(p_row_words, p_words, tile_lo, tile_hi, row, inside, n_queries):
+    """Row bits of whole tiles: those of the query tile's for each of its rows."""
+    for i_word in range(tile_lo // 32, tl.cdiv(tile_hi, 32)):
+        word = tl.load(p_words + i_word)
+        tl.store(p_row_words + tl.cast(i_word, tl.int64) * n_queries + row, tl.zeros_like(row) + word, mask=inside)
+
+
+@triton.jit
+def key_scores(
+    q, p_k, stride_k, key, slope, first, end, position, anchor,
+    D: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tiles.tile_scores for any keys (-1: none), and the keys themselves. anchor: a position near the queries'."""
+    k = gather_rows(p_k, key, stride_k, D, BD, MASKED)
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if BIAS:
+        x = add_position_bias(x, position[:, None], key[None, :], anchor, slope)
+    if MASKED:
+        x = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), x, float("-inf"))
+    return x, k
