@@ -88,8 +88,10 @@ def attention_oracle(
 def _scaled_scores(
     q: Tensor, k: Tensor, alpha: Tensor, scale: float, cu_seqlens: Tensor | None, alibi_slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(alpha - 1) times the scores, (1, H, Tq, T), -inf where keys are hidden, and bool where they are. q, k: of as many
-    heads; alpha: (H, 1, 1)."""
+    """(alpha - 1) times the scores, (1, H, Tq, T), -inf where keys are hidden, and bool where they are.
+
+    q, k: of as many heads. alpha: (H, 1, 1).
+    """
     position = torch.arange(k.shape[2], device=q.device)
     distance = position[-q.shape[2] :, None] - position
     hidden = distance < 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.datamodule import PackedDataModule, SourceConfig
 from data.prepare import main
 
 PrepareTexts = Callable[..., Path]
@@ -46,3 +48,9 @@ def prepare_texts(texts: Path) -> PrepareTexts:
 def prepared(prepare_texts: PrepareTexts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of some ten thousand tokens in several shards, about a fifth of its documents held out."""
     return prepare_texts(tmp_path_factory.mktemp("prepared") / "texts", "--heldout_fraction=0.2")
+
+
+def make_module(prepared: Path, **options: Any) -> PackedDataModule:
+    settings: dict[str, Any] = {"sequence_length": 64, "global_batch_size": 8, "micro_batch_size": 2}
+    settings |= {"num_workers": 0, "val_sequences": 8, "seed": 5}
+    return PackedDataModule([SourceConfig(str(prepared))], **(settings | options))
