@@ -54,3 +54,12 @@ def make_module(prepared: Path, **options: Any) -> PackedDataModule:
     settings: dict[str, Any] = {"sequence_length": 64, "global_batch_size": 8, "micro_batch_size": 2}
     settings |= {"num_workers": 0, "val_sequences": 8, "seed": 5}
     return PackedDataModule([SourceConfig(str(prepared))], **(settings | options))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by its path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines))
