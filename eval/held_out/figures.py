@@ -134,6 +134,7 @@ def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) ->
                         axes.annotate(
                             str(head), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
                         )
+            axes.margins(y=0.12)  # for the heads' numbers
             axes.set(title=f"Alpha per head: {label}", xlabel="layer (dots: heads, left to right)", ylabel="alpha")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.ticklabel_format(axis="y", useOffset=False)
@@ -179,7 +180,7 @@ class LayerMeasure:
 
 SPARSITY = (
     LayerMeasure(
-        "support size", "keys with weight, mean per query", lambda one: float(np.mean(one.support)),
+        "support size", "keys with weight, mean", lambda one: float(np.mean(one.support)),
         lambda size: (size + 1) / 2, log_y=True,
     ),
     LayerMeasure(
@@ -189,11 +190,11 @@ SPARSITY = (
 )  # fmt: skip
 SPREAD = (
     LayerMeasure(
-        "entropy", "entropy (nats), mean per query", lambda one: float(np.mean(one.entropy)),
+        "entropy", "entropy (nats), mean", lambda one: float(np.mean(one.entropy)),
         lambda size: float(np.mean(np.log(np.arange(1, size + 1)))),
     ),
     LayerMeasure(
-        "sink", "weight on the first tokens (%)", lambda one: 100 * float(np.mean(one.sink_share)),
+        "sink", "weight on first tokens (%)", lambda one: 100 * float(np.mean(one.sink_share)),
         None,
     ),
 )  # fmt: skip

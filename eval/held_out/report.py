@@ -93,7 +93,7 @@ def found_lines(study: Study) -> list[str]:
         + (f", {one.training['tokens'] / 1e6:.2f}M tokens)" if one.training.get("tokens") else ")")
         for one in study.measurements
     )
-    lines = [f"Trained at {study.base_length} tokens: {trained}"]
+    lines = [f"Trained at {study.base_length:,} tokens: {trained}"]
     ratios = {pair.label: pair for pair in study.pairs}
     for run in study.runs:
         bits = interval_text(run.bits_per_byte, 3)
@@ -104,7 +104,7 @@ def found_lines(study: Study) -> list[str]:
         lines.append(line)
     for i, score in enumerate(study.runs[0].lengths):
         row = "; ".join(f"{run.label} {interval_text(run.lengths[i].perplexity)}" for run in study.runs)
-        lines.append(f"Perplexity at {score.multiple}x ({score.tokens} tokens): {row}")
+        lines.append(f"Perplexity at {score.multiple}x ({score.tokens:,} tokens): {row}")
     lines.append("Needle tokens right: " + "; ".join(_needle_line(run) for run in study.runs))
     lines.append("Live 64x64 tiles: " + "; ".join(_live_line(one) for one in study.measurements))
     return lines
