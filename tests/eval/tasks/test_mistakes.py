@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("lm_eval", reason="needs pip install -r requirements-eval.txt")
+from eval.reporting.document import Heading
+from eval.reporting.html_page import write_page
 from eval.tasks.command import main
 from tests.eval.common.olmo import needs_olmo
 from tests.eval.conftest import MakeRun
@@ -148,3 +150,11 @@ def test_the_hub_is_asked_for_other_tasks(
     monkeypatch.setattr("datasets.load_dataset", offline)
     line = failing_line(capsys, runs[0], "--tasks", "piqa", "--source", "hub", "--output", tmp_path)
     assert asked == ["baber/piqa"] and "did not come from the hub (Couldn't reach 'baber/piqa' on the Hub)" in line
+
+
+def test_the_page_of_another_report_is_not_written_over(
+    runs: list[str], local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_page(tmp_path / "out", "LongSplash evaluation", "x", [Heading("x", 1)])
+    line = failing_line(capsys, runs[0], "--tasks", "arc_easy", "--source", local, "--output", tmp_path / "out")
+    assert "has the page of another report, LongSplash evaluation" in line
