@@ -47,26 +47,16 @@ def attention_oracle(
     """
     dtype = q.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    heads, n_queries, head_dim = q.shape[1:]
-    repeat = heads // k.shape[1]
+    repeat = q.shape[1] // k.shape[1]
     q, k, v, grad = (x.detach().to(wide) for x in (q, k, v, grad))
     k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
     alpha = alpha.detach().to(wide)[:, None, None]
-    beta, scale = 1 / (alpha - 1), head_dim**-0.5
+    beta, scale = 1 / (alpha - 1), q.shape[-1] ** -0.5
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).to(wide)
 
-    position = torch.arange(k.shape[2], device=q.device)
-    distance = position[-n_queries:, None] - position
-    hidden = distance < 0
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, position, right=True)
-        hidden = hidden | (document[:, None] != document)
-    scores = q @ k.transpose(-1, -2) * scale  # [1, H, T, T]
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
-    z = ((alpha - 1) * scores).masked_fill(hidden, -torch.inf)
+    z, hidden = _scaled_scores(q, k, alpha, scale, cu_seqlens, alibi_slopes)
     top = z.amax(-1, keepdim=True)  # finite: a query sees itself
     tau = _threshold(z - top, alpha)
     u = (z - top - tau).clamp(min=0)
@@ -93,3 +83,22 @@ def attention_oracle(
         tau=(top + tau)[..., 0],
         z_max=z.masked_fill(hidden, 0).abs().max(),
     )
+
+
+def _scaled_scores(
+    q: Tensor, k: Tensor, alpha: Tensor, scale: float, cu_seqlens: Tensor | None, alibi_slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(alpha - 1) times the scores, (1, H, Tq, T), -inf where keys are hidden, and bool where they are.
+
+    q, k: of as many heads. alpha: (H, 1, 1).
+    """
+    position = torch.arange(k.shape[2], device=q.device)
+    distance = position[-q.shape[2] :, None] - position
+    hidden = distance < 0
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, position, right=True)
+        hidden = hidden | (document[:, None] != document)
+    scores = q @ k.transpose(-1, -2) * scale
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(q.dtype)[:, None, None] * distance
+    return ((alpha - 1) * scores).masked_fill(hidden, -torch.inf), hidden

@@ -3,7 +3,8 @@
     python -m benchmarks.plots                                        # all of them
     python -m benchmarks.plots results/quality/needles.json           # one
 
-results/TOPIC/NAME.json becomes results/TOPIC/NAME.png. `Plot` says what a file holds.
+results/TOPIC/NAME.json becomes results/TOPIC/NAME.png. `Plot` says what a file holds. The plots of an evaluation's
+report.json are python -m benchmarks.analysis.report_plots' to draw.
 """
 
 import argparse
@@ -17,19 +18,24 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from common.dataclasses_json import to_dataclass
 from common.errors import run_command
 from common.files import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+REPORT = "report.json"  # an evaluation's, which holds more than a plot
 WAY_OUT = "benchmarks/plots.py says what a plot's file holds"
-SCALES = ("linear", "log2")
+MOST_BANDS = 3  # more would hide each other
+MOST_INSIDE = 6  # lines whose names find room between them
+SCALES = ("linear", "log", "log2")
 
 
 @dataclass
 class Line:
-    """name: in the legend. x, y: the points. low, high: ends of their intervals, drawn as a band; empty for none."""
+    """name: in the legend. x, y: the points. low, high: ends of their intervals, drawn as a band where few lines
+    have them; empty for none."""
 
     name: str
     x: list[float]
@@ -40,8 +46,8 @@ class Line:
 
 @dataclass
 class Plot:
-    """title, x_label, y_label: with units. x_scale: linear or log2. level: a dotted horizontal line, with its name.
-    source: command, hardware, versions and date of the run that the numbers come from."""
+    """title, x_label, y_label: with units. x_scale: linear, log, or log2 with a tick at every point. level: a dotted
+    horizontal line, with its name. source: command, hardware, versions and date of the run that has the numbers."""
 
     title: str
     x_label: str
@@ -51,6 +57,11 @@ class Plot:
     x_scale: str = "linear"
     level: float | None = None
     level_name: str = ""
+
+
+def plot_files() -> list[Path]:
+    """Of results/, sorted."""
+    return sorted(path for path in RESULTS.rglob("*.json") if path.name != REPORT)
 
 
 def read_plot(path: Path) -> Plot:
@@ -67,10 +78,11 @@ def read_plot(path: Path) -> Plot:
 
 def draw(plot: Plot, path: Path) -> None:
     """Writes the PNG."""
+    banded = sum(bool(line.low and line.high) for line in plot.lines) <= MOST_BANDS
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for line in plot.lines:
         (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=4, label=line.name)
-        if line.low and line.high:
+        if banded and line.low and line.high:
             axes.fill_between(line.x, line.low, line.high, alpha=0.15, color=drawn.get_color(), linewidth=0)
     if plot.level is not None:
         axes.axhline(plot.level, linestyle=":", color="black", linewidth=1, label=plot.level_name or None)
@@ -79,12 +91,20 @@ def draw(plot: Plot, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{x:,g}" for x in ticks])
         axes.set_xticks([], minor=True)
+    elif plot.x_scale == "log":
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     lowest = min((y for line in plot.lines for y in (line.low or line.y)), default=math.nan)
     if 0 <= lowest < 0.5 * max(y for line in plot.lines for y in (line.high or line.y)):
         axes.set_ylim(bottom=0)
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if len(plot.lines) > MOST_INSIDE:
+        figure.legend(frameon=False, loc="outside right upper", fontsize="small")
+    else:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -104,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work(given: list[str]) -> list[str]:
         parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
         parser.add_argument("files", nargs="*", type=Path, help="results/TOPIC/NAME.json; all of them by default")
-        return draw_all(parser.parse_args(given).files or sorted(RESULTS.rglob("*.json")))
+        return draw_all(parser.parse_args(given).files or plot_files())
 
     return run_command(work, arguments)
 

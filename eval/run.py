@@ -9,17 +9,19 @@ from pathlib import Path
 from common.command_line import CommandParser
 from common.errors import run_command
 from common.nested import flatten
+from common.wandb_config import WandbConfig
 from eval.common import provenance
 from eval.common.metrics import read_metrics
 from eval.common.options import KEPT, check_output, config_of
 from eval.common.subjects import Subject, choose_device, find_subjects
-from eval.common.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
+from eval.common.tracking import Records, add_wandb_arguments, open_tracker, wandb_config
 from eval.held_out.analysis import choose_baseline, pair, summarise
 from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import measure_or_reuse
-from eval.held_out.report import Study, summary_lines, write_report
+from eval.held_out.report import TITLE, Study, summary_lines, write_report
 from eval.held_out.tables import study_tables
 from eval.held_out.texts import open_held_out
+from eval.reporting.html_page import check_page
 from model.version import code_version
 
 
@@ -76,6 +78,7 @@ def evaluate(
         raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     check_output(output)
+    check_page(output, TITLE)
     held_out = open_held_out(data, subjects, config)
     measurements = [measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)

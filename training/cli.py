@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from common.command_line import NamesConfigFiles, refuse_duplicate_keys
 from common.errors import UsageError
 from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
+from common.wandb_config import WandbConfig
 from data.datamodule import PackedDataModule
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
@@ -62,7 +63,7 @@ from training.resume.transfer import check_transfer, transfer_weights
 from training.setup_checks import check_runs_here, check_warmup, duration, first_device, usable_folder
 from training.step.loss import resolve_loss_backend
 from training.throughput import StepClock
-from training.tracking import WandbConfig, log_config, make_loggers, record_session, say
+from training.tracking import log_config, make_loggers, record_session, say
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False, "use_distributed_sampler": False,

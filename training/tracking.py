@@ -5,9 +5,8 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import yaml
@@ -18,31 +17,12 @@ from tqdm import tqdm
 from common.errors import UsageError
 from common.files import write_file
 from common.redaction import redact, redact_config
+from common.wandb_config import PROJECT, WandbConfig
 
 if TYPE_CHECKING:
     import wandb
 
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-
-
-@dataclass
-class WandbConfig:
-    """Tracking with Weights & Biases.
-
-    Args:
-        mode: "online", "offline" (files under the run folder, sent later with `wandb sync`) or "disabled".
-        project, entity, name, tags: as in wandb.init; name defaults to that of the run folder.
-    """
-
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    project: str = "longsplash"
-    entity: str | None = None
-    name: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.project:
-            raise ValueError("wandb.project is empty: expected the name of a project")
 
 
 @rank_zero_only
@@ -72,8 +52,9 @@ def make_loggers(run_dir: Path, start_step: int, wandb: WandbConfig) -> list[Log
                 name=wandb.name or run_dir.name,
                 save_dir=run_dir,
                 id=wandb_run_id(run_dir),
-                project=wandb.project,
+                project=wandb.project or PROJECT,
                 entity=wandb.entity,
+                group=wandb.group,
                 tags=wandb.tags,
                 mode=wandb.mode,
             )  # fmt: skip

@@ -4,34 +4,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from common.redaction import redact, redact_config
+from common.wandb_config import PROJECT, WandbConfig
 from eval.common import provenance
 from eval.common.options import config_of
-from eval.reporting.html_report import Picture
+from eval.reporting.document import Picture
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Tracking of an evaluation with Weights & Biases; modes as train.py has them.
-
-    Args:
-        mode: "online", "offline" (files under the output folder, sent later with `wandb sync`) or "disabled".
-        project, entity: as in wandb.init; None for those that the evaluated runs were trained with.
-        name: None for that of the output folder.
-        group: None for the evaluated runs' names.
-    """
-
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,8 @@ class Tracker:
         try:
             with wandb.init(
                 project=self.project, entity=self.entity, name=self.name, group=self.group, job_type=module,
-                dir=self.folder, mode=self.config.mode, config=redact_config(records.facts), settings=settings,
+                tags=self.config.tags, dir=self.folder, mode=self.config.mode, config=redact_config(records.facts),
+                settings=settings,
             ) as run:  # fmt: skip
                 logged = {name: _table(rows) for name, rows in records.tables.items() if rows}
                 for picture in records.pictures:
@@ -104,7 +88,7 @@ def open_tracker(config: WandbConfig, checkpoints: Mapping[str, Path], output: P
     """
     return Tracker(
         config=config,
-        project=config.project or _shared("project", checkpoints, config) or "longsplash",
+        project=config.project or _shared("project", checkpoints, config) or PROJECT,
         entity=config.entity or _shared("entity", checkpoints, config),
         name=config.name or output.resolve().name,
         group=config.group or "+".join(checkpoints),

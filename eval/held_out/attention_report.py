@@ -9,7 +9,8 @@ from eval.held_out import figures as plots
 from eval.held_out.attention_profile import LayerProfile
 from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
-from eval.reporting.html_report import Block, Heading, Paragraph, Picture, Table
+from eval.reporting.document import Block, Details, Heading, Paragraph, Picture, Table
+from eval.reporting.formatting import count
 
 
 def head_mean(layers: Sequence[LayerProfile], multiple: int, name: str) -> float:
@@ -25,10 +26,10 @@ def attention_blocks(
     measurements: Sequence[Measurement], config: EvalConfig, base_length: int, output: Path
 ) -> list[Block]:
     """Tables and pictures; the pictures are written below output/plots."""
-    count = min(config.profile_documents, len(measurements[0].plan.documents))
-    documents = f"{count} held-out document{'s' if count > 1 else ''}"
-    blocks: list[Block] = [
+    documents = count(min(config.profile_documents, len(measurements[0].plan.documents)), "held-out document")
+    return [
         Heading("Attention: support, live tiles, entropy, sink"),
+        *_pictures(measurements, base_length, output / "plots"),
         Paragraph(
             f"Mean over layers and heads on {documents}. Support: keys with weight above zero. Live tiles: causal "
             "64x64 tiles of the score matrix that hold weight; others need no work in a sparse kernel. Entropy: of a "
@@ -41,20 +42,25 @@ def attention_blocks(
             ["run", "context (tokens)", "support (keys)", "live tiles", "entropy (nats)", "sink"],
             [_overall_row(one, multiple, base_length) for one in measurements for multiple in _multiples(one)],
         ),
-        *_layer_tables(measurements, base_length),
+        Details("Layer by layer", _layer_tables(measurements, base_length)),
     ]
+
+
+def _pictures(measurements: Sequence[Measurement], base_length: int, folder: Path) -> list[Block]:
     everyone = {one.label: one.attention for one in measurements}
     # Softmax has all keys and all tiles by construction: a line in every plot, not a plot of its own.
     sparse = {label: layers for label, layers in everyone.items() if layers[0].alpha is not None}
-    folder = output / "plots"
-    path = plots.by_layer(everyone, plots.SPREAD, base_length, folder / "attention_spread.png")
-    blocks.append(Picture(path, "Entropy of attention and weight on the first tokens by layer and context length."))
+    blocks: list[Block] = []
     if sparse:
         path = plots.by_layer(sparse, plots.SPARSITY, base_length, folder / "sparsity.png")
         blocks.append(Picture(path, "Support size and share of live tiles by layer and context length."))
         path = plots.alpha_by_head(sparse, folder / "alpha_by_head.png")
         blocks.append(Picture(path, "Alpha of every head by layer."))
-    return blocks
+    path = plots.by_layer(everyone, plots.SPREAD, base_length, folder / "attention_spread.png")
+    return [
+        *blocks,
+        Picture(path, "Entropy of attention and weight on the first tokens by layer and context length."),
+    ]
 
 
 def _multiples(measurement: Measurement) -> list[int]:
@@ -86,5 +92,5 @@ def _layer_tables(measurements: Sequence[Measurement], base_length: int) -> list
             for one in measurements
             for layer in sorted({profile.layer for profile in one.attention})
         ]
-        blocks += [Paragraph(f"{title}, by layer and context length:"), Table(header, rows)]
+        blocks.append(Table(header, rows, caption=f"{title}, by layer and context length"))
     return blocks

@@ -14,13 +14,24 @@ from matplotlib.ticker import MaxNLocator
 from eval.common.metrics import Series
 from eval.held_out.analysis import NeedleScore, RunSummary
 from eval.held_out.attention_profile import LayerProfile
-from eval.reporting.figures import MOST_TICKS, STYLE, colour, label_ends, log_ticks, marker, plain_log_y, save_figure
+from eval.reporting.figures import (
+    MOST_TICKS,
+    ONE_PANEL,
+    PHONE_INCHES,
+    STYLE,
+    colour,
+    label_ends,
+    log_ticks,
+    marker,
+    plain_log_y,
+    save_figure,
+)
 
 
 def loss_curves(metrics: Mapping[str, Mapping[str, Series]], path: Path) -> Path:
     """Training loss (thin: as logged; thick: running mean) and validation loss (markers) over optimizer steps."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.6))
+        figure = Figure(figsize=ONE_PANEL)
         axes = figure.subplots()
         for index, (label, series) in enumerate(metrics.items()):
             train, validation = series.get("train/loss"), series.get("val/loss")
@@ -50,7 +61,7 @@ def _running_mean(values: Sequence[float]) -> np.ndarray:
 def perplexity_over_length(runs: Sequence[RunSummary], base_length: int, path: Path) -> Path:
     """Perplexity of the same tokens against context length, with 95 % intervals."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.6))
+        figure = Figure(figsize=ONE_PANEL)
         axes = figure.subplots()
         for index, run in enumerate(runs):
             # A few percent apart, so that intervals of close models do not cover each other.
@@ -77,7 +88,7 @@ def perplexity_over_length(runs: Sequence[RunSummary], base_length: int, path: P
 def perplexity_by_position(runs: Sequence[RunSummary], training_lengths: Iterable[int], path: Path) -> Path:
     """Perplexity by position within the longest context, with 95 % bands and a line at each training length in it."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.6))
+        figure = Figure(figsize=ONE_PANEL)
         axes = figure.subplots()
         for index, run in enumerate(runs):
             x = [(max(score.start, 1) * score.stop) ** 0.5 for score in run.positions]
@@ -109,7 +120,7 @@ def perplexity_by_position(runs: Sequence[RunSummary], training_lengths: Iterabl
 def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) -> Path:
     """Alpha of every head, one dot each, by layer; one panel a run."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.2 + 3.2 * len(profiles)))
+        figure = Figure(figsize=(PHONE_INCHES, 0.6 + 2.8 * len(profiles)))
         panels = figure.subplots(len(profiles), 1, squeeze=False, sharey=True)[:, 0]
         for axes, (label, layers) in zip(panels, profiles.items(), strict=True):
             shortest = min(layer.multiple for layer in layers)
@@ -123,6 +134,7 @@ def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) ->
                         axes.annotate(
                             str(head), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
                         )
+            axes.margins(y=0.12)  # for the heads' numbers
             axes.set(title=f"Alpha per head: {label}", xlabel="layer (dots: heads, left to right)", ylabel="alpha")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.ticklabel_format(axis="y", useOffset=False)
@@ -132,7 +144,7 @@ def alpha_by_head(profiles: Mapping[str, Sequence[LayerProfile]], path: Path) ->
 def alpha_over_steps(metrics: Mapping[str, Mapping[str, Series]], path: Path) -> Path:
     """Alpha of every head while training, one line a head, coloured by layer; one panel a run."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.2 + 3.2 * len(metrics)))
+        figure = Figure(figsize=(PHONE_INCHES, 0.6 + 2.8 * len(metrics)))
         panels = figure.subplots(len(metrics), 1, squeeze=False, sharey=True)[:, 0]
         for axes, (label, series) in zip(panels, metrics.items(), strict=True):
             layers = sorted({name.split("/")[1] for name in series})
@@ -168,7 +180,7 @@ class LayerMeasure:
 
 SPARSITY = (
     LayerMeasure(
-        "support size", "keys with weight, mean per query", lambda one: float(np.mean(one.support)),
+        "support size", "keys with weight, mean", lambda one: float(np.mean(one.support)),
         lambda size: (size + 1) / 2, log_y=True,
     ),
     LayerMeasure(
@@ -178,11 +190,11 @@ SPARSITY = (
 )  # fmt: skip
 SPREAD = (
     LayerMeasure(
-        "entropy", "entropy (nats), mean per query", lambda one: float(np.mean(one.entropy)),
+        "entropy", "entropy (nats), mean", lambda one: float(np.mean(one.entropy)),
         lambda size: float(np.mean(np.log(np.arange(1, size + 1)))),
     ),
     LayerMeasure(
-        "sink", "weight on the first tokens (%)", lambda one: 100 * float(np.mean(one.sink_share)),
+        "sink", "weight on first tokens (%)", lambda one: 100 * float(np.mean(one.sink_share)),
         None,
     ),
 )  # fmt: skip
@@ -193,7 +205,7 @@ def by_layer(
 ) -> Path:
     """Measures of every layer over context length: one column a run, one row a measure, one line a layer."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(8, 4.6 * len(profiles)), 4 * len(measures)))
+        figure = Figure(figsize=(max(PHONE_INCHES, 3.5 * len(profiles)), 3.1 * len(measures)))
         panels: Any = figure.subplots(len(measures), len(profiles), squeeze=False, sharex=True, sharey="row")
         for column, (label, layers) in enumerate(profiles.items()):
             for measure, axes in zip(measures, panels[:, column], strict=True):
@@ -208,7 +220,9 @@ def by_layer(
             else:
                 axes.set_ylim(bottom=0)
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * len(profiles)), frameon=False
+        )
         return save_figure(figure, path)
 
 
@@ -234,7 +248,7 @@ def needle_heat_map(run: RunSummary, base_length: int, path: Path) -> Path:
     depths = list(dict.fromkeys(depth for _, depth in cells))
     grid = np.array([[100 * cells[m, depth].token_accuracy.value for m in multiples] for depth in depths])
     with rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(8, 1.8 + 0.62 * len(depths)))
+        figure = Figure(figsize=(PHONE_INCHES, 1.5 + 0.5 * len(depths)))
         axes = figure.subplots()
         image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for y, depth in enumerate(depths):
@@ -258,4 +272,4 @@ def needle_heat_map(run: RunSummary, base_length: int, path: Path) -> Path:
 def _write_cell(axes: Axes, x: int, y: int, cell: NeedleScore, dark: bool) -> None:
     exact = round(cell.exact_match.value * cell.samples)
     text = f"{100 * cell.token_accuracy.value:.0f} %\n{exact}/{cell.samples} exact"
-    axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")

@@ -19,15 +19,17 @@ import torch
 
 from common.command_line import CommandParser
 from common.errors import run_command
+from common.wandb_config import WandbConfig
 from data.length_generalisation import TaskConfig
 from eval.common import provenance
 from eval.common.options import KEPT, check_output, config_of
 from eval.common.results import result_key, reuse
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, choose_autocast, choose_device, find_subjects
-from eval.common.tracking import Records, WandbConfig, add_wandb_arguments, open_tracker, wandb_config
+from eval.common.tracking import Records, add_wandb_arguments, open_tracker, wandb_config
 from eval.length_generalisation.measure import LengthConfig, LengthResult, length_of, measure
-from eval.length_generalisation.report import RunResult, Study, result_rows, summary_lines, write_report
+from eval.length_generalisation.report import TITLE, RunResult, Study, result_rows, summary_lines, write_report
+from eval.reporting.html_page import check_page
 from model.loading import LoadedModel, load_model
 from model.version import code_version
 
@@ -77,6 +79,7 @@ def evaluate(
         for multiple in config.lengths:
             length_of(task, multiple)
     check_output(output)
+    check_page(output, TITLE)
     results = [
         _measure_or_reuse(subject, task, output, config, device) for subject, task in zip(subjects, tasks, strict=True)
     ]

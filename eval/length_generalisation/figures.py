@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from eval.reporting.figures import STYLE, colour, log_ticks, marker, save_figure
+from eval.reporting.figures import PHONE_INCHES, STYLE, colour, log_ticks, marker, save_figure
 from eval.reporting.statistics import Interval
 
 
@@ -25,7 +25,7 @@ class Curve:
 def exact_match_over_length(panels: Mapping[str, Sequence[Curve]], path: Path) -> Path:
     """Exact match in % over multiples of the training length, one panel a task, bands where there are intervals."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 0.6 + 3.4 * len(panels)))
+        figure = Figure(figsize=(PHONE_INCHES, 0.6 + 3.6 * len(panels)))
         rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, (title, curves) in zip(rows, panels.items(), strict=True):
             families = list(dict.fromkeys(curve.family for curve in curves))
@@ -43,6 +43,6 @@ def exact_match_over_length(panels: Mapping[str, Sequence[Curve]], path: Path) -
             multiples = sorted({multiple for curve in curves for multiple, _ in curve.points})
             log_ticks(axes, multiples, [f"{multiple:g}x" for multiple in multiples])
             axes.set(title=title, ylabel="exact match (%)", ylim=(0, 100))
-            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         rows[-1].set_xlabel("length (multiple of the longest training length)")
         return save_figure(figure, path)

@@ -12,10 +12,14 @@ from common.files import write_file, write_json
 from data.length_generalisation import TaskConfig
 from eval.length_generalisation.figures import Curve, exact_match_over_length
 from eval.length_generalisation.measure import LengthResult
-from eval.reporting.formatting import count, percent_text
-from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Picture, Table, to_markdown
+from eval.reporting.document import Block, Code, Heading, Items, Paragraph, Picture, Table, Verdict, to_markdown
+from eval.reporting.formatting import count, fixed, percent_text
+from eval.reporting.html_page import write_page
 from eval.reporting.statistics import LEAST_UNITS, Interval
 from eval.reporting.tables import interval_columns
+from eval.reporting.verdict import sentence
+
+TITLE = "LongSplash length generalisation"
 
 # Exact match in %, by multiple of the training length: Table 1 of arXiv 2506.16640 (NAPE; the rows of softmax and
 # ASEntmax). The layers are those of configs/length_generalisation.
@@ -121,21 +125,23 @@ def title_of(task: TaskConfig) -> str:
 
 
 def write_report(study: Study, output: Path) -> tuple[Path, Picture]:
-    """Writes length_generalisation.md, .json, .csv and .png into `output`; returns the path of the first and the
-    plot."""
+    """Writes length_generalisation.md, .json, .csv and .png and report.html into `output`; returns the path of the last
+    and the plot."""
     output.mkdir(parents=True, exist_ok=True)
-    groups = group_runs(study.runs)
-    page = output / "length_generalisation.md"
+    groups, tables = group_runs(study.runs), output / "length_generalisation.md"
     panels = {title_of(task): _curves(task, groups) for task in tasks_of(groups)}
-    path = exact_match_over_length(panels, page.with_suffix(".png"))
-    picture = Picture(path, "Exact match over length; dashed: the paper's figures.")
-    write_file(page, to_markdown(_blocks(study, groups, picture), output).encode())
-    write_json(page.with_suffix(".json"), _as_json(study, groups))
+    path = exact_match_over_length(panels, tables.with_suffix(".png"))
+    alt = f"Exact match over length. {' '.join(f'{line}.' for line in group_lines(groups))}"
+    picture = Picture(path, "Exact match over length; dashed: the paper's figures.", alt)
+    blocks = _blocks(study, groups, picture)
+    write_file(tables, to_markdown(blocks, output).encode())
+    page = write_page(output, TITLE, " and ".join(run.label for run in study.runs), blocks)
+    write_json(tables.with_suffix(".json"), _as_json(study, groups))
     rows, table = result_rows(study), io.StringIO(newline="")
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_file(page.with_suffix(".csv"), table.getvalue().encode())
+    write_file(tables.with_suffix(".csv"), table.getvalue().encode())
     return page, picture
 
 
@@ -152,20 +158,39 @@ def _curves(task: TaskConfig, groups: Sequence[Group]) -> list[Curve]:
 
 def _blocks(study: Study, groups: Sequence[Group], picture: Picture) -> list[Block]:
     blocks: list[Block] = [
-        Heading("Length generalisation", 1),
+        Heading(TITLE, 1),
+        Verdict(verdict(groups), group_lines(groups)),
+        Heading("Exact match over length"),
+        picture,
         Paragraph(
             f"Whole-sequence exact match under greedy decoding, {count(study.settings['samples'], 'sample')} a length, "
             "by multiple of the longest training length. One run: 95 % interval (Clopper-Pearson), none below "
-            f"{LEAST_UNITS} samples. Several runs: their mean, with the lowest and the highest of them. Paper: "
+            f"{LEAST_UNITS} samples. Several runs: their mean, with the lowest and the highest of them. On top of the "
+            "page: the longest length at which one of them is right in half of the samples. Paper: "
             f"{PAPER_SOURCE}; trained at {PAPER_LENGTHS} for the whole schedule that configs/length_generalisation has."
         ),
     ]
     for task in tasks_of(groups):
-        blocks += [Heading(title_of(task)), _task_table(task, [group for group in groups if group.task == task])]
-    blocks += [picture, Heading("Runs"), _run_table(study.runs)]
-    blocks += [Heading("Made by"), Code(study.command)]
+        blocks += [Heading(title_of(task), 3), _task_table(task, [group for group in groups if group.task == task])]
+    blocks += [Heading("Runs"), _run_table(study.runs), Heading("Made by"), Code(study.command)]
     facts = [f"code {study.code_version}", study.hardware, study.date, f"evaluation seed {study.settings['seed']}"]
     return [*blocks, Items(facts)]
+
+
+def verdict(groups: Sequence[Group]) -> str:
+    """For each task: every group at the longest length at which one of them is right in half of the samples."""
+    return sentence([_task_verdict(task, [one for one in groups if one.task == task]) for task in tasks_of(groups)])
+
+
+def _task_verdict(task: TaskConfig, groups: Sequence[Group]) -> str:
+    rates = {(group.label, float(one.multiple)): rate.value for group in groups for one, rate in group.exact_match()}
+    lengths = [multiple for (_, multiple), rate in rates.items() if rate >= 0.5]
+    if not lengths:
+        return f"{task.name}: no model is right in half of the samples at any length"
+    longest = max(lengths)
+    at = [group.label for group in groups if (group.label, longest) in rates]
+    said = [f"{label} {fixed(100 * rates[label, longest], 1)} %" for label in at]
+    return f"{task.name} at {longest:g}x the training length: {', '.join(said)}"
 
 
 def _task_table(task: TaskConfig, groups: Sequence[Group]) -> Table:
@@ -227,8 +252,12 @@ def result_rows(study: Study) -> list[dict[str, Any]]:
 
 def summary_lines(study: Study, page: Path) -> list[str]:
     """One line for each group, and where the tables are."""
+    return [*group_lines(group_runs(study.runs)), f"tables: {page}"]
+
+
+def group_lines(groups: Sequence[Group]) -> list[str]:
     lines = []
-    for group in group_runs(study.runs):
+    for group in groups:
         cells = "; ".join(f"{one.multiple:g}x {percent_text(rate, 1)}" for one, rate in group.exact_match())
         lines.append(f"{group.task.name}: {group.label}: {cells}")
-    return [*lines, f"tables: {page}"]
+    return lines

@@ -13,11 +13,14 @@ from common.files import write_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST_TICKS = 8  # with which numbers such as 131,072 stay apart
+MOST_TICKS = 6  # with which numbers such as 131,072 stay apart
+PHONE_INCHES = 5.4  # a figure of this width can be read on a phone; a wider one scrolls there
+ONE_PANEL = (PHONE_INCHES, 3.8)
+DOTS_PER_INCH = 200
 STYLE: dict[Any, Any] = {
-    "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea",
-    "axes.axisbelow": True, "figure.dpi": 130, "savefig.dpi": 130, "lines.linewidth": 1.8,
+    "axes.axisbelow": True, "figure.dpi": DOTS_PER_INCH, "savefig.dpi": DOTS_PER_INCH, "lines.linewidth": 1.8,
     "figure.constrained_layout.use": True, "font.family": "DejaVu Sans",
 }  # fmt: skip
 

@@ -19,15 +19,17 @@ import numpy as np
 
 from common.command_line import CommandParser
 from common.errors import run_command
+from common.wandb_config import WandbConfig
 from eval.common import provenance
 from eval.common.options import KEPT, check_output, config_of
 from eval.common.subjects import Subject, choose_device, find_subjects
-from eval.common.tracking import WandbConfig, add_wandb_arguments, open_tracker, wandb_config
+from eval.common.tracking import add_wandb_arguments, open_tracker, wandb_config
 from eval.held_out.texts import HeldOut, open_held_out
+from eval.reporting.html_page import check_page
 from eval.ruler.files import FrozenTask
 from eval.sparse_frontier.config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
 from eval.sparse_frontier.measure import Measuring
-from eval.sparse_frontier.report import summarise, summary_lines, write_report
+from eval.sparse_frontier.report import TITLE, summarise, summary_lines, write_report
 from eval.sparse_frontier.ruler_answers import open_sets
 from eval.sparse_frontier.tables import study_records
 from model.version import code_version
@@ -85,6 +87,7 @@ def evaluate(
         check_kind(subject, wanted)
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     check_output(output)
+    check_page(output, TITLE)
     held_out = open_held_out(data, subjects, config.shared())
     shortest = held_out.plan.multiples[0] * held_out.base_length
     if config.decode_tokens >= shortest:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,36 @@ from model.transformer import Transformer
 BSFA = BlockSparseFlash.name
 
 
+TEXT = ("seed", "max_documents", "row_tokens")  # which held-out text is read, and how
+DECODING = ("decode_tokens", "chunk_tokens")
+NEEDLES = ("needle_samples", "needle_tokens", "needle_depths", "needle_digits", "needle_count")
+
+
 @dataclass(frozen=True)
 class CellSettings:
-    """All that decides one kept result, besides checkpoint, data and code."""
+    """All that decides one kept result, besides checkpoint, data and code. precision: as Measuring has it. longest: of
+    the lengths in multiples, which decides the documents and windows; None where no held-out text is read. config: of
+    FrontierConfig's settings those that matter."""
 
     what: str
     method: str
     phase: str
     multiple: int
     wanted: float | None
+    precision: str
+    longest: int | None
     config: dict[str, Any]
+
+
+def deciding(what: str, phase: str, wanted: float | None) -> tuple[str, ...]:
+    """The settings of FrontierConfig that decide a result: "cell", "prefill-time" or "ruler-TASK"."""
+    decoding = DECODING if phase == "decode" else ()
+    if what == "cell":
+        return (*TEXT, *decoding, *NEEDLES)
+    if what == "prefill-time":
+        return (*TEXT, "timed_runs")
+    # policies are set to their density on held-out text; models as they are read the frozen samples alone
+    return decoding if wanted is None else (*TEXT, *decoding)
 
 
 class Measuring:
@@ -125,17 +145,13 @@ class Measuring:
         wanted: float | None,
         frozen: FrozenTask | None = None,
     ) -> Path:
-        left_out = {
-            "policies", "densities", "lengths", "thresholds", "ruler", "ruler_tasks",
-            "ruler_samples",
-        }  # fmt: skip
-        config = {name: value for name, value in asdict(self.config).items() if name not in left_out}
-        # the longest length decides which documents and windows are scored
-        config["longest"] = self.held_out.plan.multiples[-1]
-        settings = CellSettings(what, method, phase, multiple, wanted, config)
+        alone = frozen is not None and wanted is None  # without held-out text
+        config = {name: getattr(self.config, name) for name in deciding(what, phase, wanted)}
+        longest = None if alone else self.held_out.plan.multiples[-1]
+        settings = CellSettings(what, method, phase, multiple, wanted, self.precision, longest, config)
         kind = provenance.hardware(self.runtime.device)
         base, path = self.held_out.base_length, self.subject.checkpoint.path
-        read = self.held_out.fingerprint
+        read = "" if alone else self.held_out.fingerprint
         if method == BSFA:
             read += self.fingerprint_of_thresholds
         if frozen is not None:

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from eval.reporting.figures import COLOURS, MARKERS, STYLE, save_figure
+from eval.reporting.figures import COLOURS, MARKERS, PHONE_INCHES, STYLE, save_figure
 from eval.reporting.statistics import Interval
 
+PANELS_IN_A_ROW = 2  # on a phone each is readable, and the row scrolls
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -36,10 +37,16 @@ class Panel:
     log_y: bool = False
 
 
+def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    """The last row is filled up with empty panels."""
+    filled = [*panels, *[Panel("", "", [])] * (-len(panels) % columns)]
+    return [filled[start : start + columns] for start in range(0, len(filled), columns)]
+
+
 def over_density(rows: Sequence[Sequence[Panel]], path: Path) -> Path:
     """Values with 95 % intervals over density: a curve a policy, a star for entmax, a band for dense softmax."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * len(rows[0]), 1 + 4.2 * len(rows)))
+        figure = Figure(figsize=(max(PHONE_INCHES, 3.6 * len(rows[0])), 1 + 3.1 * len(rows)))
         grid: Any = figure.subplots(len(rows), len(rows[0]), squeeze=False)
         for panels, axes_row in zip(rows, grid, strict=True):
             for panel, axes in zip(panels, axes_row, strict=True):
@@ -47,7 +54,9 @@ def over_density(rows: Sequence[Sequence[Panel]], path: Path) -> Path:
         handles: dict[str, Any] = {}
         for axes in grid.flat:
             handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=max(2, 2 * len(rows[0])), frameon=False
+        )
         return save_figure(figure, path)
 
 
@@ -97,10 +106,10 @@ def _style(method: str, curves: Sequence[str]) -> dict[str, Any]:
 
 def density_maps(maps: Mapping[str, Sequence[Sequence[float]]], path: Path) -> Path:
     """Density of every layer and head, one panel a method. maps: title -> (L, H)."""
-    columns = min(4, len(maps))
+    columns = min(3, len(maps))
     lines = -(-len(maps) // columns)
     with rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(3.4 * columns, 0.6 + 3.0 * lines))
+        figure = Figure(figsize=(max(PHONE_INCHES, 2.8 * columns), 0.6 + 2.5 * lines))
         grid: Any = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat[len(maps) :]:
             axes.set_visible(False)

@@ -1,6 +1,7 @@
 """Tables and plots of eval.sparse_frontier."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -8,16 +9,30 @@ from statistics import median
 import numpy as np
 
 from common.files import write_file, write_json
+from eval.reporting.document import (
+    Block,
+    Code,
+    Details,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Table,
+    Verdict,
+    pictures_of,
+    to_markdown,
+)
 from eval.reporting.formatting import count, interval_text, percent_text
-from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
+from eval.reporting.html_page import write_page
 from eval.reporting.statistics import LEAST_UNITS, Interval, paired_sums, ratio_of_sums, share
+from eval.reporting.verdict import sentence, standing
 from eval.sparse_frontier.config import PHASES, Cell, PrefillTime, Study
 from eval.sparse_frontier.names import AS_THEY_ARE, density_text, method_name
-from eval.sparse_frontier.plots import Panel, Point, density_maps, over_density
+from eval.sparse_frontier.plots import PANELS_IN_A_ROW, Panel, Point, density_maps, in_rows, over_density
 from eval.sparse_frontier.ruler_report import RulerSummary, ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.sparse_frontier.tasks import CLOSE
 
-TITLE = "Sparse attention: trained or pruned"
+TITLE = "LongSplash sparse attention: trained or pruned"
 ACTS = {
     "prefill": "Policies act on every token of the contexts, questions included. Vertical-Slash and FlexPrefill choose "
     "for all tokens from the last queries of a context, which have seen all of it.",
@@ -84,29 +99,20 @@ def _share(hits: int, trials: int) -> Interval | None:
 
 
 def write_report(study: Study, summaries: Summaries, output: Path) -> tuple[Path, list[Picture]]:
-    """Writes sparse_frontier.md, .html, .json and plots into `output`; returns the HTML page's path and what is
-    pictured there."""
+    """Writes sparse_frontier.md and .json, report.html and plots into `output`; returns the HTML page's path and what
+    is pictured there."""
     output.mkdir(parents=True, exist_ok=True)
-    page = output / "sparse_frontier.html"
     blocks: list[Block] = [
         Heading(TITLE, 1),
-        Paragraph(
-            "One softmax model under policies that were made for trained models, each set to several densities and to "
-            "entmax's own (BSFA: calibrated to its ks), beside the model as it is and its entmax twin. Density: share "
-            "of the visible pairs of query and key that are read, mean over layers and heads; for entmax, the pairs "
-            f"with weight. Intervals are 95 %: jackknife over {count(study.documents, 'document')} with Student's t "
-            "for perplexity, paired where it is divided by the dense softmax model's, as in the plots; Clopper-Pearson "
-            f"over samples for needles. None below {LEAST_UNITS} documents or samples."
-        ),
+        Verdict(verdict(summaries.cells), found_lines(summaries)),
     ]
     for phase in PHASES:
         of_phase = [one for one in summaries.cells if one.cell.phase == phase]
         blocks += _phase(of_phase, [one for one in summaries.ruler if one.phase == phase], phase, output)
     blocks += [*_times(study.times), *_method(study)]
-    write_file(page.with_suffix(".md"), to_markdown(blocks, output).encode())
-    write_file(page, to_html(TITLE, blocks).encode())
-    write_json(page.with_suffix(".json"), _as_json(study, summaries))
-    return page, [block for block in blocks if isinstance(block, Picture)]
+    write_file(output / "sparse_frontier.md", to_markdown(blocks, output).encode())
+    write_json(output / "sparse_frontier.json", _as_json(study, summaries))
+    return write_page(output, TITLE, " and ".join(study.subjects), blocks), pictures_of(blocks)
 
 
 def _as_json(study: Study, summaries: Summaries) -> dict[str, object]:
@@ -123,23 +129,25 @@ def _without_cell(summary: Summary) -> dict[str, object]:
 
 
 def _phase(summaries: list[Summary], ruler: list[RulerSummary], phase: str, output: Path) -> list[Block]:
-    blocks: list[Block] = [Heading("The prompt" if phase == "prefill" else "Decoding"), Paragraph(ACTS[phase])]
     path = over_density(_panels(summaries, ruler), output / f"plots/{phase}_over_density.png")
-    blocks.append(Picture(path, f"Perplexity{', RULER' if ruler else ''} and needles over density, {phase}."))
+    alt = f"Plots over density. {' '.join(f'{line}.' for line in phase_lines(summaries, phase))}"
+    blocks: list[Block] = [
+        Heading("The prompt" if phase == "prefill" else "Decoding"),
+        Picture(path, f"Perplexity{', RULER' if ruler else ''} and needles over density, {phase}.", alt),
+        Paragraph(ACTS[phase]),
+    ]
     for multiple in sorted({one.cell.multiple for one in summaries}):
         rows = [one for one in summaries if one.cell.multiple == multiple]
         blocks += [Heading(f"{rows[0].cell.context:,} tokens ({multiple}x)", 3), _table(rows)]
     blocks += ruler_blocks(ruler, phase, output)
     path = density_maps(_maps(summaries), output / f"plots/{phase}_density_by_head.png")
-    shown = (
-        f"at {max(one.cell.context for one in summaries):,} tokens, each policy where it is nearest to entmax's density"
-    )
-    blocks.append(Picture(path, f"Density by layer and head, {phase}, {shown}."))
-    return blocks
+    longest = max(one.cell.context for one in summaries)
+    shown = f"at {longest:,} tokens, each policy where it is nearest to entmax's density"
+    return [*blocks, Picture(path, f"Density by layer and head, {phase}, {shown}.")]
 
 
 def _panels(summaries: list[Summary], ruler: list[RulerSummary]) -> list[list[Panel]]:
-    """A row of panels for each length."""
+    """Rows of at most PANELS_IN_A_ROW panels, of which a length fills one or more."""
     rows = []
     for multiple in sorted({one.cell.multiple for one in summaries}):
         here = [one for one in summaries if one.cell.multiple == multiple]
@@ -154,7 +162,8 @@ def _panels(summaries: list[Summary], ruler: list[RulerSummary]) -> list[list[Pa
         )
     # short texts hold no several needles, and RULER need not be there
     shown = [any(row[column].points for row in rows) for column in range(len(rows[0]))]
-    return [[panel for panel, keep in zip(row, shown, strict=True) if keep] for row in rows]
+    kept = [[panel for panel, keep in zip(row, shown, strict=True) if keep] for row in rows]
+    return [line for row in kept for line in in_rows(row, min(len(row), PANELS_IN_A_ROW))]
 
 
 def _points(summaries: list[Summary], field: str, factor: float) -> list[Point]:
@@ -216,6 +225,14 @@ def _method(study: Study) -> list[Block]:
         for one in study.cells
         if one.wanted
     ]
+    method = (
+        "One softmax model under policies that were made for trained models, each set to several densities and to "
+        "entmax's own (BSFA: calibrated to its ks), beside the model as it is and its entmax twin. Density: share "
+        "of the visible pairs of query and key that are read, mean over layers and heads; for entmax, the pairs "
+        f"with weight. Intervals are 95 %: jackknife over {count(study.documents, 'document')} with Student's t "
+        "for perplexity, paired where it is divided by the dense softmax model's, as in the plots; Clopper-Pearson "
+        f"over samples for needles. None below {LEAST_UNITS} documents or samples."
+    )
     facts = [
         f"code {study.code_version}", study.hardware, study.date,
         f"{study.data} ({study.data_fingerprint[:12]})",
@@ -223,28 +240,64 @@ def _method(study: Study) -> list[Block]:
         f"seed {study.settings['seed']}",
     ]  # fmt: skip
     return [
-        Heading("Settings found"),
-        Items(settings),
+        Heading("Method and limits"),
+        Paragraph(method),
+        Details("Settings found", [Items(settings)]),
         Heading("Made by"),
         Code(study.command),
         Items(facts + study.notes),
     ]
 
 
+def verdict(summaries: Sequence[Summary]) -> str:
+    """For each phase, at the longest context: entmax against dense softmax, and the best policy that reads no more."""
+    longest = max(one.cell.context for one in summaries)
+    return sentence([_phase_verdict([one for one in summaries if one.cell.context == longest], of) for of in PHASES])
+
+
+def _phase_verdict(summaries: Sequence[Summary], phase: str) -> str:
+    entmax, rival = _entmax_and_rival([one for one in summaries if one.cell.phase == phase])
+    said = (
+        f"{'In the prompt' if phase == 'prefill' else 'in decoding'}, at {entmax.cell.context:,} tokens, entmax reads "
+        f"{density_text(entmax.density)} of the keys and is {standing(entmax.ratio, 1, 'low')} dense softmax in "
+        f"perplexity ({interval_text(entmax.ratio, 3)} times)"
+    )
+    if rival is None:
+        return f"{said}, no policy reads as few"
+    return (
+        f"{said}, the best policy that reads no more, {method_name(rival.cell.method)}, is "
+        f"{standing(rival.ratio, 1, 'low')} it ({interval_text(rival.ratio, 3)} times)"
+    )
+
+
+def _entmax_and_rival(summaries: Sequence[Summary]) -> tuple[Summary, Summary | None]:
+    """Of one phase and length: entmax, and the policy of the lowest perplexity of about its density or less."""
+    entmax = next(one for one in summaries if one.cell.method == "entmax")
+    policies = [one for one in summaries if one.cell.method not in AS_THEY_ARE]
+    rivals = [one for one in policies if one.density <= (1 + CLOSE) * entmax.density]
+    return entmax, min(rivals, key=lambda one: one.perplexity.value, default=None)
+
+
 def summary_lines(summaries: Summaries, page: Path) -> list[str]:
     """A line for each phase and length: both models as they are, and the best policy of about entmax's density or
     less."""
+    return [*found_lines(summaries), f"report: {page}"]
+
+
+def found_lines(summaries: Summaries) -> list[str]:
+    lines = [line for phase in PHASES for line in phase_lines(summaries.cells, phase)]
+    return [*lines, *ruler_lines(summaries.ruler)]
+
+
+def phase_lines(summaries: Sequence[Summary], phase: str) -> list[str]:
     lines = []
-    for phase in PHASES:
-        for multiple in sorted({one.cell.multiple for one in summaries.cells}):
-            here = [one for one in summaries.cells if (one.cell.phase, one.cell.multiple) == (phase, multiple)]
-            shown = [one for one in here if one.cell.method in AS_THEY_ARE]
-            entmax = next(one for one in shown if one.cell.method == "entmax")
-            rivals = [one for one in here if one not in shown and one.density <= (1 + CLOSE) * entmax.density]
-            shown += sorted(rivals, key=lambda one: one.perplexity.value)[:1]
-            cells = "; ".join(
-                f"{method_name(one.cell.method)} {interval_text(one.perplexity)} at {density_text(one.density)}"
-                for one in shown
-            )
-            lines.append(f"{phase}, {here[0].cell.context:,} tokens, perplexity: {cells}")
-    return [*lines, *ruler_lines(summaries.ruler), f"report: {page}"]
+    for multiple in sorted({one.cell.multiple for one in summaries}):
+        here = [one for one in summaries if (one.cell.phase, one.cell.multiple) == (phase, multiple)]
+        rival = _entmax_and_rival(here)[1]
+        shown = [*(one for one in here if one.cell.method in AS_THEY_ARE), *([rival] if rival else [])]
+        cells = "; ".join(
+            f"{method_name(one.cell.method)} {interval_text(one.perplexity)} at {density_text(one.density)}"
+            for one in shown
+        )
+        lines.append(f"{phase}, {here[0].cell.context:,} tokens, perplexity: {cells}")
+    return lines

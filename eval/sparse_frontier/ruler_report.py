@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.reporting.document import Block, Heading, Paragraph, Picture, Table
 from eval.reporting.formatting import count, percent_text
-from eval.reporting.html_report import Block, Heading, Paragraph, Picture, Table
 from eval.reporting.statistics import LEAST_UNITS, Interval, paired_shares, share
 from eval.sparse_frontier.config import RulerCell, Study
 from eval.sparse_frontier.names import AS_THEY_ARE, density_text, method_name
-from eval.sparse_frontier.plots import Panel, Point, over_density
+from eval.sparse_frontier.plots import PANELS_IN_A_ROW, Panel, Point, in_rows, over_density
 from eval.sparse_frontier.tasks import CLOSE
 
-PANELS_IN_A_ROW = 4
 AXIS = "RULER's score (%)"
 ACTS = {
     "prefill": "Policies act on the whole prompt; the answer is decoded densely.",
@@ -96,22 +95,20 @@ def ruler_blocks(summaries: Sequence[RulerSummary], phase: str, output: Path) ->
     """A table for each length and the plot of every task, of one phase; nothing without RULER."""
     if not summaries:
         return []
-    blocks: list[Block] = [
-        Heading("RULER", 3),
-        Paragraph(METHOD.format(acts=ACTS[phase])),
-    ]
     rows: list[list[Panel]] = []
+    tables: list[Block] = []
     columns = min(PANELS_IN_A_ROW, max(len(one.tasks) for one in summaries))
     for multiple in dict.fromkeys(one.multiple for one in summaries):
         here = [one for one in summaries if one.multiple == multiple]
-        title = f"{here[0].context:,} tokens ({multiple}x), {count(here[0].samples, 'sample')}:"
-        blocks += [Paragraph(title), _table(here)]
+        title = f"{here[0].context:,} tokens ({multiple}x), {count(here[0].samples, 'sample')}"
+        tables.append(_table(here, title))
         rows += _task_panels(here, columns)
     path = over_density(rows, output / f"plots/{phase}_ruler_over_density.png")
-    return [*blocks, Picture(path, f"Every RULER task over density, {phase}.")]
+    picture = Picture(path, f"Every RULER task over density, {phase}.")
+    return [Heading("RULER", 3), picture, Paragraph(METHOD.format(acts=ACTS[phase])), *tables]
 
 
-def _table(summaries: Sequence[RulerSummary]) -> Table:
+def _table(summaries: Sequence[RulerSummary], title: str) -> Table:
     tasks = list(summaries[0].tasks)
     header = ["", "set to", "density", "mean of the tasks", "minus dense softmax's", *tasks]
     rows = [
@@ -122,7 +119,7 @@ def _table(summaries: Sequence[RulerSummary]) -> Table:
         ]
         for one in summaries
     ]  # fmt: skip
-    return Table(header, rows)
+    return Table(header, rows, caption=title)
 
 
 def _task_panels(summaries: Sequence[RulerSummary], columns: int) -> list[list[Panel]]:
@@ -131,8 +128,7 @@ def _task_panels(summaries: Sequence[RulerSummary], columns: int) -> list[list[P
     for task in summaries[0].tasks:
         points = [_point(one, one.densities[task], one.tasks[task]) for one in summaries]
         panels.append(Panel(f"{summaries[0].context:,} tokens: {task}", AXIS, points))
-    panels += [Panel("", AXIS, [])] * (-len(panels) % columns)
-    return [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    return in_rows(panels, columns)
 
 
 def ruler_lines(summaries: Sequence[RulerSummary]) -> list[str]:

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from eval.common.tracking import Records
-from eval.reporting.html_report import Picture
+from eval.reporting.document import Picture
 from eval.reporting.tables import interval_columns
 from eval.sparse_frontier.config import PrefillTime, Study
 from eval.sparse_frontier.report import Summaries, Summary

@@ -11,20 +11,23 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UsageError
+from common.wandb_config import WandbConfig
 from data.tokenizer import Tokenizer
 from eval.common import provenance
 from eval.common.options import check_output
 from eval.common.results import result_key, reuse
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, choose_autocast, choose_device, find_subjects
-from eval.common.tracking import WandbConfig, open_tracker
+from eval.common.tracking import open_tracker
 from eval.generate import open_tokenizer
+from eval.reporting.html_page import check_page
 from eval.ruler.files import check_tokenizer
 from eval.tasks.config import TasksConfig
 from eval.tasks.lm_eval_adapter import HarnessModel
 from eval.tasks.loading import LoadedTask, load_tasks
-from eval.tasks.report import RunResult, Study, score_rows, summary_lines, write_report
+from eval.tasks.report import TITLE, score_rows, summary_lines, write_report
 from eval.tasks.results import MEASURING, TaskResult, TaskSettings, measure
+from eval.tasks.study import RunResult, Study
 from eval.tasks.tables import study_records
 from model.loading import load_model
 from model.version import code_version
@@ -52,6 +55,7 @@ def evaluate(
     if ruler is not None and any(task.length for task in tasks):
         check_tokenizer(ruler, [subject.checkpoint for subject in subjects])
     check_output(output)
+    check_page(output, TITLE)
     check_replaced(output / "tasks.json", {task.group for task in tasks})
     tokenizers = [open_tokenizer(subject.checkpoint, config.tokenizer) for subject in subjects]
     with tqdm(total=len(subjects) * len(tasks), unit="task", smoothing=0) as bar:
@@ -69,8 +73,8 @@ def evaluate(
         seconds=round(time.monotonic() - started, 1),
     )
     rows = score_rows(study)
-    page = write_report(study, rows, output)
-    tracker.log("eval.tasks", study_records(study, rows))
+    page, pictures = write_report(study, rows, output)
+    tracker.log("eval.tasks", study_records(study, rows, pictures))
     return summary_lines(study, rows, page)
 
 

@@ -1,69 +1,36 @@
 """Tables of the tasks: Markdown, one HTML page, and every number as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common.files import write_file, write_json
 from eval.held_out.analysis import attention_kind, choose_baseline
+from eval.reporting.document import (
+    Block,
+    Code,
+    Details,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Table,
+    Verdict,
+    pictures_of,
+    to_markdown,
+)
 from eval.reporting.formatting import count, number_text, percent_text, significant
-from eval.reporting.html_report import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
+from eval.reporting.html_page import write_page
+from eval.tasks.figures import scores_by_task
 from eval.tasks.results import TaskResult
 from eval.tasks.scores import METHODS, Difference, Score, compare, merge, score_metric
+from eval.tasks.study import Row, Rows, Study
+from eval.tasks.verdict import score_name, verdict
 
 TITLE = "LongSplash tasks"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One checkpoint on all tasks, in the same order for every run. model: its configuration."""
-
-    label: str
-    checkpoint: str
-    step: int
-    model: dict[str, Any]
-    training_length: int
-    trained_with: str
-    window: int | None
-    precision: str
-    tasks: list[TaskResult]
-
-
-@dataclass(frozen=True)
-class Study:
-    """All that the tables are made of. settings: of the evaluation. seconds: reused results not counted."""
-
-    runs: list[RunResult]
-    settings: dict[str, Any]
-    code_version: str
-    command: str
-    hardware: str
-    date: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of one task. scores: one a run. differences: one a run, None for the baseline and where none is.
-    left_out: of each run, how many samples do not fit."""
-
-    task: str
-    group: str
-    length: int | None
-    chance: float | None
-    scores: list[Score]
-    differences: list[Difference | None]
-    left_out: list[int]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """groups: the tasks of a group together. single: every task by itself; empty where no group has several."""
-
-    groups: list[Row]
-    single: list[Row]
+MOST_SAID = 12  # scores in a picture's text
 
 
 def make_rows(study: Study, tasks: Sequence[Sequence[TaskResult]]) -> list[Row]:
@@ -106,32 +73,58 @@ def score_rows(study: Study) -> Rows:
     return Rows(make_rows(study, groups), make_rows(study, tasks) if len(groups) < len(tasks) else [])
 
 
-def write_report(study: Study, rows: Rows, output: Path) -> Path:
-    """Writes tasks.md, tasks.html and tasks.json into `output`; returns the HTML page's path."""
+def write_report(study: Study, rows: Rows, output: Path) -> tuple[Path, list[Picture]]:
+    """Writes tasks.md, tasks.json, report.html and its plot into `output`; returns the page's path and what is pictured
+    there."""
     output.mkdir(parents=True, exist_ok=True)
-    blocks = _blocks(study, rows.groups, rows.single)
+    blocks = _blocks(study, rows, output)
     write_file(output / "tasks.md", to_markdown(blocks, output).encode())
-    page = output / "tasks.html"
-    write_file(page, to_html(f"{TITLE}: {' and '.join(run.label for run in study.runs)}", blocks).encode())
+    page = write_page(output, TITLE, " and ".join(run.label for run in study.runs), blocks)
     write_json(output / "tasks.json", _as_json(study, [*rows.groups, *rows.single]))
-    return page
+    return page, pictures_of(blocks)
 
 
-def _blocks(study: Study, rows: Sequence[Row], single: Sequence[Row]) -> list[Block]:
+def _blocks(study: Study, rows: Rows, output: Path) -> list[Block]:
     limit = study.settings["limit"]
     first = "all samples" if limit is None else f"the first {count(limit, 'sample')} of each task"
-    blocks: list[Block] = [Heading(TITLE, 1), Paragraph(f"{first[0].upper()}{first[1:]}. {METHODS}")]
-    plain = [row for row in rows if row.length is None]
+    blocks: list[Block] = [
+        Heading(TITLE, 1),
+        Verdict(verdict(study.runs, rows.groups), score_lines(study, rows)),
+        Heading("Scores"),
+        *_picture(study, rows.groups, output),
+        Paragraph(f"{first[0].upper()}{first[1:]}. {METHODS}"),
+    ]
+    plain = [row for row in rows.groups if row.length is None]
     if plain:
-        blocks += [Heading("Tasks of lm-eval"), _task_table(study, plain)]
-    if len(plain) < len(rows):
-        blocks += [Heading("RULER, by length in tokens"), _length_table(study, [row for row in rows if row.length])]
-    if single:
-        blocks += [Heading("The groups' tasks"), _task_table(study, [row for row in single if row.length is None])]
+        blocks += [Heading("Tasks of lm-eval", 3), _task_table(study, plain)]
+    if len(plain) < len(rows.groups):
+        long = [row for row in rows.groups if row.length]
+        blocks += [Heading("RULER, by length in tokens", 3), _length_table(study, long)]
+    alone = [row for row in rows.single if row.length is None]
+    if alone:
+        blocks += [Details("The groups' tasks", [_task_table(study, alone)])]
     blocks += [Heading("Samples that do not fit"), Items(left_out(study))]
-    blocks += [Heading("Runs"), _run_table(study), Heading("Data"), _data_table(study)]
+    blocks += [Heading("Runs"), _run_table(study), Details("Data", [_data_table(study)])]
     facts = [f"code {study.code_version}", f"lm_eval {version('lm_eval')}", study.hardware, study.date]
     return [*blocks, Heading("Made by"), Code(study.command), Items([*facts, f"seed {study.settings['seed']}"])]
+
+
+def _picture(study: Study, rows: Sequence[Row], output: Path) -> list[Block]:
+    """Nothing where no score is a share."""
+    shares = [row for row in rows if any(score.share and score.interval is not None for score in row.scores)]
+    if not shares:
+        return []
+    labels = [run.label for run in study.runs]
+    path = scores_by_task(shares, labels, output / "plots" / "scores.png")
+    said = [f"{score_name(row)} {_scores(row, labels)}" for row in shares[:MOST_SAID]]
+    more = f" and {len(shares) - MOST_SAID} more" if len(shares) > MOST_SAID else ""
+    return [
+        Picture(path, "Scores with their 95 % intervals; dashed: chance.", f"Scores by task: {'; '.join(said)}{more}.")
+    ]
+
+
+def _scores(row: Row, labels: Sequence[str]) -> str:
+    return ", ".join(f"{label} {score_text(score)}" for label, score in zip(labels, row.scores, strict=True))
 
 
 def score_text(score: Score) -> str:
@@ -239,9 +232,18 @@ def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
 
 def summary_lines(study: Study, rows: Rows, page: Path) -> list[str]:
     """One line for each task and metric, what does not fit, and where the tables are."""
+    return [
+        *score_lines(study, rows),
+        *left_out(study),
+        f"Evaluated in {study.seconds:.0f} s; tables: {page}",
+    ]
+
+
+def score_lines(study: Study, rows: Rows) -> list[str]:
+    """One for each task and metric, groups as a whole."""
     lines = []
     for row in rows.groups:
         scores = zip(study.runs, row.scores, strict=True)
         cells = "; ".join(f"{run.label} {score_text(score)}" for run, score in scores)
         lines.append(f"{row.task} {row.scores[0].metric}: {cells}")
-    return [*lines, *left_out(study), f"Evaluated in {study.seconds:.0f} s; tables: {page}"]
+    return lines

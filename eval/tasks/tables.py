@@ -1,18 +1,22 @@
 """The scores of eval.tasks as flat tables: one row a run, task and metric."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from eval.common.tracking import Records
 from eval.held_out.analysis import choose_baseline
+from eval.reporting.document import Picture
 from eval.reporting.tables import interval_columns
-from eval.tasks.report import Row, Rows, Study
+from eval.tasks.study import Row, Rows, Study
 
 
-def study_records(study: Study, rows: Rows) -> Records:
-    """The tables, and what they were made of and with; eval.tasks draws no plots."""
+def study_records(study: Study, rows: Rows, pictures: Sequence[Picture]) -> Records:
+    """The tables and the plot, and what they were made of and with."""
     facts = {name: getattr(study, name) for name in ("code_version", "command", "hardware", "date")}
-    return Records({**facts, "lm_eval": version("lm_eval"), **study.settings}, study_tables(study, rows), [])
+    return Records(
+        {**facts, "lm_eval": version("lm_eval"), **study.settings}, study_tables(study, rows), list(pictures)
+    )
 
 
 def study_tables(study: Study, rows: Rows) -> dict[str, list[dict[str, Any]]]:

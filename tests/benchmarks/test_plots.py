@@ -7,10 +7,11 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.analysis import method
-from benchmarks.plots import RESULTS, draw, main, read_plot
+from benchmarks.plots import REPORT, RESULTS, draw, main, plot_files, read_plot
 from common.files import write_json
 
-FILES = sorted(RESULTS.rglob("*.json"))
+FILES = plot_files()
+COMPUTED = {"method/method.png"}  # by benchmarks.analysis.method, without a measurement
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RESULTS)))
@@ -26,6 +27,24 @@ def test_all_plots_of_the_first_page_have_numbers() -> None:
     text = (RESULTS.parent / "RESULTS.md").read_text()
     images = [RESULTS.parent / image for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)]
     assert len(images) == 4 and all(image.with_suffix(".json") in FILES for image in images)
+
+
+def test_every_picture_has_its_numbers_beside_it() -> None:
+    pictures = {str(path.relative_to(RESULTS)): path for path in RESULTS.rglob("*.png")}
+    without = {
+        name for name, path in pictures.items()
+        if not path.with_suffix(".json").is_file() and not (path.parent / REPORT).is_file()
+    }  # fmt: skip
+    assert without == COMPUTED and len(pictures) > 10
+
+
+def test_every_picture_is_shown_and_its_page_names_the_command() -> None:
+    for path in RESULTS.rglob("*.png"):
+        page = (path.parent / "README.md").read_text()
+        assert f"]({path.name})" in page or path.name == "needles.png", path
+        command = "analysis.method" if path.name == "method.png" else "benchmarks.plots"
+        command = "analysis.report_plots" if (path.parent / REPORT).is_file() else command
+        assert f"python -m benchmarks.{command.removeprefix('benchmarks.')}" in page, path
 
 
 @pytest.mark.parametrize(

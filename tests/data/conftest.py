@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.datamodule import PackedDataModule, SourceConfig
 from data.prepare import main
 
 PrepareTexts = Callable[..., Path]
@@ -46,3 +48,18 @@ def prepare_texts(texts: Path) -> PrepareTexts:
 def prepared(prepare_texts: PrepareTexts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of some ten thousand tokens in several shards, about a fifth of its documents held out."""
     return prepare_texts(tmp_path_factory.mktemp("prepared") / "texts", "--heldout_fraction=0.2")
+
+
+def make_module(prepared: Path, **options: Any) -> PackedDataModule:
+    settings: dict[str, Any] = {"sequence_length": 64, "global_batch_size": 8, "micro_batch_size": 2}
+    settings |= {"num_workers": 0, "val_sequences": 8, "seed": 5}
+    return PackedDataModule([SourceConfig(str(prepared))], **(settings | options))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by its path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines))

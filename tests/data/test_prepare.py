@@ -1,20 +1,17 @@
-"""Preparing: the same bytes whatever happens on the way, refusals, and every corpus YAML."""
+"""Preparing: the same bytes whatever happens on the way, and refusals."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from data import encoding
 from data.corpora import Document
@@ -22,14 +19,10 @@ from data.encoding import read_groups
 from data.prepare import main
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
+from tests.data.conftest import PrepareTexts, contents, write_lines
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "data"
-PrepareTexts = Callable[..., Path]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -139,63 +132,6 @@ def test_a_changed_corpus_is_refused_and_overwrite_starts_over(tmp_path: Path) -
         main(arguments)
     main([*arguments, "--overwrite=true"])
     assert TokenStore(output / "train").num_documents == 2
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(line + "\n" for line in lines))
-
-
-@pytest.fixture
-def lines(prepared: Path, tmp_path: Path) -> tuple[Path, list[str], list[str]]:
-    """A file of JSON lines, its lines, and the options that prepare it in groups of about 10 lines."""
-    good = [json.dumps({"text": f"document {number} " + "abc " * 50}) for number in range(60)]
-    path = tmp_path / "a.jsonl"
-    options = ["--corpus=data.corpora.JsonLines", f"--corpus.paths=[{path}]", "--workers=1", "--shard_bytes=2000"]
-    return path, good, [*options, f"--tokenizer.path={prepared / 'tokenizer.model'}"]
-
-
-def test_a_mended_line_continues_to_the_bytes_of_a_run_without_it(
-    lines: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, good, options = lines
-    stopped, whole = [*options, f"--output={tmp_path / 'stopped'}"], [*options, f"--output={tmp_path / 'whole'}"]
-    write_lines(path, [*good[:40], '{"text": ', *good[41:]])
-    with pytest.raises(ValueError, match="a.jsonl:41 is not JSON"):
-        main(stopped)
-    finished = list((tmp_path / "stopped" / "progress").glob("[0-9]*.json"))
-    assert len(finished) > 2
-    write_lines(path, good)
-    main(stopped)
-    assert f"continuing {tmp_path / 'stopped'}: {len(finished)} groups" in capsys.readouterr().out
-    main(whole)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-
-
-def test_a_change_in_what_is_finished_is_refused(lines: tuple[Path, list[str], list[str]], tmp_path: Path) -> None:
-    path, good, options = lines
-    write_lines(path, [*good[:40], "{"])
-    with pytest.raises(ValueError, match="a.jsonl:41 is not JSON"):
-        main([*options, f"--output={tmp_path / 'out'}"])
-    write_lines(path, ['{"text": "another"}', *good[1:]])
-    with pytest.raises(ValueError, match="corpus_identity: .* there, .* now"):
-        main([*options, f"--output={tmp_path / 'out'}"])
-
-
-def test_leaving_out_records_without_text_continues_and_counts_them(
-    lines: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, good, options = lines
-    options = [*options, f"--output={tmp_path / 'out'}"]
-    write_lines(path, [*good[:40], '{"text": null}', *good[41:], '{"text": null}'])
-    with pytest.raises(ValueError, match="a.jsonl:41: field 'text' is null, .* set corpus.missing_text: skip"):
-        main(options)
-    main([*options, "--corpus.missing_text=skip"])
-    out = capsys.readouterr().out
-    assert "groups of documents are finished" in out and "left out 2 documents without text" in out
-    assert TokenStore(tmp_path / "out" / "train").num_documents == 59
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["documents_without_text"] == 2
-    with pytest.raises(ValueError, match="missing_text: 'skip' there, 'error' now"):
-        main(options)
 
 
 def test_a_corpus_prepared_before_readers_had_these_options_is_still_the_same(
@@ -371,89 +307,6 @@ def test_the_command_line_ends_with_one_error_line(tmp_path: Path) -> None:
     ]
     result = run("--config", str(CONFIGS / "prepare_stdlib.yaml"), "--shard_bites=3")
     assert result.returncode == 2 and "shard_bites" in result.stderr
-
-
-def test_stdlib_yaml_holds_out_packages_with_long_documents(tmp_path: Path) -> None:
-    output = tmp_path / "stdlib"
-    main([f"--config={CONFIGS / 'prepare_stdlib.yaml'}", f"--output={output}", "--workers=1"])
-    train, heldout = TokenStore(output / "train"), TokenStore(output / "heldout")
-    assert heldout.vocab_size == 4096
-    assert 0.07 < heldout.num_bytes.sum() / (train.num_bytes.sum() + heldout.num_bytes.sum()) < 0.11
-    assert (heldout.lengths >= 4096).sum() >= 10 and (heldout.lengths > 8192).sum() >= 5
-    assert train.num_bytes.sum() / train.num_tokens > 3.3
-
-
-def test_source_tree_yaml_with_one_package(tmp_path: Path) -> None:
-    settings = ["--corpus.packages=[networkx]", "--corpus.exclude=[tests, algorithms]"]
-    settings += ["--heldout_groups=[networkx/drawing]", "--tokenizer.vocab_size=1000", "--workers=1"]
-    main([f"--config={CONFIGS / 'prepare_source_tree.yaml'}", f"--output={tmp_path / 'tree'}", *settings])
-    assert TokenStore(tmp_path / "tree" / "heldout").num_documents > 2
-
-
-def test_linux_yaml_on_a_stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = yaml.safe_load((CONFIGS / "prepare_linux.yaml").read_text())
-    by_name = {Path(path).name: path for path in config["corpus"]["init_args"]["paths"]}
-    groups = ["/".join((by_name[group.split("/")[0]], group.split("/")[1])) for group in config["heldout_groups"]]
-    for folder in [*groups, *(f"{path}/other" for path in by_name.values())]:
-        (tmp_path / folder).mkdir(parents=True)
-        for name in ("a.c", "b.h", "Makefile"):
-            (tmp_path / folder / name).write_text(f"/* {folder} {name} */\nint x;\n")
-    monkeypatch.chdir(tmp_path)
-    settings = [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--output=out", "--workers=1"]
-    main([f"--config={CONFIGS / 'prepare_linux.yaml'}", *settings])
-    tokenizer, heldout = Tokenizer(tmp_path / "out" / "tokenizer.model"), TokenStore(tmp_path / "out" / "heldout")
-    texts = {tokenizer.decode(heldout.document(i).tolist()) for i in range(heldout.num_documents)}
-    assert texts == {"".join(f"/* {one} {name} */\nint x;\n" for name in ("a.c", "b.h")) for one in groups}
-    assert TokenStore(tmp_path / "out" / "train").num_documents == len(by_name)
-
-
-def write_hub_folder(folder: Path, file_name: str, rows: list[dict[str, object]], config: str) -> None:
-    """A folder that datasets.load_dataset reads like a hub repository."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path = folder / file_name
-    path.parent.mkdir(parents=True)
-    if file_name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {file_name}\n---\n"
-    )
-
-
-FINEWEB_ROW: dict[str, object] = {"text": "", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2024-10"}
-FINEWEB_ROW |= {"url": "https://a.example", "file_path": "s3://x"}
-FINEWEB_ROW |= {"language": "en", "language_score": 0.9, "token_count": 100, "score": 3.1, "int_score": 3}
-DCLM_ROW: dict[str, object] = {"text": "", "language_id_whole_page_fasttext": {"en": 0.9}}
-DCLM_ROW |= {"bff_contained_ngram_count_before_dedupe": 0}
-DCLM_ROW |= {"metadata": {"Content-Length": "5"}, "previous_word_count": 5, "url": "https://a.example", "warcinfo": "w"}
-DCLM_ROW |= {"fasttext_openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train_prob": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("name", "file_name", "config", "row"),
-    [
-        ("fineweb_edu", "sample/10BT/000.parquet", "sample-10BT", FINEWEB_ROW),
-        ("dclm", "global-shard_01/shard_0.jsonl", "default", DCLM_ROW),
-    ],
-)
-def test_hub_yamls_on_a_stand_in_of_the_same_schema(
-    prepared: Path, tmp_path: Path, name: str, file_name: str, config: str, row: dict[str, object]
-) -> None:
-    texts = [f"web page {i}: \u2581 naïve\r\n" + "word " * i for i in range(1, 40)]
-    write_hub_folder(tmp_path / "hub", file_name, [row | {"text": text} for text in texts], config)
-    settings = [f"--config={CONFIGS / f'prepare_{name}.yaml'}", f"--corpus.path={tmp_path / 'hub'}", "--workers=1"]
-    settings += [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--shard_bytes=500", "--max_documents=30"]
-    main([*settings, f"--output={tmp_path / 'out'}", "--heldout_fraction=0.1"])
-    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
-    stores = [TokenStore(tmp_path / "out" / split) for split in ("train", "heldout")]
-    found = {tokenizer.decode(store.document(i).tolist()) for store in stores for i in range(store.num_documents)}
-    assert found == set(texts[:30])
-    assert stores[0].fingerprint_of_tokenizer == TokenStore(prepared / "train").fingerprint_of_tokenizer
-    text = (CONFIGS / f"prepare_{name}.yaml").read_text()
-    assert re.search(r"path: (HuggingFaceFW/fineweb-edu|mlfoundations/dclm-baseline-1.0)\n", text)
 
 
 def test_overwrite_removes_nothing_beside_files_of_somebody_else(prepare_texts: Any, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, choose_autocast, find_subjects
 from eval.held_out.attention_profile import LayerProfile, measure_attention
 from eval.held_out.config import EvalConfig
+from eval.reporting.document import Heading
+from eval.reporting.html_page import write_page
 from eval.run import main
 from model.checkpoint import resolve_checkpoint
 from model.loading import load_model
@@ -196,3 +198,14 @@ def test_attention_statistics_are_means_over_documents(corpus: Path, runs: list[
             )
         assert all(1 <= keys <= mean.multiple * BASE_LENGTH for keys in mean.support)
         assert mean.alpha == pytest.approx([1.5, 1.5], abs=1e-4)
+
+
+def test_the_page_of_another_report_is_not_written_over(
+    corpus: Path, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_page(tmp_path, "LongSplash tasks", "x", [Heading("x", 1)])
+    before = (tmp_path / "report.html").read_bytes()
+    assert "has the page of another report, LongSplash tasks" in failing_line(
+        capsys, [*runs, *options(corpus, tmp_path)]
+    )
+    assert (tmp_path / "report.html").read_bytes() == before and not (tmp_path / "results").exists()

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from common.wandb_config import WandbConfig
 from tests.training.conftest import TrainProcess, callbacks
 from training.tracking import (
-    WandbConfig,
     check_wandb_login,
     log_config,
     make_loggers,
@@ -35,7 +35,7 @@ def test_the_wandb_run_id_is_kept(tmp_path: Path) -> None:
 def test_an_offline_wandb_run_is_continued_by_the_next_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("WANDB_SILENT", "WANDB_DISABLE_GIT", "WANDB_DISABLE_CODE"):
         monkeypatch.setenv(key, "true")
-    config = WandbConfig(mode="offline", project="test", tags=["a"])
+    config = WandbConfig(mode="offline", project="test", group="seeds", tags=["a"])
     ids = []
     for start in (0, 10):
         _, logger = loggers = make_loggers(tmp_path, start, config)
@@ -45,6 +45,7 @@ def test_an_offline_wandb_run_is_continued_by_the_next_session(tmp_path: Path, m
         run = logger.experiment
         ids.append(run.id)
         assert run.project == "test" and run.name == tmp_path.name and run.tags == ("a",)
+        assert run.group == "seeds"
         assert run.config["code_version"] == "abc-dirty" and run.config["model"]["network"]["n_layers"] == 2
         assert run.settings.mode == "offline"
         run.finish()

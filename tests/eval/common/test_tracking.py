@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import eval.common.tracking
-from eval.common.tracking import WandbConfig, open_tracker
+from common.wandb_config import WandbConfig
+from eval.common.tracking import open_tracker
 from eval.run import main
 from tests.eval.conftest import MakeRun, tracked_tables
 
@@ -35,7 +36,7 @@ def test_tables_and_plots_of_an_evaluation(
     output, named = tmp_path / "report", tmp_path / f"{SECRET}.yaml"  # a part of the command line
     named.write_text("seed: 0\n")
     data = ["--data", str(corpus), "--output", str(output), "--config", str(named)]
-    assert main([*map(str, runs.values()), *data, *QUICK, "--wandb.mode", "offline"]) == 0
+    assert main([*map(str, runs.values()), *data, *QUICK, "--wandb.mode", "offline", "--wandb.tags", "[swept]"]) == 0
     assert "in project mine (offline)" in capsys.readouterr().err
     (folder,) = (output / "wandb").glob("offline-run-*")
     by_name = tracked_tables(output)
@@ -59,6 +60,7 @@ def test_tables_and_plots_of_an_evaluation(
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     stored = next(folder.glob("*.wandb")).read_bytes()
     assert b"mine" in stored and b"asentmax+softmax" in stored and b"[redacted]" in stored
+    assert b"swept" in stored
 
 
 def test_nothing_is_tracked_unless_asked_for(corpus: Path, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -75,6 +77,8 @@ def test_project_entity_and_group_are_the_runs_unless_given(runs: dict[str, Path
         "report",
         "asentmax+softmax",
     )
+    with pytest.raises(ValueError, match="wandb.project is empty"):
+        WandbConfig(project="")
     given = WandbConfig(project="p", entity="e", name="n", group="g")
     tracker = open_tracker(given, checkpoints, tmp_path)
     assert (tracker.project, tracker.entity, tracker.name, tracker.group) == ("p", "e", "n", "g")

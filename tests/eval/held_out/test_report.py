@@ -7,68 +7,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval.common.metrics import Series
 from eval.common.results import reuse
 from eval.held_out import figures as plots
 from eval.held_out.analysis import choose_baseline, pair, summarise
-from eval.held_out.attention_profile import LayerProfile
-from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
-from eval.held_out.multi_needle import MultiNeedleCell
-from eval.held_out.needle import NeedleCell
-from eval.held_out.perplexity import PerplexityPlan, PerplexityResult, Sums, Window
-from eval.held_out.report import Study, config_differences, summary_lines, write_report
-from eval.reporting.html_report import Block, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
-
-CONFIG = EvalConfig(lengths=[1, 2])
-PLAN = PerplexityPlan(
-    8, [Window(0, 0, 8), Window(1, 0, 8)], 4, 32, [0, 1, 2, 3, 4, 5], [1, 2], [0, 4, 16], ["8x was dropped."]
-)
-
-
-def measurement(label: str, kind: str, scale: float) -> Measurement:
-    def sums(tokens: int) -> Sums:
-        losses = [scale * tokens, 1.5 * scale * tokens] * 3
-        return Sums([0, 1, 2, 3, 4, 5], losses, [tokens] * 6, [2 * tokens, 3 * tokens] * 3)
-
-    sparse, dense = (
-        [
-            LayerProfile(m, i, support, live, alpha, None, [0.5 * m, 1.5], [0.25, 0.75], [0.1 * i, 0.5])
-            for m in (1, 2)
-            for i in (0, 1)
-        ]
-        for support, live, alpha in (([3.0, 5.0], [0.5, 0.25], [1.5, 1.4]), ([4.5, 4.5], [1.0, 1.0], None))
-    )
-    cells = [NeedleCell(m, d, [m, 4], [4, 4]) for m in (1, 2) for d in (0.0, 1.0)]
-    return Measurement(
-        label=label, checkpoint=f"runs/{label}/checkpoints/step-00000005", step=5, training={"tokens": 1000},
-        model={"attention": {"kind": kind}}, parameters=4_000_000, policy="", training_length=8, precision="float32",
-        hardware="test", date="2026-01-01", seconds={"perplexity": 1.0}, plan=PLAN,
-        perplexity=PerplexityResult(sums(8), {1: sums(16), 2: sums(16)}, [[scale * 4, 12.0]] * 6, [4, 12]),
-        needles=[*cells, NeedleCell(1, None, [0, 1], [4, 4])], needle_notes=[],
-        multi_needles=[MultiNeedleCell("multi_key", 1, [4, 2], [4, 4])],
-        attention=sparse if kind == "asentmax" else dense,
-    )  # fmt: skip
-
-
-def study(measurements: list[Measurement]) -> Study:
-    baseline = choose_baseline(measurements)
-    metrics = {"train/loss": Series([0, 1, 2], [5.0, 4.0, 3.5]), "val/loss": Series([2], [3.6])}
-    alphas = {
-        "alpha/layer_00/head_00": Series([0, 2], [1.5, 1.4]),
-        "alpha/layer_01/head_00": Series([0, 2], [1.5, 1.6]),
-    }
-    return Study(
-        config=CONFIG, measurements=measurements, runs=[summarise(one) for one in measurements],
-        pairs=[pair(one, baseline) for one in measurements if one is not baseline],
-        settings={one.label: {"kind": one.label, "seed": "1"} for one in measurements},
-        metrics={one.label: {**metrics, **(alphas if one.label == "sparse" else {})} for one in measurements},
-        base_length=8, data="prepared/x", data_fingerprint="f" * 64, code_version="abc", command="python -m eval.run x",
-        hardware="test machine", date="2026-01-01", notes=PLAN.notes, seconds=2.0,
-    )  # fmt: skip
-
-
-TWINS = [measurement("sparse", "asentmax", 1.0), measurement("dense", "softmax", 1.25)]
+from eval.held_out.perplexity import PerplexityResult, Sums
+from eval.held_out.report import summary_lines, write_report
+from eval.held_out.settings_report import config_differences
+from eval.reporting.document import Block, Heading, Items, Paragraph, Picture, Table, to_markdown
+from eval.reporting.html_page import to_html
+from tests.eval.held_out.made_up import PLAN, TWINS, study
+from tests.eval.reporting.pages import check_html
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -137,7 +86,7 @@ def test_lines_stand_at_the_training_lengths_not_at_1x(tmp_path: Path, monkeypat
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     text = write_report(study(TWINS), tmp_path)[0].read_text()
-    assert "http" not in text and "<script" not in text and "@import" not in text
+    check_html(text)
     sources = re.findall(r'(?:src|href)="([^"]{1,30})', text) + re.findall(r"url\(", text)
     assert len(sources) >= 8 and all(source.startswith("data:") for source in sources)
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
@@ -220,7 +169,7 @@ def test_text_is_escaped_in_both_forms(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
     blocks: list[Block] = [Heading("a < b"), Paragraph("x & y"), Items(["<i>"]), Table(["k", "v"], [["a|b", "<td>"]]),
               Picture(tmp_path / "p.png", 'say "hi"')]  # fmt: skip
-    page, markdown = to_html("t", blocks), to_markdown(blocks, tmp_path)
+    page, markdown = to_html("t", "u", blocks), to_markdown(blocks, tmp_path)
     for escaped in ("a &lt; b", "x &amp; y", "&lt;i&gt;", "&lt;td&gt;", "say &quot;hi&quot;"):
         assert escaped in page
     assert "| a\\|b | <td> |" in markdown and '![say "hi"](p.png)' in markdown

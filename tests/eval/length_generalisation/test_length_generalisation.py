@@ -24,6 +24,7 @@ from eval.reporting.statistics import share
 from model.checkpoint import checkpoint_folder, write_complete
 from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
+from tests.eval.reporting.pages import check_html
 
 CPU = Runtime(torch.device("cpu"), None, 512)
 
@@ -141,6 +142,8 @@ def test_seeds_are_grouped_and_results_are_reused(
     assert main([*runs, *options, "--lengths", "0.5", "1"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and printed[0].startswith("flip_flop: asentmax, 2 layers, 2 runs: 0.5x ")
+    assert printed[-1] == f"tables: {out / 'report.html'}"
+    assert "flip_flop: " in check_html((out / "report.html").read_text()).texts["section"][0]
     report = json.loads((out / "length_generalisation.json").read_text())
     assert [group["runs"] for group in report["groups"]] == [
         ["asentmax-0", "asentmax-1"], ["softmax-0", "softmax-1"], ["copied"],

@@ -16,7 +16,7 @@ import eval.sparse_frontier.measure
 from data.tokenizer import Tokenizer
 from eval.common.scoring import Runtime
 from eval.generation import generate
-from eval.reporting.html_report import Picture
+from eval.reporting.document import Picture
 from eval.reporting.statistics import share
 from eval.ruler.files import FORMAT, MANIFEST, FrozenTask, write_manifest, write_samples
 from eval.ruler.tasks import RULER_TASKS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import eval.sparse_frontier.ruler_report
-from eval.reporting.html_report import Table
+from eval.reporting.document import Table
 from eval.reporting.statistics import paired_shares, share
 from eval.sparse_frontier.config import RulerCell, Study
 from eval.sparse_frontier.report import summarise
@@ -70,8 +70,8 @@ def test_every_task_is_drawn_at_its_own_density(monkeypatch: pytest.MonkeyPatch,
     summaries = summarise_ruler(study)
     blocks = ruler_blocks(summaries, "decode", tmp_path)
     rows = [[panel.title.split(": ")[-1] for panel in row] for row in drawn[0]]
-    assert rows == [tasks[:4], [tasks[4], "", "", ""], ["cwe", "", "", ""]]
-    assert drawn[0][2][0].title == "1,024 tokens: cwe"
+    assert rows == [tasks[:2], tasks[2:4], [tasks[4], ""], ["cwe", ""]]
+    assert drawn[0][3][0].title == "1,024 tokens: cwe"
     assert [point.density for panel in drawn[0][0][:2] for point in panel.points] == [1, 0.6, 0.2, 1, 0.5, 0.2]
     tables = [block for block in blocks if isinstance(block, Table)]
     assert [table.header[5:] for table in tables] == [tasks, ["cwe"]]

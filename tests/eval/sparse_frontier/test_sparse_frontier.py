@@ -27,6 +27,7 @@ from model.policies.quest import Quest
 from model.policies.window import SlidingWindow
 from model.transformer import Transformer
 from tests.eval.conftest import BASE_LENGTH, MakeRun, tracked_tables
+from tests.eval.reporting.pages import check_html
 
 QUICK = ["--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
 QUICK += ["--lengths", "1", "2", "--decode_tokens", "3", "--timed_runs", "1"]
@@ -54,7 +55,8 @@ def test_all_policies_beside_both_models(
     arguments = [*options(corpus, runs, tmp_path), "--densities", "0.5", "1", "--lengths", "1"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 and printed[-1].endswith("sparse_frontier.html")
+    assert len(printed) == 3 and printed[-1].endswith("report.html")
+    assert "of the keys and is not told apart from dense" in check_html(Path(printed[-1][8:]).read_text()).texts["p"][0]
     report = json.loads((tmp_path / "sparse_frontier.json").read_text())
     cells = {(c["method"], c["phase"], c["wanted"]): c for c in report["cells"]}
     assert {method for method, _, _ in cells} == {"dense", "entmax", *FAMILIES}

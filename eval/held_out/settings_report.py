@@ -1,0 +1,91 @@
+"""The report's part on the runs: what they are, how they were trained, and in what they differ."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.held_out.analysis import attention_kind
+from eval.held_out.measurement import Measurement
+from eval.reporting.document import Block, Details, Heading, Paragraph, Table
+
+MATTERING = {  # key of the resolved configuration -> what it is, with its unit
+    "model.network.n_layers": "layers",
+    "model.network.d_model": "width",
+    "model.network.n_heads": "query heads",
+    "model.network.n_kv_heads": "key/value heads",
+    "model.network.positions": "positions",
+    "model.network.attention.alpha": "alpha, at the start",
+    "model.optimizer.lr": "learning rate, at its peak",
+    "model.optimizer.schedule": "schedule",
+    "data.global_batch_size": "sequences a step",
+    "data.sources": "training data",
+    "trainer.max_steps": "planned steps",
+    "trainer.precision": "precision",
+    "seed_everything": "seed",
+}
+ENTMAX_KINDS, ADAPTIVE_KINDS = ("entmax", "asentmax"), ("asentmax",)
+OF_ENTMAX = ("alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "backend")
+OF_ADAPTIVE = ("temperature_offset", "temperature_range", "temperature_bias")
+ONLY_FOR = {
+    **{f"model.network.attention.{name}": ENTMAX_KINDS for name in OF_ENTMAX},
+    **{f"model.network.attention.{name}": ADAPTIVE_KINDS for name in OF_ADAPTIVE},
+    "model.optimizer.alpha_lr_factor": ENTMAX_KINDS,
+}
+SOURCE = re.compile(r"'path': '([^']*)'")
+NOT_ITS = "–"  # of a setting that a run does not have
+
+
+def run_blocks(measurements: Sequence[Measurement], settings: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    """settings: resolved training configuration of each run by label, flattened to dotted keys."""
+    labels = [one.label for one in measurements]
+    kinds = {one.label: attention_kind(one) for one in measurements}
+    known = [
+        [name, *(_its(key, settings.get(label, {}).get(key, NOT_ITS), kind) for label, kind in kinds.items())]
+        for key, name in MATTERING.items()
+    ]
+    rows = [
+        ["attention", *kinds.values()],
+        ["parameters", *(f"{one.parameters:,}" for one in measurements)],
+        ["optimizer steps", *(f"{one.step:,}" for one in measurements)],
+        ["tokens trained on", *(_count(one.training.get("tokens")) for one in measurements)],
+        ["training length (tokens)", *(f"{one.training_length:,}" for one in measurements)],
+        *(row for row in known if set(row[1:]) != {NOT_ITS}),
+    ]
+    blocks: list[Block] = [Heading("Runs"), Table(["", *labels], rows, numeric=False)]
+    if len(labels) > 1:
+        differences = [
+            [key, *(_its(key, value, kind) for value, kind in zip(values, kinds.values(), strict=True))]
+            for key, *values in config_differences(settings)
+        ]
+        blocks.append(Heading("What differs between the runs", 3))
+        if differences:
+            blocks.append(Table(["setting", *labels], differences, numeric=False))
+        else:
+            blocks.append(Paragraph("Their resolved configurations are the same."))
+    made = [
+        ["checkpoint", *(one.checkpoint for one in measurements)],
+        ["trained with code", *(str(one.training.get("code_version", "unknown")) for one in measurements)],
+        ["evaluated in", *(one.precision for one in measurements)],
+        ["evaluation (s)", *(f"{sum(one.seconds.values()):.0f}" for one in measurements)],
+        ["evaluated on", *(f"{one.hardware}, {one.date}" for one in measurements)],
+    ]
+    return [*blocks, Details("Checkpoints", [Table(["", *labels], made, numeric=False)])]
+
+
+def _its(key: str, value: str, kind: str) -> str:
+    """The value where a model with this kind of attention has such a setting: softmax has no alpha."""
+    if key == "data.sources":  # corpora as they are flattened to text; their paths say enough
+        value = ", ".join(SOURCE.findall(value)) or value
+    return value if kind in ONLY_FOR.get(key, (kind,)) else NOT_ITS
+
+
+def config_differences(settings: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """Rows [key, value of each run] of the keys whose values are not all the same."""
+    keys = sorted({key for one in settings.values() for key in one})
+    # run_dir differs always and is the runs' name.
+    rows = [[key, *(one.get(key, "not set") for one in settings.values())] for key in keys if key != "run_dir"]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "not recorded"

@@ -1,0 +1,3 @@
+from tests.eval.conftest import corpus, make_run
+
+__all__ = ["corpus", "make_run"]  # fixtures
