@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from common.command_line import NamesConfigFiles, refuse_duplicate_keys
+from common.checks import check_number
+from common.command_line import NamesConfigFiles, strict_yaml
 from common.errors import UsageError
 from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from data.datamodule import PackedDataModule
@@ -111,7 +112,7 @@ class TrainingCLI(LightningCLI):
             warnings.filterwarnings("ignore", pattern)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # banners; what matters of them is said by this file
-        refuse_duplicate_keys()
+        strict_yaml()
         super().__init__(
             LanguageModule, PackedDataModule, save_config_callback=None, seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS, parser_class=OneLineParser, run=False, auto_configure_optimizers=False,
@@ -156,7 +157,7 @@ class TrainingCLI(LightningCLI):
         """Check what needs no model and no data, and choose the checkpoint to start from."""
         self._note("looking at options and checkpoints")
         options = self.config.trainer
-        check_trainer_options(options, {key: self.parser.get_default(f"trainer.{key}") for key in REFUSED_OPTIONS})
+        check_trainer_options(options, self.lightning_defaults())
         check_tasks(count_processes(options))
         if self.config.init_from and self.config.resume not in ("none", "auto"):
             raise UsageError(
@@ -164,8 +165,9 @@ class TrainingCLI(LightningCLI):
                 "use one of them (--resume auto goes with --init_from)"
             )
         check_allowed(self.config.allow_changes)
-        self.run_dir = usable_folder(self.config.run_dir)
+        self.max_time = duration(options.max_time)
         check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
+        self.run_dir = usable_folder(self.config.run_dir)
         self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
         self.start: StartPoint = choose_start(self.run_dir, self.config.resume)
         network = config_from_dict(self.config.model.network.as_dict())
@@ -177,6 +179,15 @@ class TrainingCLI(LightningCLI):
             wanted = self.config.trainer.max_steps
             say(f"already at step {self.start.step} of trainer.max_steps {wanted}: nothing to train")
             sys.exit(0)
+
+    def lightning_defaults(self) -> dict[str, Any]:
+        return {key: self.parser.get_default(f"trainer.{key}") for key in (*REFUSED_OPTIONS, "max_steps")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool):  # before Lightning takes it
+            check_number("seed_everything", seed, least=0, most=2**32 - 1, whole=True)
 
     def _note(self, activity: str) -> None:
         if self.stop is not None:
@@ -195,7 +206,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         options = {**self.config_init.trainer, "default_root_dir": self.run_dir}
         asked = options.pop("accumulate_grad_batches")
-        self.max_time = duration(options.pop("max_time"))
+        options.pop("max_time")  # interruption.py sees to it
         every = self.config_init.validation.every_n_steps
         if not every:
             options["limit_val_batches"] = 0

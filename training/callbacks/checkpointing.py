@@ -11,6 +11,7 @@ from typing import Any, get_args
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from common.checks import check_number, check_numbers
 from data.datamodule import PackedDataModule
 from model.checkpoint import (
     MARKER,
@@ -53,11 +54,8 @@ class CheckpointConfig:
     verify: Verify = "checksum"
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "max_failed_saves"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"checkpoint.{name} is {value}: expected at least 1")
-        if self.keep_every_hours < 0:
-            raise ValueError(f"checkpoint.keep_every_hours is {self.keep_every_hours}: expected 0 (never) or more")
+        check_numbers("checkpoint.", self, ("every_n_steps", "max_failed_saves"), least=1, whole=True)
+        check_number("checkpoint.keep_every_hours", self.keep_every_hours, least=0, most=10**6, zero="never")
         if any(step < 1 for step in self.milestones):
             raise ValueError(f"checkpoint.milestones is {self.milestones}: expected steps, at least 1")
         if self.verify not in get_args(Verify):
