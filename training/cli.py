@@ -303,13 +303,23 @@ class TrainingCLI(LightningCLI):
         )
 
     def fit(self, on_start: Callable[[], None]) -> int:
-        """Train to trainer.max_steps, or until stopped; on_start is called before the first step.
+        """Train to trainer.max_steps, or until stopped; on_start is called before the first step, once nothing of what
+        was asked for can turn out impossible any more.
 
         Returns:
             The exit code of this process (common/exits.py).
         """
-        say(self.describe())
-        started = LambdaCallback(on_train_start=lambda *_: on_start())
+        said = False
+
+        def start(*_: Any) -> None:
+            nonlocal said
+            if not said:
+                said = True
+                on_start()
+                say(self.describe())
+
+        # of the hooks that a resumed session has too, the first behind all checks, loaders and a first batch
+        started = LambdaCallback(on_train_batch_start=start)
         self.trainer.callbacks.append(started)  # type: ignore[attr-defined]
         # weights_only: nothing pickled in a checkpoint is executed
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
