@@ -220,9 +220,7 @@ def _check_visibility(
         if len(cu_seqlens) < 2:
             raise ValueError(f"cu_seqlens must be (documents + 1,) of at least one document, got {len(cu_seqlens)}")
         if readable(q) and not (
-            cu_seqlens[0] == 0
-            and cu_seqlens[-1] == n_queries
-            and bool((cu_seqlens.diff() >= 0).all())
+            cu_seqlens[0] == 0 and cu_seqlens[-1] == n_queries and bool((cu_seqlens.diff() >= 0).all())
         ):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {n_queries}, got {cu_seqlens.tolist()}")
     if kv_lens is not None:
