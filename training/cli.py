@@ -17,7 +17,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from common.checks import check_number
 from common.command_line import NamesConfigFiles, strict_yaml
 from common.errors import UsageError
-from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from data.datamodule import PackedDataModule
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
@@ -35,6 +34,7 @@ from training.callbacks.profiling import ProfileConfig, StepProfiler
 from training.distributed.config import ParallelConfig, check_combinations
 from training.distributed.sequence_parallel import check_sequence_parallel
 from training.distributed.strategies import build_strategy
+from training.faults.ending import exit_code
 from training.faults.interruption import Interruption, InterruptionConfig
 from training.faults.signals import StopSignals
 from training.faults.step_guard import GuardConfig, StepGuard
@@ -323,24 +323,4 @@ class TrainingCLI(LightningCLI):
         self.trainer.callbacks.append(started)  # type: ignore[attr-defined]
         # weights_only: nothing pickled in a checkpoint is executed
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
-        return self._exit_code()
-
-    def _exit_code(self) -> int:
-        """Also says how the session ended, unless it is the run's end. Only rank 0 reports it: Lightning's launcher and
-        srun take a code that is not 0 for a crash and kill the other ranks, which are ending anyway."""
-        trainer, code = self.trainer, 0
-        if self.guard.gave_up:
-            code = TOO_MANY_SKIPPED
-            say(
-                f"stopped at step {trainer.global_step}: more than guard.max_skipped = {self.guard.config.max_skipped} "
-                f"of the last {self.guard.config.window} steps went wrong. What reproduces the last one is in "
-                f"{self.guard.folder}; --resume auto goes on behind it (exit code {code})"
-            )
-        elif self.interruption.agreed and trainer.global_step < trainer.max_steps:
-            self.interruption.signals.ignore()
-            code = INTERRUPTED
-            say(
-                f"stopped by {self.interruption.reason} at step {trainer.global_step}, which is saved: the same "
-                f"command with --resume auto continues (exit code {code})"
-            )
-        return code if trainer.is_global_zero else 0
+        return exit_code(self.trainer, self.guard, self.interruption, self.run_dir)

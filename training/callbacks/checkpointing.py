@@ -25,6 +25,7 @@ from model.checkpoint import (
 from model.checksums import Verify
 from model.loading import StoredTensors
 from training.distributed.checkpoint_state import SaveError, agreement, check_stored, gather_objects
+from training.faults.interruption import stop
 from training.module import LanguageModule
 from training.resume.settings import run_settings
 from training.resume.start_point import StartPoint
@@ -112,12 +113,16 @@ class RunCheckpoint(Checkpoint):
                 self.save(trainer, pl_module, last)
 
     def save(self, trainer: Trainer, module: LanguageModule, last: bool) -> None:
-        """Write the checkpoint of the current step and remove what is no longer kept.
+        """Write the checkpoint of the current step and remove what is no longer kept; where weights or optimizer state
+        are not finite, the run is told to end instead, and nothing is removed.
 
         Raises:
             RuntimeError: on all ranks, when too many saves in a row have failed, or the last one of a session.
         """
         self.tried_step = trainer.global_step
+        if module.guard and module.guard.find_lost(trainer):
+            stop(trainer)
+            return
         folder = checkpoint_folder(self.run_dir, self.tried_step)
         try:
             self._write(trainer, module, folder)
