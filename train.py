@@ -4,7 +4,7 @@
         --config configs/data/stdlib.yaml --config configs/smoke.yaml --run_dir runs/x --resume auto
 
 Several --config files merge key by key, later ones win, options on the command line win over files
-(--trainer.max_steps 20), and --print_config shows the result. Exit code 2: an error in what was asked for; 75: stopped
+(--trainer.max_steps 200), and --print_config shows the result. Exit code 2: an error in what was asked for; 75: stopped
 by a signal (SIGUSR1, SIGTERM, Ctrl-C) with what there is saved; common/exits.py has the others.
 """
 

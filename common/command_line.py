@@ -1,7 +1,12 @@
-"""The parsers of the commands: errors are raised, those of a --config file name it, and YAML names no key twice."""
+"""The parsers of the commands: errors are raised, those of a --config file name it, YAML names no key twice and no
+alias within itself, and numbers are those that 64-bit integers and float32 hold."""
 
+import math
 import os
 from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -9,15 +14,100 @@ import yaml
 
 from common.errors import UsageError
 
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4028234663852886e38, 1.1754943508222875e-38  # of float32, without subnormals
+
 
 class NamesConfigFiles:
-    """For a parser of jsonargparse: errors in a config file name the file, which jsonargparse itself does not."""
+    """For a parser of jsonargparse, which does none of this: errors in a config file name the file and the key, a group
+    of options is a mapping, and numbers are those that 64-bit integers and float32 hold."""
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        name = os.fspath(path)
         try:
-            return super().parse_path(path, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            found: jsonargparse.Namespace = super().parse_path(path, *args, **kwargs)  # type: ignore[misc]
+            self.check_structure(found)
         except (yaml.YAMLError, ArgumentError, UsageError, UnicodeDecodeError) as error:
-            raise UsageError(f"{os.fspath(path)}: {str(error).removeprefix('Problems parsing config: ')}") from error
+            message = str(error).removeprefix("Problems parsing config: ")
+            if message.startswith("Unexpected config:"):
+                message = f"expected options, as lines of `key: value`, and found {_content_in_words(name)}"
+            raise UsageError(f"{name}: {message}") from error
+        return found
+
+    def validate(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("branch") is None:
+            self.check_structure(namespace)
+        super().validate(namespace, *args, **kwargs)  # type: ignore[misc]
+
+    def check_structure(self, values: jsonargparse.Namespace) -> None:
+        """Raises UsageError for a key that no option has, a group of options that is no mapping, and a number that is
+        not finite, or beyond what 64-bit integers or float32 hold."""
+        parser: Any = self
+        options = {action.dest for action in parser._actions}
+        groups = {dest[:end] for dest in options for end in range(len(dest)) if dest[end] == "."}
+        groups -= options - set(parser.groups)  # a class's option.help makes no group of the option
+        for name, value in _leaves(values, groups):
+            if name in groups:
+                inner = sorted(d for d in options if d.startswith(f"{name}.") and d.count(".") == name.count(".") + 1)
+                some = ", ".join(inner[:3])
+                raise UsageError(f"{name} is {_short(value)}: expected a mapping of its options ({some}, ...)")
+            if name.rstrip("+") not in options and not jsonargparse_keeps(name):
+                near = "".join(f"; the nearest one is {dest}" for dest in get_close_matches(name, options, n=1))
+                raise UsageError(
+                    f"the key {name} is not an option of this command{near}: correct it or leave it out (--help lists "
+                    "all)"
+                )
+            check_numbers_fit(name, value)
+
+
+def _leaves(values: Any, groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What stands at each option, and at each group that is no mapping, by name."""
+    for key, value in vars(values).items() if isinstance(values, jsonargparse.Namespace) else values.items():
+        name = f"{prefix}{key}"
+        if name in groups and isinstance(value, (jsonargparse.Namespace, Mapping)):
+            yield from _leaves(value, groups, f"{name}.")
+        else:
+            yield name, value
+
+
+def jsonargparse_keeps(name: str) -> bool:
+    """Whether a key is one of jsonargparse's own, such as the path of a file that a group came from."""
+    return name.rpartition(".")[2] in ("__path__", "__default_config__", "__orig__", "$schema")
+
+
+def check_numbers_fit(name: str, value: Any) -> None:
+    """Raises UsageError for a number that is beyond what a 64-bit integer or a float32 holds, however deep in `value`.
+    Whether infinity and NaN make sense is for the option to say."""
+    if isinstance(value, jsonargparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_numbers_fit(f"{name}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            check_numbers_fit(f"{name}[{index}]", inner)
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise UsageError(f"{name} is {_short(value)}: expected a whole number of 64 bits, at most {LARGEST_INT:,}")
+    elif isinstance(value, float) and not (
+        SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT or not value or not math.isfinite(value)
+    ):
+        raise UsageError(
+            f"{name} is {value}: expected a number that float32 holds, 0 or {SMALLEST_FLOAT:.1e} to "
+            f"{LARGEST_FLOAT:.1e} in magnitude"
+        )
+
+
+def _short(value: Any) -> str:
+    """A value as YAML has it, in a few words."""
+    text = "null" if value is None else " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
+
+
+def _content_in_words(path: str) -> str:
+    try:
+        return "an empty file" if not Path(path).read_text().strip() else "no mapping"
+    except OSError:
+        return "no mapping"
 
 
 class CommandParser(NamesConfigFiles, jsonargparse.ArgumentParser):
@@ -25,7 +115,7 @@ class CommandParser(NamesConfigFiles, jsonargparse.ArgumentParser):
 
     def __init__(self, *args: Any, exit_on_error: bool = False, **kwargs: Any) -> None:
         """exit_on_error: of the parsers that this one makes for the arguments of a class; no command sets it."""
-        refuse_duplicate_keys()
+        strict_yaml()
         super().__init__(*args, exit_on_error=exit_on_error, **kwargs)
 
 
@@ -33,11 +123,18 @@ class DuplicateKey(yaml.YAMLError):
     """A mapping that names a key twice."""
 
 
-def check_keys(node: yaml.Node | None, path: str = "") -> None:
-    """Raises DuplicateKey with both lines."""
+class EndlessYAML(yaml.YAMLError):
+    """An alias within what it stands for, or nesting without end."""
+
+
+def check_keys(node: yaml.Node | None, path: str = "", above: tuple[yaml.Node, ...] = ()) -> None:
+    """Raises DuplicateKey with both lines, and EndlessYAML with the line of what contains itself."""
+    if node in above:
+        assert node is not None
+        raise EndlessYAML(f"{path.rstrip('.') or 'it'} has an alias to itself (line {node.start_mark.line + 1})")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            check_keys(item, path)
+            check_keys(item, path, (*above, node))
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[Any, int] = {}
@@ -48,20 +145,23 @@ def check_keys(node: yaml.Node | None, path: str = "") -> None:
                 f"the key {path}{name} is there twice, in lines {lines[name]} and {line}: keep one of them"
             )
         lines[name] = line
-        check_keys(value, f"{path}{name}.")
+        check_keys(value, f"{path}{name}.", (*above, node))
 
 
-def refuse_duplicate_keys() -> None:
-    """In all YAML that jsonargparse's parsers read in this process: the first of two would be ignored without a
-    word."""
+def strict_yaml() -> None:
+    """In all YAML that jsonargparse's parsers read in this process: the first of two equal keys would be ignored
+    without a word, and a structure without end would end in a traceback."""
     load = jsonargparse.get_loader("yaml")
     if getattr(load, "strict", False):
         return
 
     def strict_load(stream: str) -> Any:
-        if isinstance(stream, str) and "\n" in stream:  # a file's content, not one value
-            check_keys(yaml.compose(stream, Loader=yaml.SafeLoader))
-        return load(stream)
+        try:
+            if isinstance(stream, str) and any(sign in stream for sign in ":&"):  # a mapping or an anchor
+                check_keys(yaml.compose(stream, Loader=yaml.SafeLoader))
+            return load(stream)
+        except RecursionError:
+            raise EndlessYAML("it is nested deeper than can be read: expected options, some levels deep") from None
 
     strict_load.strict = True  # type: ignore[attr-defined]
     jsonargparse.set_loader("yaml", strict_load, exceptions=(yaml.YAMLError,))

@@ -27,7 +27,7 @@ import yaml
 
 from common.command_line import CommandParser
 from common.errors import UsageError, run_command
-from common.exits import INTERRUPTED, KEYBOARD, TOO_MANY_SKIPPED, USER_ERROR
+from common.exits import DIVERGED, INTERRUPTED, KEYBOARD, USER_ERROR
 from common.files import read_json, write_json
 from common.locks import folder_lock
 from data.store import TokenStore
@@ -45,7 +45,6 @@ from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
-DIVERGED = TOO_MANY_SKIPPED
 OWNED = ("--run_dir", "--resume", "--model.optimizer.lr", "--seed_everything", "--data.seed")
 Train = Callable[[Sequence[str]], int]
 

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from common.command_line import NamesConfigFiles, refuse_duplicate_keys
+from common.checks import check_number
+from common.command_line import NamesConfigFiles, strict_yaml
 from common.errors import UsageError
-from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from common.wandb_config import WandbConfig
 from data.datamodule import PackedDataModule
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
@@ -35,6 +35,7 @@ from training.callbacks.profiling import ProfileConfig, StepProfiler
 from training.distributed.config import ParallelConfig, check_combinations
 from training.distributed.sequence_parallel import check_sequence_parallel
 from training.distributed.strategies import build_strategy
+from training.faults.ending import exit_code
 from training.faults.interruption import Interruption, InterruptionConfig
 from training.faults.signals import StopSignals
 from training.faults.step_guard import GuardConfig, StepGuard
@@ -112,7 +113,7 @@ class TrainingCLI(LightningCLI):
             warnings.filterwarnings("ignore", pattern)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # banners; what matters of them is said by this file
-        refuse_duplicate_keys()
+        strict_yaml()
         super().__init__(
             LanguageModule, PackedDataModule, save_config_callback=None, seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS, parser_class=OneLineParser, run=False, auto_configure_optimizers=False,
@@ -157,7 +158,7 @@ class TrainingCLI(LightningCLI):
         """Check what needs no model and no data, and choose the checkpoint to start from."""
         self._note("looking at options and checkpoints")
         options = self.config.trainer
-        check_trainer_options(options, {key: self.parser.get_default(f"trainer.{key}") for key in REFUSED_OPTIONS})
+        check_trainer_options(options, self.lightning_defaults())
         check_tasks(count_processes(options))
         if self.config.init_from and self.config.resume not in ("none", "auto"):
             raise UsageError(
@@ -165,8 +166,9 @@ class TrainingCLI(LightningCLI):
                 "use one of them (--resume auto goes with --init_from)"
             )
         check_allowed(self.config.allow_changes)
-        self.run_dir = usable_folder(self.config.run_dir)
+        self.max_time = duration(options.max_time)
         check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
+        self.run_dir = usable_folder(self.config.run_dir)
         self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
         self.start: StartPoint = choose_start(self.run_dir, self.config.resume)
         network = config_from_dict(self.config.model.network.as_dict())
@@ -178,6 +180,15 @@ class TrainingCLI(LightningCLI):
             wanted = self.config.trainer.max_steps
             say(f"already at step {self.start.step} of trainer.max_steps {wanted}: nothing to train")
             sys.exit(0)
+
+    def lightning_defaults(self) -> dict[str, Any]:
+        return {key: self.parser.get_default(f"trainer.{key}") for key in (*REFUSED_OPTIONS, "max_steps")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool):  # before Lightning takes it
+            check_number("seed_everything", seed, least=0, most=2**32 - 1, whole=True)
 
     def _note(self, activity: str) -> None:
         if self.stop is not None:
@@ -196,7 +207,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         options = {**self.config_init.trainer, "default_root_dir": self.run_dir}
         asked = options.pop("accumulate_grad_batches")
-        self.max_time = duration(options.pop("max_time"))
+        options.pop("max_time")  # interruption.py sees to it
         every = self.config_init.validation.every_n_steps
         if not every:
             options["limit_val_batches"] = 0
@@ -293,34 +304,24 @@ class TrainingCLI(LightningCLI):
         )
 
     def fit(self, on_start: Callable[[], None]) -> int:
-        """Train to trainer.max_steps, or until stopped; on_start is called before the first step.
+        """Train to trainer.max_steps, or until stopped; on_start is called before the first step, once nothing of what
+        was asked for can turn out impossible any more.
 
         Returns:
             The exit code of this process (common/exits.py).
         """
-        say(self.describe())
-        started = LambdaCallback(on_train_start=lambda *_: on_start())
+        said = False
+
+        def start(*_: Any) -> None:
+            nonlocal said
+            if not said:
+                said = True
+                on_start()
+                say(self.describe())
+
+        # of the hooks that a resumed session has too, the first behind all checks, loaders and a first batch
+        started = LambdaCallback(on_train_batch_start=start)
         self.trainer.callbacks.append(started)  # type: ignore[attr-defined]
         # weights_only: nothing pickled in a checkpoint is executed
         self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
-        return self._exit_code()
-
-    def _exit_code(self) -> int:
-        """Also says how the session ended, unless it is the run's end. Only rank 0 reports it: Lightning's launcher and
-        srun take a code that is not 0 for a crash and kill the other ranks, which are ending anyway."""
-        trainer, code = self.trainer, 0
-        if self.guard.gave_up:
-            code = TOO_MANY_SKIPPED
-            say(
-                f"stopped at step {trainer.global_step}: more than guard.max_skipped = {self.guard.config.max_skipped} "
-                f"of the last {self.guard.config.window} steps went wrong. What reproduces the last one is in "
-                f"{self.guard.folder}; --resume auto goes on behind it (exit code {code})"
-            )
-        elif self.interruption.agreed and trainer.global_step < trainer.max_steps:
-            self.interruption.signals.ignore()
-            code = INTERRUPTED
-            say(
-                f"stopped by {self.interruption.reason} at step {trainer.global_step}, which is saved: the same "
-                f"command with --resume auto continues (exit code {code})"
-            )
-        return code if trainer.is_global_zero else 0
+        return exit_code(self.trainer, self.guard, self.interruption, self.run_dir)

@@ -20,12 +20,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from common.checks import check_number
 from common.errors import user_errors
 from data.datamodule import check_sizes
+from kernels.alpha_entmax.launches import lists_keys
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Block, Transformer
 from training.cli import TrainingCLI
 from training.distributed.config import BUCKET_ELEMENTS, ParallelConfig
 from training.distributed.sequence_parallel import check_sequence_parallel
-from training.options import REFUSED_OPTIONS, check_trainer_options, count_processes
+from training.options import PRECISIONS, check_trainer_options, count_processes
 from training.throughput import GIB
 
 FLOAT32, TILE = 4, 64
@@ -104,7 +105,8 @@ class Part:
 
 @dataclass
 class Estimate:
-    """Parts that stay for the whole run or until backward, the temporaries of each phase, and what is on the host."""
+    """Parts that stay for the whole run or until backward, what each phase adds to their sum (less than nothing where
+    it has freed more of them than it needs), and what is on the host."""
 
     lasting: dict[str, Part] = field(default_factory=dict)
     phases: dict[str, Part] = field(default_factory=dict)
@@ -114,9 +116,13 @@ class Estimate:
     def peak_phase(self) -> str:
         return max(self.phases, key=lambda name: self.phases[name].bytes)
 
+    def during(self, phase: str) -> float:
+        """All that is there in a phase."""
+        return sum(part.bytes for part in self.lasting.values()) + self.phases[phase].bytes
+
     @property
     def total(self) -> float:
-        return sum(part.bytes for part in self.lasting.values()) + self.phases[self.peak_phase].bytes
+        return self.during(self.peak_phase)
 
 
 def estimate(setup: Setup) -> Estimate:
@@ -248,8 +254,11 @@ def _attention(setup: Setup) -> float:
     size = float(n * w * head_dim * (heads + 2 * kv_heads))
     if network.attention.is_entmax:
         if uses_triton(setup):
-            size += n * (w * heads * head_dim + FLOAT32 * heads)  # sum w v / sum w, the threshold
+            size += n * FLOAT32 * heads * (head_dim + 1)  # sum w v / sum w, the threshold
             size += heads * n * setup.tokens / (8 * TILE * TILE)  # a bit a tile
+            if lists_keys(setup.tokens, setup.tokens, setup.tokens // setup.sequence_length):
+                # a bit for each key and tile of queries, for each query and tile of keys
+                size += 2 * heads * n * setup.tokens / (8 * TILE)
             return size + 8 * setup.tokens  # each row's first and last key
         return size + 3 * n * FLOAT32 * heads  # maximum, threshold, normaliser
     size += n * FLOAT32 * heads  # log-sum-exp
@@ -337,14 +346,16 @@ def report(setup: Setup, found: Estimate) -> str:
         "",
     ]
 
-    def row(name: str, part: Part) -> str:
-        return f"  {name:<28}{part.bytes / GIB:>9.2f} GiB   {part.formula}"
+    def row(name: str, size: float, text: str) -> str:
+        return f"  {name:<28}{size / GIB:>9.2f} GiB   {text}"
 
-    lines += [row(name, part) for name, part in found.lasting.items()]
-    lines += ["  the largest of:"] + [row(f"  {name}", part) for name, part in found.phases.items()]
-    lines.append(f"  {'peak per device':<28}{found.total / GIB:>9.2f} GiB   in {found.peak_phase}")
+    lines += [row(name, part.bytes, part.formula) for name, part in found.lasting.items()]
+    lines.append("  what is left of them, with what a phase needs itself:")
+    lines += [row(f"  {name}", found.during(name), part.formula) for name, part in found.phases.items()]
+    lines.append(row("peak per device", found.total, f"in {found.peak_phase}"))
     if found.host:
-        lines += ["on the host, per rank:"] + [row(name, part) for name, part in found.host.items()]
+        lines.append("on the host, per rank:")
+        lines += [row(name, part.bytes, part.formula) for name, part in found.host.items()]
     return "\n".join(lines)
 
 
@@ -355,11 +366,7 @@ class MemoryCLI(TrainingCLI):
 
     def before_instantiate_classes(self) -> None:
         config, data = self.config, self.config.data
-        check_trainer_options(
-            config.trainer,
-            {key: self.parser.get_default(f"trainer.{key}") for key in REFUSED_OPTIONS},
-            needs_device=False,
-        )
+        check_trainer_options(config.trainer, self.lightning_defaults(), to_train=False)
         check_sizes(data.sequence_length, data.global_batch_size, data.micro_batch_size)
         check_number("model.loss_chunk_tokens", config.model.loss_chunk_tokens, least=1, whole=True)
         check_number("model.mlp_tile_tokens", config.model.mlp_tile_tokens, least=0, whole=True, zero="all at once")
@@ -377,7 +384,7 @@ class MemoryCLI(TrainingCLI):
             sequence_parallel=parallel.sequence_parallel,
             zero_stage=parallel.zero_stage,
             offload_optimizer=parallel.offload_optimizer,
-            precision=config.trainer.precision or "32-true",
+            precision=PRECISIONS[config.trainer.precision],
             activation_checkpointing=config.model.activation_checkpointing,
             mlp_tile_tokens=config.model.mlp_tile_tokens,
             loss_chunk_tokens=config.model.loss_chunk_tokens,

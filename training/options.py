@@ -14,6 +14,12 @@ from common.errors import UsageError
 from training.faults.signals import LAUNCHER
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+# By Lightning's names for each. Others do not train (16-true), or not to what a checkpoint in float32 holds (64-true).
+PRECISIONS: dict[Any, str] = {
+    **dict.fromkeys((None, "32-true", "32", 32), "32-true"), **dict.fromkeys(("bf16-mixed", "bf16"), "bf16-mixed"),
+    "bf16-true": "bf16-true", **dict.fromkeys(("16-mixed", "16", 16), "16-mixed"),
+}  # fmt: skip
+MOST_STEPS = 10**9
 WORKING_OPTIONS = (
     "accelerator", "devices", "num_nodes", "precision", "callbacks", "max_steps", "max_time", "limit_val_batches",
     "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val",
@@ -72,26 +78,40 @@ REFUSED_CALLBACKS = {
 }
 
 
-def check_trainer_options(options: Any, defaults: Mapping[str, Any], *, needs_device: bool = True) -> None:
+def check_trainer_options(options: Any, defaults: Mapping[str, Any], *, to_train: bool = True) -> None:
     """Raises ValueError for Trainer options that cannot work, or that this recipe sets itself.
 
     Args:
         options: of the Trainer, as parsed.
         defaults: of refused options.
-        needs_device: the accelerator must be there.
+        to_train: the accelerator must be there, and the number of steps be given.
     """
     for key, instead in REFUSED_OPTIONS.items():
         if options.get(key) != defaults[key]:
             raise UsageError(f"trainer.{key} is {options.get(key)!r}: leave it out and use {instead}")
-    if not isinstance(options.max_steps, int) or options.max_steps < 1:
-        raise UsageError(
-            f"trainer.max_steps is {options.max_steps}: expected the number of optimizer steps, at least 1"
-        )
+    if to_train or options.max_steps != defaults["max_steps"]:
+        check_number("trainer.max_steps", options.max_steps, least=1, most=MOST_STEPS, whole=True)
     check_number("trainer.num_nodes", options.num_nodes, least=1, whole=True)
     check_number("trainer.log_every_n_steps", options.log_every_n_steps, least=1, whole=True)
     check_number("trainer.gradient_clip_val", options.gradient_clip_val, least=0, zero="never", null="never")
     check_number("trainer.accumulate_grad_batches", options.accumulate_grad_batches, least=1, whole=True)
-    _check_devices(options, needs_device)
+    _check_devices(options, to_train)
+    _check_precision(options, to_train)
+
+
+def _check_precision(options: Any, to_train: bool) -> None:
+    if options.precision not in PRECISIONS:
+        names = ", ".join(dict.fromkeys(PRECISIONS.values()))
+        raise UsageError(f"trainer.precision is {options.precision!r}: expected one of {names}")
+    if to_train and PRECISIONS[options.precision] == "16-mixed" and not on_cuda(options):
+        raise UsageError(
+            f"trainer.precision is {options.precision!r}, which needs a CUDA device: use bf16-mixed or 32-true on a CPU"
+        )
+
+
+def on_cuda(options: Mapping[str, Any]) -> bool:
+    """Whether Trainer options ask for CUDA devices that are there."""
+    return options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def _check_devices(options: Any, needs_device: bool) -> None:
@@ -119,10 +139,9 @@ def _check_devices(options: Any, needs_device: bool) -> None:
 
 def count_processes(options: Mapping[str, Any]) -> int:
     """Ranks that Trainer options ask for, over all nodes."""
-    devices, accelerator = options["devices"], options["accelerator"]
+    devices = options["devices"]
     if devices in ("auto", -1, "-1"):
-        on_cuda = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-        count = torch.cuda.device_count() if on_cuda else 1
+        count = torch.cuda.device_count() if on_cuda(options) else 1
     elif isinstance(devices, str) and not devices.isdigit():
         count = len([device for device in devices.split(",") if device])
     else:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Timer
 
 from common.errors import UsageError
 from model.config import ModelConfig
 from model.flops import matmul_parameters
+from training.options import on_cuda
 from training.throughput import GIB
-from training.tracking import say
 
 
 def usable_folder(run_dir: str) -> Path:
@@ -48,10 +50,13 @@ def check_runs_here(network: ModelConfig, device: torch.device) -> None:
 
 
 def check_warmup(warmup_steps: int, max_steps: int) -> None:
-    if isinstance(warmup_steps, int) and warmup_steps > max_steps:
-        say(
-            f"warning: model.optimizer.warmup_steps is {warmup_steps}, longer than trainer.max_steps {max_steps}: the "
-            "learning rate never reaches model.optimizer.lr"
+    """Raises UsageError for a warm-up that the run does not outlast: max_steps shapes the schedule, and a cut of a
+    longer one is what trainer.max_time and signals make."""
+    if warmup_steps > max_steps:
+        raise UsageError(
+            f"model.optimizer.warmup_steps is {warmup_steps}, longer than trainer.max_steps {max_steps}, so that the "
+            f"learning rate would never reach model.optimizer.lr: expected at most {max_steps}; to cut a longer run, "
+            "leave its trainer.max_steps and give --trainer.max_time"
         )
 
 
@@ -59,14 +64,21 @@ def duration(max_time: Any) -> timedelta | None:
     """The time that trainer.max_time asks for: "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta."""
     if max_time is None:
         return None
-    seconds = Timer(max_time)._duration
-    if seconds is None or seconds <= 0:
-        raise UsageError(f"trainer.max_time is {max_time!r}: expected a time, as in 00:12:00:00 (DD:HH:MM:SS)")
-    return timedelta(seconds=seconds)
+    if isinstance(max_time, Namespace):
+        max_time = max_time.as_dict()
+    try:
+        time = timedelta(seconds=Timer(max_time)._duration or 0)
+    except (MisconfigurationException, TypeError, ValueError, OverflowError):
+        time = timedelta(0)
+    if time <= timedelta(0):
+        raise UsageError(
+            f"trainer.max_time is {max_time!r}: expected a time, as in 00:12:00:00 (DD:HH:MM:SS) or {{hours: 12}}"
+        )
+    return time
 
 
 def first_device(options: dict[str, Any]) -> torch.device:
     """The first device that Trainer options ask for on a node."""
-    if options["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if on_cuda(options):
         return torch.device("cuda", (CUDAAccelerator.parse_devices(options["devices"]) or [0])[0])
     return torch.device("cpu")

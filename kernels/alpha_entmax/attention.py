@@ -80,7 +80,8 @@ def entmax_attention(
 
     Raises: TypeError or ValueError naming the argument, its value and what was expected. The contents of cu_seqlens,
     kv_lens, alibi_slopes and a tensor alpha are checked on CPU tensors only (on CUDA this would synchronise): there
-    wrong ones give wrong results.
+    wrong ones give wrong results. Lengths beyond the keys are taken as the nearest that are not: nothing outside of k
+    and v is read.
     """
     check_tensors(q, k, v)
     check_flag("causal", causal)
@@ -218,11 +219,10 @@ def _check_visibility(
             )
         if batch != 1 or n_queries != n_keys:
             raise ValueError(f"cu_seqlens needs B = 1 and Tq = Tk, got B = {batch}, Tq = {n_queries}, Tk = {n_keys}")
+        if len(cu_seqlens) < 2:
+            raise ValueError(f"cu_seqlens must be (documents + 1,) of at least one document, got {len(cu_seqlens)}")
         if readable(q) and not (
-            len(cu_seqlens) > 1
-            and cu_seqlens[0] == 0
-            and cu_seqlens[-1] == n_queries
-            and bool((cu_seqlens.diff() >= 0).all())
+            cu_seqlens[0] == 0 and cu_seqlens[-1] == n_queries and bool((cu_seqlens.diff() >= 0).all())
         ):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {n_queries}, got {cu_seqlens.tolist()}")
     if kv_lens is not None:

@@ -26,7 +26,7 @@ def visible_range(p_kv_lens, i_batch, n_keys, window, KEY_LENGTHS: tl.constexpr,
     """Keys [first, length) that the query of a batch row sees; it stands at the last of them."""
     length = n_keys
     if KEY_LENGTHS:
-        length = tl.load(p_kv_lens + i_batch)
+        length = tl.minimum(tl.maximum(tl.load(p_kv_lens + i_batch), 0), n_keys)  # nobody has looked at it
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0)

@@ -27,8 +27,10 @@ from kernels.common.visibility import TILE
 # 16 bits take the last step to first order; without gradients there is no such step, and float32 resolves more
 TOLERANCE = {"gradient": 0.05, "inference": 3e-3, "float32": 3e-4}
 MAX_STEPS = 20  # a bound only, for rows at the limit of float32
-# Lists of keys hold 16-bit numbers, and their bits grow with the square of the length: past this, lists of tiles
+# Lists of keys hold 16-bit numbers, and their bits grow with the square of the length: past this, lists of tiles. Up to
+# the other the mean document is too short to gain
 LONGEST_KEY_LIST = 1 << 16
+SHORTEST_KEY_LIST = 4096
 
 POWERS = {1.5: "linear", 2.0: "constant"}
 
@@ -60,9 +62,9 @@ def power_of(alpha: float | Tensor) -> str:
     return "general" if isinstance(alpha, Tensor) else POWERS.get(float(alpha), "general")
 
 
-def lists_keys(n_queries: int, n_keys: int, stats: bool) -> bool:
-    """Whether passes after the first refinement follow single keys instead of tiles (statistics count tiles)."""
-    return max(n_queries, n_keys) <= LONGEST_KEY_LIST and not stats
+def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
+    """Whether lengths let passes after the scan follow single keys where these are few."""
+    return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys > SHORTEST_KEY_LIST * n_documents
 
 
 def tile_words(n_keys: int) -> int:
@@ -76,13 +78,14 @@ def key_words(n_keys: int) -> int:
 
 
 def forward_outputs(
-    q: Tensor, k: Tensor, kv_lens: Tensor | None, gradient: bool, stats: bool
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, kv_lens: Tensor | None, gradient: bool, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ForwardResults, allocated."""
     batch, heads, n_queries, _ = q.shape
     n_keys = k.shape[2]
     n_blocks = ceil_div(n_queries, TILE)
-    keys = lists_keys(n_queries, n_keys, stats)
+    n_documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    keys = not stats and lists_keys(n_queries, n_keys, n_documents)  # statistics count tiles
     interval_batch = 1 if kv_lens is None else batch
     return (
         torch.empty_like(q),
@@ -130,8 +133,9 @@ def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Interv
 class _Forward:
     """The three passes of a forward: scan, refine and sum run one after another."""
 
-    def __init__(self, q: Tensor, k: Tensor, results: ForwardResults, shared: dict[str, Any], keys: bool) -> None:
-        self.q, self.k, self.results, self.shared, self.keys = q, k, results, shared, keys
+    def __init__(self, q: Tensor, k: Tensor, results: ForwardResults, shared: dict[str, Any]) -> None:
+        self.q, self.k, self.results, self.shared = q, k, results, shared
+        self.keys = results.sparse.numel() > 0
         self.capacity = ceil_div(ceil_div(k.shape[2], TILE), 32) * 32  # tiles of a list
         self.last = torch.empty(2, *results.tau.shape, dtype=torch.float32, device=q.device)
         self.counters = torch.zeros(3, dtype=torch.int32, device=q.device)
@@ -270,7 +274,7 @@ def forward(
     power: from `power_of`. gradient: keep what backward needs. skip_far: leave out tiles that position bias rules out.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    outputs = forward_outputs(q, k, kv_lens, gradient, stats)
+    outputs = forward_outputs(q, k, cu_seqlens, kv_lens, gradient, stats)
     results = ForwardResults(*outputs)
     if results.out.numel() == 0 or k.shape[2] == 0:
         for output in (results.out, results.slope_out, results.support, results.passes):
@@ -279,7 +283,7 @@ def forward(
         return outputs
     intervals = Intervals(results.rows, results.blocks)
     shared = _shared(q, k, alibi_slopes, intervals, power)
-    passes = _Forward(q, k, results, shared, lists_keys(q.shape[2], k.shape[2], stats))
+    passes = _Forward(q, k, results, shared)
     alpha = alpha.contiguous()
     exact = stats or q.dtype == torch.float32
     with on_device(q):

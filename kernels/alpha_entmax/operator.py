@@ -17,7 +17,7 @@ backward_operator = torch.library.custom_op("longsplash::entmax_triton_backward"
 
 @entmax_attention_triton.register_fake
 def _(q, k, v, alpha, scale, power, causal, cu_seqlens, kv_lens, alibi_slopes, window, gradient, stats, skip_far):
-    return forward_outputs(unit_stride(q), k, kv_lens, gradient, stats)
+    return forward_outputs(unit_stride(q), k, cu_seqlens, kv_lens, gradient, stats)
 
 
 @backward_operator.register_fake

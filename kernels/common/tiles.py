@@ -99,24 +99,26 @@ def key_intervals(
     BM: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """One program per (query tile, batch row). The rules are those of `visibility.visible_keys`."""
+    """One program per (query tile, batch row). The rules are those of `visibility.visible_keys`, and no interval leaves
+    0 ... n_keys, whatever the lengths say: on a device nobody has looked at them."""
     i_block, i_batch, n_blocks, n_batch = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     query = i_block * BM + tl.arange(0, BM)
     inside = query < n_queries
     start = tl.zeros([BM], tl.int32)
     if DOCUMENTS:
-        lo, hi = tl.zeros([BM], tl.int32), tl.full([BM], 0, tl.int32) + n_documents
+        lo, hi = tl.zeros([BM], tl.int32), tl.full([BM], 0, tl.int32) + (n_documents - 1)
         for _ in range(search_steps):  # last document that starts at or before the query
             middle = (lo + hi + 1) // 2
             before = tl.load(p_cu_seqlens + middle, mask=inside, other=0) <= query
             lo, hi = tl.where(before, middle, lo), tl.where(before, hi, middle - 1)
         start = tl.load(p_cu_seqlens + lo, mask=inside, other=0)
         stop = tl.load(p_cu_seqlens + lo + 1, mask=inside, other=0)
+        start, stop = tl.maximum(start, 0), tl.minimum(stop, n_keys)
         offset = 0
     else:
         length = n_keys
         if KEY_LENGTHS:
-            length = tl.load(p_kv_lens + i_batch)
+            length = tl.minimum(tl.maximum(tl.load(p_kv_lens + i_batch), 0), n_keys)
         stop = tl.zeros([BM], tl.int32) + length
         offset = length - n_queries
     position = query + offset

@@ -69,15 +69,18 @@ def visible_keys(
     window: int | None,
     device: torch.device,
 ) -> VisibleKeys:
-    """Intervals of visible keys; arguments as in `kernels.entmax_attention`, already checked there."""
+    """Intervals of visible keys; arguments as in `kernels.entmax_attention`, already checked there, but for the values
+    of lengths on a device: whatever they are, no interval leaves 0 ... n_keys."""
     query = torch.arange(n_queries, device=device)
     if cu_seqlens is not None:
-        bounds = cu_seqlens.to(device=device, dtype=torch.int64)
+        bounds = cu_seqlens.to(device=device, dtype=torch.int64).clamp(0, n_keys)
         document = torch.searchsorted(bounds, query, right=True)  # empty documents are stepped over
+        document = document.clamp(1, len(bounds) - 1)
         start, stop = bounds[document - 1][None], bounds[document][None]
         position = query[None]
     else:
-        stop = torch.full((1, 1), n_keys, device=device) if kv_lens is None else kv_lens.to(device).long()[:, None]
+        all_keys = torch.full((1, 1), n_keys, device=device)
+        stop = all_keys if kv_lens is None else kv_lens.to(device).long()[:, None].clamp(0, n_keys)
         position = stop - n_queries + query
         start = torch.zeros_like(position)
         stop = stop.expand_as(position)

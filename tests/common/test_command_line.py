@@ -6,7 +6,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
-from common.command_line import CommandParser, refuse_duplicate_keys
+from common.command_line import CommandParser, strict_yaml
 from common.errors import UsageError
 
 
@@ -35,7 +35,9 @@ def test_options_of_plain_types_and_of_classes_parse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [("steps: [1", "line 1"), ("steps: 1\nsteps: 2\n", "the key steps is there twice, in lines 1 and 2"),
-     ("steps: many\n", "many")],
+     ("steps: many\n", "many"), ("step: 3\n", "the key step is not an option .* nearest one is steps"),
+     ("a: &a [*a]", "a has an alias to itself"), ("", "expected options.* found an empty file"),
+     (f"steps: {2**63}\n", "steps is 9223372036854775808: expected a whole number of 64 bits")],
 )  # fmt: skip
 def test_what_is_wrong_in_a_config_file_names_it(text: str, problem: str, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
@@ -46,9 +48,21 @@ def test_what_is_wrong_in_a_config_file_names_it(text: str, problem: str, tmp_pa
 
 
 def test_a_key_that_is_there_twice_is_named_with_its_lines() -> None:
-    refuse_duplicate_keys()
-    refuse_duplicate_keys()  # once more changes nothing
+    strict_yaml()
+    strict_yaml()  # once more changes nothing
     load = jsonargparse.get_loader("yaml")
     assert load("a: {b: 1}\nc: 2\n") == {"a": {"b": 1}, "c": 2}
     with pytest.raises(Exception, match=r"the key a.b is there twice, in lines 2 and 4: keep one of them"):
         load("a:\n  b: 1\n  c: 2\n  b: 3\n")
+
+
+def test_numbers_that_fit_stay_what_they_are() -> None:
+    name = f"{__name__}.Optimizer"
+    given = parser().parse_args([f"--steps={2**63 - 1}", f"--optimizer={name}", "--optimizer.lr=3.4e38"])
+    assert given.steps == 2**63 - 1 and given.optimizer.init_args.lr == 3.4e38
+
+
+@pytest.mark.parametrize("lr", ["1e39", "-1e300", "1e-45"])
+def test_numbers_that_float32_does_not_hold_are_refused_however_deep(lr: str) -> None:
+    with pytest.raises((UsageError, ArgumentError), match=r"lr is .*: expected a number that float32 holds"):
+        parser().parse_args([f"--optimizer={__name__}.Optimizer", f"--optimizer.lr={lr}"])

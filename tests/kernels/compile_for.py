@@ -79,6 +79,7 @@ def pretend(capability: str) -> None:
             kernel, head_dim, dtype, CUDA, **more
         )
         module.program_count = lambda launch, device, n_tasks, f=program_count: f(launch, CUDA, n_tasks)
+    kernels.alpha_entmax.launches.SHORTEST_KEY_LIST = 0  # what long inputs take
     for module in CHOOSING:
         module.choose_backend = lambda *_: "triton"
 

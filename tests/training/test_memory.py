@@ -293,6 +293,23 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert any("peak per device" in line for line in lines) and "blocks' inputs (pinned)" in lines[-1]
 
 
+@pytest.mark.parametrize("mode", ["none", "full", "offload"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_part_is_negative_and_the_peak_is_the_largest_phase(
+    batch: int, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--data.sources", "[{path: not_needed}]", "--model.activation_checkpointing", mode)  # and no max_steps
+    for more in ((), ("--trainer.precision", "bf16"), ("--parallel.zero_stage", 3, "--trainer.devices", 4)):
+        sizes = ("--data.micro_batch_size", batch, "--data.global_batch_size", 8)
+        assert run(monkeypatch, *options, *sizes, "--trainer.accelerator", "gpu", *more) == 0
+        printed = capsys.readouterr().out
+        found = [line.split(" GiB")[0].rsplit(maxsplit=1) for line in printed.splitlines() if " GiB" in line]
+        parts = {name.strip(): float(size) for name, size in found}
+        assert all(size >= 0 and not str(size).startswith("-") for size in parts.values()), printed
+        phases = [size for name, size in parts.items() if name in ("loss",) or name.startswith("backward,")]
+        assert len(phases) == 4 and parts["peak per device"] == max(phases), printed
+
+
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for options, part in (
         (("--trainer.devices", 6), "sequence_parallel is 4: expected a divisor of the 6 ranks"),

@@ -52,7 +52,7 @@ def test_a_refused_option_says_what_to_use(name: str) -> None:
     ("name", "values"),
     [("devices", ["two", -2, 0, "0", [], "1,x"]), ("accelerator", ["tpu", "mps"]),
      ("gradient_clip_val", [-1.0, float("nan"), float("inf")]), ("log_every_n_steps", [0, -1]), ("num_nodes", [0]),
-     ("max_steps", [0, -1])],
+     ("max_steps", [0, -1, 10**22, 10**10]), ("precision", ["16-true", "64-true", "transformer-engine", 64, "fp7"])],
 )  # fmt: skip
 def test_values_that_cannot_work(name: str, values: list[object]) -> None:
     for value in values:
@@ -63,6 +63,19 @@ def test_values_that_cannot_work(name: str, values: list[object]) -> None:
 @pytest.mark.parametrize("devices", ["auto", -1, "-1", 1, "2", [0], [0, 1], "0,1", "3,"])
 def test_devices_that_work(devices: object) -> None:
     check(devices=devices)
+
+
+@pytest.mark.parametrize("precision", [None, 32, "32-true", "bf16", "bf16-mixed", "bf16-true"])
+def test_precisions_that_work(precision: object) -> None:
+    check(precision=precision)
+
+
+def test_half_precision_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision in ("16-mixed", "16", 16):
+        with pytest.raises(ValueError, match=f"trainer.precision is {precision!r}, which needs a CUDA device"):
+            check(precision=precision)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check(precision="16-mixed", accelerator="gpu")
 
 
 def test_callbacks_and_plugins_that_are_refused() -> None:
@@ -94,11 +107,10 @@ def test_processes_are_as_many_as_slurm_has_started() -> None:
 
 def test_one_callback_without_a_list_works_and_no_progress_bar(train: TrainProcess, tmp_path: Any) -> None:
     options = ("--trainer.max_steps", 4, "--trainer.enable_progress_bar", "false")
-    options += ("--profile.steps", 2, "--model.optimizer.warmup_steps", 7)
+    options += ("--profile.steps", 2)
     done = train("--run_dir", tmp_path / "run", "--trainer.callbacks=DeviceStatsMonitor", *options)
     assert done.returncode == 0, done.stderr
     assert "tokens/s" not in done.stderr
     assert "profile.steps is 2, but nothing was traced: the session ended at step 4, before step 5" in done.stderr
-    assert "warmup_steps is 7, longer than trainer.max_steps 4" in done.stderr
     (metrics,) = (tmp_path / "run" / "metrics").glob("*/metrics.csv")
     assert "DeviceStatsMonitor" in metrics.read_text().splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from common.checks import check_number, check_numbers
 from data.datamodule import PackedDataModule
 from model.checkpoint import (
     MARKER,
@@ -24,6 +25,7 @@ from model.checkpoint import (
 from model.checksums import Verify
 from model.loading import StoredTensors
 from training.distributed.checkpoint_state import SaveError, agreement, check_stored, gather_objects
+from training.faults.interruption import stop
 from training.module import LanguageModule
 from training.resume.settings import run_settings
 from training.resume.start_point import StartPoint
@@ -53,11 +55,8 @@ class CheckpointConfig:
     verify: Verify = "checksum"
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "max_failed_saves"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"checkpoint.{name} is {value}: expected at least 1")
-        if self.keep_every_hours < 0:
-            raise ValueError(f"checkpoint.keep_every_hours is {self.keep_every_hours}: expected 0 (never) or more")
+        check_numbers("checkpoint.", self, ("every_n_steps", "max_failed_saves"), least=1, whole=True)
+        check_number("checkpoint.keep_every_hours", self.keep_every_hours, least=0, most=10**6, zero="never")
         if any(step < 1 for step in self.milestones):
             raise ValueError(f"checkpoint.milestones is {self.milestones}: expected steps, at least 1")
         if self.verify not in get_args(Verify):
@@ -114,12 +113,16 @@ class RunCheckpoint(Checkpoint):
                 self.save(trainer, pl_module, last)
 
     def save(self, trainer: Trainer, module: LanguageModule, last: bool) -> None:
-        """Write the checkpoint of the current step and remove what is no longer kept.
+        """Write the checkpoint of the current step and remove what is no longer kept; where weights or optimizer state
+        are not finite, the run is told to end instead, and nothing is removed.
 
         Raises:
             RuntimeError: on all ranks, when too many saves in a row have failed, or the last one of a session.
         """
         self.tried_step = trainer.global_step
+        if module.guard and module.guard.find_lost(trainer):
+            stop(trainer)
+            return
         folder = checkpoint_folder(self.run_dir, self.tried_step)
         try:
             self._write(trainer, module, folder)

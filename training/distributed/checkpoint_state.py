@@ -184,6 +184,12 @@ def agreement() -> Iterator[list[Exception]]:
         raise SaveError("; ".join(failed[:3]) + (f" (and {len(failed) - 3} more ranks)" if failed[3:] else ""))
 
 
+def not_finite(state: TrainingState) -> str | None:
+    """Key of a tensor that is not finite on some rank; None where all are. To be called by all ranks."""
+    found = next((fragment.key for fragment in state.fragments if not is_finite(fragment.values)), None)
+    return next((key for key in gather_objects(found) if key is not None), None)
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Reading that must succeed on all ranks, which wait for each other at the end: raises ValueError on all of them

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from common.checks import check_number
+from training.distributed.checkpoint_state import not_finite
 from training.distributed.engine import Engine
 from training.faults.failures import MicroBatch, write_dump
 from training.faults.interruption import Interruption, stop
@@ -101,6 +102,10 @@ class StepGuard(Callback):
         interruption: whose flag the ranks agree on.
         run_dir: gets failures/step-XXXXXXXX when the guard gives up.
         code_version: recorded there.
+
+    Attributes:
+        gave_up: the run ends, because too many steps were skipped or because of what is `lost`.
+        lost: in words, what of the weights or the optimizer's state is not finite, and since when; never saved.
     """
 
     def __init__(self, config: GuardConfig, interruption: Interruption, run_dir: Path, code_version: str) -> None:
@@ -109,6 +114,8 @@ class StepGuard(Callback):
         self.micro_batches: list[MicroBatch] = []  # of the current step
         self.outcome = StepOutcome()  # of the last step
         self.skipped = self.gave_up = False
+        self.lost = ""
+        self._suspect = False  # a step that is not finite has been taken
         self.folder = run_dir / "failures"  # of the dump, once there is one
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,8 +135,9 @@ class StepGuard(Callback):
             norm: gradient norm from engine.gradient_norm (scalar).
         """
         bad_norm = self._reduce(trainer, norm)
-        objection = self._objection(bad_norm)
+        objection, finite = self._objection(bad_norm), math.isfinite(self.outcome.loss) and not bad_norm
         self.skipped = bool(objection)
+        self._suspect = not (finite or self.skipped)
         self.history.skipped.append(self.skipped)
         if math.isfinite(self.outcome.loss):
             self.history.losses.append(self.outcome.loss)
@@ -137,10 +145,19 @@ class StepGuard(Callback):
             self.history.total += 1
             step, recent = trainer.global_step + 1, sum(self.history.skipped)
             say(f"step {step}: skipped, {objection} ({recent} of the last {len(self.history.skipped)} steps skipped)")
-            if recent > self.config.max_skipped:
+            if self.find_lost(trainer, only_if=not finite):
+                self._give_up(trainer, engine, f"{objection}, and {self.lost}")
+            elif recent > self.config.max_skipped:
                 self._give_up(trainer, engine, objection)
         self.micro_batches.clear()
         return not self.skipped
+
+    def find_lost(self, trainer: Trainer, *, only_if: bool = True) -> str:
+        """Set `lost`, and end the run where it is not empty. To be called by all ranks."""
+        if only_if and not self.lost and (key := not_finite(trainer.strategy.training_state())):  # type: ignore[attr-defined]
+            self.lost = f"{key} is not finite after step {trainer.global_step}"
+        self.gave_up |= bool(self.lost)
+        return self.lost
 
     def _reduce(self, trainer: Trainer, norm: Tensor) -> bool:
         """Set the outcome of the step from all ranks; whether any of them has a gradient norm that is not finite."""
@@ -185,5 +202,8 @@ class StepGuard(Callback):
         self.history.skipped.clear()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._suspect:
+            self._suspect = False
+            self.find_lost(trainer)
         if self.gave_up:
             stop(trainer)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common.checks import check_number, check_numbers
+from common.checks import check_number
 
 
 @dataclass
@@ -20,7 +20,8 @@ class OptimizerConfig:
         lr: Peak learning rate.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of matrices. Parameters of one dimension (norms, biases) and alpha have none.
+        weight_decay: Decoupled decay of matrices, at most 1 / lr. Parameters of one dimension (norms, biases) and alpha
+            have none.
         decay_embeddings: Whether the embedding table (tied or not) is decayed too.
         alpha_lr_factor: Learning rate of the attention's alpha parameters, as a multiple of lr.
         schedule: "cosine" falls over the whole run (arXiv 1608.03983); "wsd" is warm-up, stable, decay
@@ -43,8 +44,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         name = "model.optimizer."
-        check_numbers(name, self, ("lr", "eps"), above=0)
-        check_numbers(name, self, ("weight_decay", "alpha_lr_factor"), least=0)
+        check_number(name + "lr", self.lr, above=0, most=10)
+        check_number(name + "eps", self.eps, above=0, most=1)
+        check_number(name + "alpha_lr_factor", self.alpha_lr_factor, least=0, most=1000)
+        # a step takes lr * weight_decay of each weight: beyond 1 it changes its sign, beyond 2 it grows without end
+        check_number(name + "weight_decay", self.weight_decay, least=0, most=1 / self.lr)
         check_number(name + "warmup_steps", self.warmup_steps, least=0, whole=True)
         check_number(name + "decay_fraction", self.decay_fraction, above=0, most=1)
         check_number(name + "final_lr_fraction", self.final_lr_fraction, least=0, most=1)

@@ -164,6 +164,28 @@ class BadGradient(Callback):
         pl_module.model.blocks[0].attention_norm.weight.register_hook(poison)
 
 
+class BadWeight(Callback):
+    """A weight that is not a number after an optimizer step, on one rank, as a step that overflows leaves it."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and on_rank(self.rank):
+            pl_module.model.blocks[0].attention_norm.weight.data[3] = torch.nan
+
+
+class BadLoss(Callback):
+    """A loss that is not a number in the given optimizer steps."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        whole = pl_module.loss_sum
+        pl_module.loss_sum = lambda batch: whole(batch) * (torch.nan if trainer.global_step + 1 in self.steps else 1)
+
+
 class Hang(Callback):
     """One rank stops doing anything in a step: asleep, or stopped by the kernel, so that no thread of it runs."""
 

@@ -11,10 +11,11 @@ import yaml
 from lightning.pytorch import Trainer
 from torch import nn
 
-from common.exits import TOO_MANY_SKIPPED
+from common.exits import DIVERGED
 from model.checkpoint import find_checkpoints
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
 from tests.training.faults.test_interruption import interruption
+from training.distributed.checkpoint_state import TrainingState
 from training.distributed.engine import PlainEngine
 from training.faults.failures import by_block
 from training.faults.step_guard import GuardConfig, History, StepGuard
@@ -40,7 +41,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_on_both_and_too_many_stop_the_run
     )
     stopped_run, whole_run = tmp_path / "stopped", tmp_path / "whole"
     stopped = train("--run_dir", stopped_run, *options, "--guard.max_skipped", 1)
-    assert stopped.returncode == TOO_MANY_SKIPPED, stopped.stderr
+    assert stopped.returncode == DIVERGED, stopped.stderr
     assert "step 6: skipped, its gradient norm is nan (1 of the last 6 steps skipped)" in stopped.stderr
     assert "step 9: skipped" in stopped.stderr and "guard.max_skipped = 1" in stopped.stderr.splitlines()[-1]
     check_dump(stopped_run / "failures" / "step-00000009")
@@ -75,6 +76,7 @@ def check_dump(folder: Path) -> None:
 def make_guard(tmp_path: Path, config: GuardConfig) -> tuple[StepGuard, Trainer, PlainEngine]:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
     (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
+    trainer.strategy.training_state = lambda: TrainingState({}, [], replicated=True, steps={})  # type: ignore[attr-defined]
     return StepGuard(config, interruption(), tmp_path, "version"), trainer, PlainEngine(nn.Linear(1, 1))
 
 
