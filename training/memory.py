@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from common.checks import check_number
 from common.errors import user_errors
 from data.datamodule import check_sizes
-from kernels.alpha_entmax.launches import lists_keys
+from model.attention import kept_bits
 from model.config import ModelConfig, config_from_dict
 from model.transformer import Block, Transformer
 from training.cli import TrainingCLI
@@ -29,7 +29,7 @@ from training.distributed.sequence_parallel import check_sequence_parallel
 from training.options import PRECISIONS, check_trainer_options, count_processes
 from training.throughput import GIB
 
-FLOAT32, TILE = 4, 64
+FLOAT32 = 4
 BLOCKWISE_BYTES = {True: 6 * 2**27, False: 6 * 2**20}  # scores and temporaries of the PyTorch entmax; CUDA, CPU
 
 
@@ -255,10 +255,7 @@ def _attention(setup: Setup) -> float:
     if network.attention.is_entmax:
         if uses_triton(setup):
             size += n * FLOAT32 * heads * (head_dim + 1)  # sum w v / sum w, the threshold
-            size += heads * n * setup.tokens / (8 * TILE * TILE)  # a bit a tile
-            if lists_keys(setup.tokens, setup.tokens, setup.tokens // setup.sequence_length):
-                # a bit for each key and tile of queries, for each query and tile of keys
-                size += 2 * heads * n * setup.tokens / (8 * TILE)
+            size += heads * kept_bits(n, setup.tokens, setup.tokens // setup.sequence_length) / 8
             return size + 8 * setup.tokens  # each row's first and last key
         return size + 3 * n * FLOAT32 * heads  # maximum, threshold, normaliser
     size += n * FLOAT32 * heads  # log-sum-exp

@@ -27,9 +27,9 @@ from kernels.common.visibility import TILE
 # 16 bits take the last step to first order; without gradients there is no such step, and float32 resolves more
 TOLERANCE = {"gradient": 0.05, "inference": 3e-3, "float32": 3e-4}
 MAX_STEPS = 20  # a bound only, for rows at the limit of float32
-# Lists of keys hold 16-bit numbers, and their bits grow with the square of the length: past this, lists of tiles. Up to
-# the other the mean document is too short to gain
-LONGEST_KEY_LIST = 1 << 16
+# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they would
+# take more memory than dense FlashAttention, lists of tiles. Up to the other the mean document is too short to gain
+LONGEST_KEY_LIST = 1 << 15
 SHORTEST_KEY_LIST = 4096
 
 POWERS = {1.5: "linear", 2.0: "constant"}
@@ -65,6 +65,14 @@ def power_of(alpha: float | Tensor) -> str:
 def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
     """Whether lengths let passes after the scan follow single keys where these are few."""
     return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys > SHORTEST_KEY_LIST * n_documents
+
+
+def kept_bits(n_queries: int, n_keys: int, n_documents: int) -> float:
+    """Bits a query head that backward needs to know where weight is."""
+    bits = n_queries * n_keys / TILE**2
+    if lists_keys(n_queries, n_keys, n_documents):
+        bits += 2 * n_queries * n_keys / TILE  # of keys and tiles of queries, of queries and tiles of keys
+    return bits
 
 
 def tile_words(n_keys: int) -> int:

@@ -253,8 +253,11 @@ def test_what_makes_room_makes_room() -> None:
     totals = [estimate(setup).total for setup in steps]
     assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0] / 4
     operands = 65536 * 16 * 2 * (4 + 2 * 2)
-    returned = 65536 * (16 * 2 * 4 + 4 * 4) + 4 * 65536**2 / 64**2 / 8 + 8 * 65536
+    returned = 65536 * (16 * 4 * 4 + 4 * 4) + 4 * 65536**2 / 64**2 / 8 + 8 * 65536
     assert block_activations(plain)["attention"] == operands + returned
+    # at 32,768 tokens also a bit for each key and tile of queries and for each query and tile of keys
+    shorter = (operands + 65536 * (16 * 4 * 4 + 4 * 4) + 8 * 65536) / 2 + 4 * 32768**2 / 8 * (1 / 64**2 + 2 / 64)
+    assert block_activations(replace(plain, tokens=32768, sequence_length=32768))["attention"] == shorter
 
 
 @pytest.mark.parametrize(("tokens", "measured"), [(131072, 22.00), (786432, 40.84 + 8.20)])
