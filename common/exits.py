@@ -7,5 +7,5 @@
 USER_ERROR = 2  # what was asked for cannot be done
 DIVERGED = 65  # EX_DATAERR of sysexits.h: too many steps were skipped, or weights or the last loss are not finite
 STALLED = 70  # EX_SOFTWARE: the watchdog ended a process that got nothing done
-INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; start it again to continue
+INTERRUPTED = 75  # EX_TEMPFAIL: stopped with everything saved, mostly by a signal; start it again to continue
 KEYBOARD = 130  # 128 + SIGINT, as shells count: stopped by Ctrl-C before there was anything to save

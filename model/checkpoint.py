@@ -7,6 +7,7 @@ RUN/checkpoints/step-00000010/ holds
 Nothing in it depends on the number of processes that wrote it, nor on how they divided the state.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,13 @@ def write_complete(
     content = {**meta, "files": entries, "tensors": tensors, "checksums": {key: sums[key] for key in tensors}}
     write_json(folder / marker, {"format": FORMAT, **content}, indent=2)
     flush(folder.parent)
+
+
+def move_aside(folder: Path, why: str) -> Path:
+    """Give a checkpoint folder a name that no run takes for its own, as step-00000010.damaged-1; returns that."""
+    names = (folder.with_name(f"{folder.name}.{why}-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    return folder.rename(aside)
 
 
 def share(path: Path) -> None:

@@ -50,11 +50,12 @@ from training.options import (
     check_trainer_options,
     count_processes,
 )
-from training.resume.run_folder import hold_run_folder
+from training.resume.run_folder import hold_run_folder, is_first_process
 from training.resume.settings import check_allowed, check_settings, run_settings
 from training.resume.start_point import (
     StartPoint,
     check_architecture,
+    check_start,
     check_tokenizer,
     choose_start,
     read_data_state,
@@ -129,7 +130,7 @@ class TrainingCLI(LightningCLI):
             "--resume",
             type=str,
             default="none",
-            help="none, auto (newest complete checkpoint of run_dir) or a path.",
+            help="none, auto (newest complete checkpoint of run_dir that its checksums fit) or a path.",
         )
         parser.add_argument(
             "--init_from",
@@ -170,7 +171,8 @@ class TrainingCLI(LightningCLI):
         check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
         self.run_dir = usable_folder(self.config.run_dir)
         self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
-        self.start: StartPoint = choose_start(self.run_dir, self.config.resume)
+        verify, alone = self.config.checkpoint.verify, count_processes(options) == 1
+        self.start: StartPoint = choose_start(self.run_dir, self.config.resume, verify, alone=alone)
         network = config_from_dict(self.config.model.network.as_dict())
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
@@ -178,6 +180,8 @@ class TrainingCLI(LightningCLI):
         self.init_from = self._choose_weights(network)
         if self.start.step >= self.config.trainer.max_steps:
             wanted = self.config.trainer.max_steps
+            if verify == "checksum" and is_first_process():
+                check_start(self.start, self.run_dir)
             say(f"already at step {self.start.step} of trainer.max_steps {wanted}: nothing to train")
             sys.exit(0)
 

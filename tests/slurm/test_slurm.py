@@ -136,6 +136,29 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tiny_config: Path, tm
     assert job.field("Restarts") == "0" and job.field("JobState") == "CANCELLED"
 
 
+def test_tasks_of_an_array_where_there_is_no_scontrol(cluster: Cluster, tiny_config: Path, tmp_path: Path) -> None:
+    """Each trains in a folder of its own, and stopped, says how it goes on where it cannot requeue itself."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for path in Path("/usr/bin").iterdir():
+        if path.name != "scontrol":
+            (programs / path.name).symlink_to(path)
+    options = ("--config", tiny_config, "--run_dir", tmp_path / "run-%a", "--seed_everything=%a", SLOW)
+    stop = ("--trainer.max_steps", 1000, "--trainer.max_time", "00:00:00:02")
+    array = ("--nodes=1", "--ntasks-per-node=1", "--array=1-2")
+    variables = {"PYTHON": sys.executable, "PATH": str(programs)}
+    job = cluster.submit(PRETRAIN, *options, *stop, sbatch=array, cwd=ROOT, **variables)
+    for number in (1, 2):
+        task = Job(cluster, f"{job.number}_{number}", job.path)
+        assert task.wait(120) == "FAILED", job.output
+        assert (task.field("Restarts"), task.field("ExitCode")) == ("0", "75:0"), job.output
+        run_dir = tmp_path / f"run-{number}"
+        assert newest_step(run_dir) > 0 and f"seed_everything: {number}\n" in (run_dir / "config.yaml").read_text()
+        assert f"newest checkpoint step-{newest_step(run_dir):08d}; no scontrol to requeue with" in job.output
+    assert job.output.count("warning: there is no scontrol here") == 2
+    assert job.output.count("the same sbatch continues") == 2
+
+
 def test_prepare_and_eval(cluster: Cluster, train: TrainProcess, corpus: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -1,6 +1,5 @@
 """Saving checkpoints that are complete or absent, and removing those that the config does not keep."""
 
-import itertools
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,15 +19,15 @@ from model.checkpoint import (
     InterruptedSave,
     checkpoint_folder,
     list_checkpoints,
+    move_aside,
     write_complete,
 )
 from model.checksums import Verify
-from model.loading import StoredTensors
-from training.distributed.checkpoint_state import SaveError, agreement, check_stored, gather_objects
+from training.distributed.checkpoint_state import SaveError, agreement, gather_objects
 from training.faults.interruption import stop
 from training.module import LanguageModule
 from training.resume.settings import run_settings
-from training.resume.start_point import StartPoint
+from training.resume.start_point import StartPoint, check_start
 from training.throughput import StepClock
 from training.tracking import say
 
@@ -93,7 +92,7 @@ class RunCheckpoint(Checkpoint):
         self.tried_step, self.failed_saves = start.step, 0  # the step comes again with each micro-batch behind it
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Raises ValueError when the ranks found different checkpoints to start from, or a damaged one."""
+        """Raises ValueError when the ranks found different checkpoints to start from, and as check_start does."""
         found = gather_objects(str(self.start.checkpoint.path) if self.start.checkpoint else "step 0")
         for rank, path in enumerate(found):
             if path != found[0]:
@@ -101,8 +100,8 @@ class RunCheckpoint(Checkpoint):
                     f"rank 0 starts from {found[0]}, rank {rank} from {path}: --run_dir must be a folder that all "
                     "nodes share, and nothing else may write to it"
                 )
-        if self.start.checkpoint and self.config.verify == "checksum":
-            check_stored(StoredTensors(self.start.checkpoint))
+        if self.config.verify == "checksum":
+            check_start(self.start, self.run_dir)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -227,7 +226,5 @@ def make_room(folder: Path) -> None:
     if not (folder / MARKER).exists():
         remove_checkpoint(folder)
         return
-    names = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
-    aside = next(path for path in names if not path.exists())
-    folder.rename(aside)
+    aside = move_aside(folder, "replaced")
     say(f"warning: {folder} is written again: the one that was there stays as {aside.name}, for you to remove")

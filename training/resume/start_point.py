@@ -1,18 +1,30 @@
 """Choosing the checkpoint to resume from, and what a run that resumes may change."""
 
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.errors import error_line
+from common.exits import INTERRUPTED
 from common.files import check_keys
 from common.nested import flatten
-from model.checkpoint import TRAINER_STATE, WAY_OUT, CheckpointInfo, UnknownFormat, list_checkpoints, resolve_checkpoint
+from model.checkpoint import (
+    TRAINER_STATE,
+    WAY_OUT,
+    CheckpointInfo,
+    UnknownFormat,
+    list_checkpoints,
+    move_aside,
+    resolve_checkpoint,
+)
 from model.checksums import Verify
 from model.config import ModelConfig
-from model.loading import check_file
+from model.loading import StoredTensors, check_file
+from training.distributed.checkpoint_state import check_stored
+from training.resume.run_folder import is_first_process
 from training.tracking import say
 
 # Keys of the model config that choose how to compute, not what: they may differ between sessions.
@@ -21,9 +33,17 @@ EXECUTION_KEYS = {"attention.backend"}
 
 @dataclass(frozen=True)
 class StartPoint:
-    """What a session starts from: 0 everywhere for a new run."""
+    """What a session starts from: 0 everywhere for a new run.
+
+    Attributes:
+        checkpoint: that it continues.
+        by_auto: found by --resume auto, so that the one before will do where this one is damaged.
+        verified: its tensors have been compared with what was written.
+    """
 
     checkpoint: CheckpointInfo | None = None
+    by_auto: bool = False
+    verified: bool = False
 
     @property
     def step(self) -> int:
@@ -47,7 +67,7 @@ class StartPoint:
         return self.checkpoint.path / TRAINER_STATE if self.checkpoint else None
 
 
-def choose_start(run_dir: Path, resume: str) -> StartPoint:
+def choose_start(run_dir: Path, resume: str, verify: Verify = "size", *, alone: bool = True) -> StartPoint:
     """The start that --resume asks for, announced in a line.
 
     Args:
@@ -55,6 +75,9 @@ def choose_start(run_dir: Path, resume: str) -> StartPoint:
         resume: "none" starts at step 0; "auto" takes the newest complete checkpoint of run_dir, or starts at step 0
             where there is none; anything else is the path of a checkpoint folder, or of a run folder (its newest
             complete one).
+        verify: "checksum": "auto" passes over what has not the bytes that were written. It is set aside, which means
+            renamed, once there is one that has.
+        alone: this process is the whole run, and compares tensors too; several divide that among them (check_start).
 
     Raises:
         ValueError: the run would mix with checkpoints that are already in run_dir, all of run_dir's are damaged, its
@@ -83,7 +106,15 @@ def choose_start(run_dir: Path, resume: str) -> StartPoint:
         if newest is None:
             say(f"--resume auto: {run_dir} has no complete checkpoint, starting from step 0")
             return StartPoint()
-        return _start_of(newest)
+        whole, damaged = _newest_whole(found.complete, verify, alone)
+        if whole is None:
+            raise ValueError(
+                f"--resume auto: {damaged[0][1]}, and {run_dir} has no other complete checkpoint; "
+                "starting from step 0 takes another --run_dir"
+            )
+        for folder, error in damaged:
+            say(f"warning: {error}; {_set_aside(folder)}, and the run goes on from {whole.path.name}")
+        return replace(_start_of(whole), by_auto=True, verified=alone and verify == "checksum")
     chosen = resolve_checkpoint(resume)
     if not (chosen.path / TRAINER_STATE).is_file():
         raise ValueError(
@@ -97,6 +128,59 @@ def choose_start(run_dir: Path, resume: str) -> StartPoint:
     if lost and newest is None:
         raise ValueError(f"--run_dir {run_dir} already has checkpoints: {lost[-1]}; choose another --run_dir")
     return _start_of(chosen)
+
+
+def _newest_whole(
+    complete: list[CheckpointInfo], verify: Verify, alone: bool
+) -> tuple[CheckpointInfo | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that has the bytes that were written, and what is wrong with the folders behind it."""
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(complete):
+        try:
+            if verify == "checksum":
+                for name in checkpoint.meta["files"]:
+                    check_file(checkpoint, name)
+                if alone:
+                    check_stored(StoredTensors(checkpoint))
+            return checkpoint, damaged
+        except (ValueError, OSError) as error:  # also one that another rank has set aside meanwhile
+            damaged.append((checkpoint.path, _without_way_out(error)))
+    return None, damaged
+
+
+def check_start(start: StartPoint, run_dir: Path) -> None:
+    """Compare the tensors of the checkpoint that a session starts from with what was written; each rank reads its
+    share.
+
+    Raises:
+        ValueError: on all ranks, when one is damaged.
+        SystemExit: instead, where --resume auto has found it and there is one before: it is set aside, and the same
+            command goes on from that one. What the ranks have done since they chose is not undone in this process.
+    """
+    if start.checkpoint is None or start.verified:
+        return
+    try:
+        check_stored(StoredTensors(start.checkpoint))
+    except ValueError as error:
+        before = [found for found in list_checkpoints(run_dir).complete if found.step < start.step]
+        if not start.by_auto or not before:
+            raise
+        say(
+            f"warning: {_without_way_out(error)}; {_set_aside(start.checkpoint.path)}: the same command with --resume "
+            f"auto goes on from {before[-1].path.name} (exit code {INTERRUPTED})"
+        )
+        raise SystemExit(INTERRUPTED if is_first_process() else 0) from error
+
+
+def _set_aside(folder: Path) -> str:
+    """Rename a damaged checkpoint, from one process of the run, and say so: it is neither taken nor removed again."""
+    if not is_first_process():
+        return "it is set aside"
+    return f"it stays as {move_aside(folder, 'damaged').name}"
+
+
+def _without_way_out(error: Exception) -> str:
+    return error_line(error).removesuffix(WAY_OUT).rstrip("; :")
 
 
 def _start_of(checkpoint: CheckpointInfo) -> StartPoint:
