@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from common.command_line import NamesConfigFiles, refuse_duplicate_keys
+from common.command_line import StrictParsing, refuse_duplicate_keys, take_values_whole
 from common.errors import UsageError
 from common.exits import INTERRUPTED, TOO_MANY_SKIPPED
 from data.datamodule import PackedDataModule
@@ -93,7 +93,7 @@ def shortened(message: str) -> str:
     )
 
 
-class OneLineParser(NamesConfigFiles, LightningArgumentParser):
+class OneLineParser(StrictParsing, LightningArgumentParser):
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -112,6 +112,7 @@ class TrainingCLI(LightningCLI):
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # banners; what matters of them is said by this file
         refuse_duplicate_keys()
+        take_values_whole()
         super().__init__(
             LanguageModule, PackedDataModule, save_config_callback=None, seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS, parser_class=OneLineParser, run=False, auto_configure_optimizers=False,
