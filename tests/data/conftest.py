@@ -13,6 +13,10 @@ from data.prepare import main
 PrepareTexts = Callable[..., Path]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def write_texts(folder: Path, count: int, seed: int) -> Path:
     """Text files of 20 to 3000 words over a small alphabet."""
     folder.mkdir(parents=True)
