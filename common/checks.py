@@ -3,6 +3,10 @@
 import math
 from collections.abc import Sequence
 
+LARGEST_SEED = 2**63 - 1  # keys of random numbers are derived from 64 bits
+LONGEST_CONTEXT = 2**24  # tokens: beyond all models, and their ids still fit any memory
+MOST_SAMPLES = 10**7
+
 
 def check_number(
     name: str,

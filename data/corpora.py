@@ -16,7 +16,7 @@ from typing import Any
 
 from data import records
 from data.documents import Document, MissingText, TextField, documents_of_lines
-from data.files import Undecodable, decode, each_once, files_below, find_files, identity_of
+from data.files import NO_SOURCES, Undecodable, decode, each_once, files_below, find_files, identity_of
 
 
 class Corpus(abc.ABC):
@@ -175,7 +175,7 @@ class SourceTree(Corpus):
         names = [root.resolve().name for root in self.roots]
         for root, name in zip(self.roots, names, strict=True):
             if not root.is_dir():
-                raise FileNotFoundError(f"source folder {root} does not exist")
+                raise FileNotFoundError(f"source folder {root} does not exist; {NO_SOURCES}")
             if names.count(name) > 1:
                 raise ValueError(f"two source folders are named {name!r}; their groups could not be told apart")
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import lightning
 from torch.utils.data import DataLoader, DistributedSampler
 
-from common.checks import check_number
+from common.checks import LARGEST_SEED, check_number
 from common.files import check_keys
 from data.length_generalisation import NO_TASK, TaskConfig, TaskSource
 from data.loading import Batch, BatchLoader, MicroBatchSampler, PackedDataset, ValidationSampler
@@ -94,7 +94,7 @@ class PackedDataModule(lightning.LightningDataModule):
         check_sizes(sequence_length, global_batch_size, micro_batch_size)
         check_number("data.num_workers", num_workers, least=0, most=1024, whole=True)
         check_number("data.val_sequences", val_sequences, least=0, whole=True, zero="no validation")
-        check_number("data.seed", seed, least=0, whole=True)
+        check_number("data.seed", seed, least=0, most=LARGEST_SEED, whole=True)
         self.sources, self.task = sources, task
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 Undecodable = Literal["error", "skip"]
+NO_SOURCES = "get the sources (the file of --config may say how), or set corpus.paths to folders that exist"
 
 
 def find_files(paths: list[str], hidden: bool) -> list[Path]:

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.checks import LONGEST_CONTEXT
 from data.packing import IGNORED_LABEL, PackedSequence
 from data.permutation import derive_key, mix
 
@@ -260,10 +261,10 @@ class TaskConfig:
             return
         if self.name not in TASKS:
             raise ValueError(f"data.task.name is {self.name!r}: expected one of {', '.join(TASKS)}")
-        if not TASKS[self.name].shortest <= self.min_length <= self.max_length:
+        if not TASKS[self.name].shortest <= self.min_length <= self.max_length <= LONGEST_CONTEXT:
             raise ValueError(
                 f"data.task.min_length and max_length are {self.min_length} and {self.max_length}: expected "
-                f"{TASKS[self.name].shortest} <= min_length <= max_length for task {self.name}"
+                f"{TASKS[self.name].shortest} <= min_length <= max_length <= {LONGEST_CONTEXT} for task {self.name}"
             )
 
     @property

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,103 +22,30 @@ from tqdm import tqdm
 from common.command_line import CommandParser
 from common.errors import user_errors
 from common.files import check_keys, write_file, write_json
-from common.locks import folder_lock
+from common.locks import LOCK, folder_lock
 from common.nested import flatten
-from data.corpora import Corpus, Document
+from common.outputs import check_writable
 from data.encoding import map_groups, read_groups, shard_name
+from data.prepare_settings import PrepareConfig, check_heldout_groups, is_heldout, read_documents
+from data.replacement import (
+    MANIFEST,
+    NEXT,
+    PROGRESS,
+    TEMPORARY,
+    TOKENIZER,
+    check_replaceable,
+    has_earlier_run,
+    move_into_place,
+)
 from data.store import COUNT_KEYS, FORMAT, SPLITS, read_manifest, read_record
-from data.tokenizer import LEAST_VOCABULARY, Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
 
-UNFINISHED_OVERWRITE = {"overwrite": "unfinished"}
 GROUP_KEYS = {"end": int, "undecodable": int, "splits": dict}
 WAY_OUT = "choose another --output, or start over with --overwrite true"
 
 
-@dataclasses.dataclass
-class TokenizerConfig:
-    """Tokenizer of the corpus: an existing model file, or one trained on a sample of the training split.
-
-    Args:
-        path: existing SentencePiece model; None trains one. Corpora that are mixed must share one tokenizer
-        vocab_size: vocabulary of the trained tokenizer, bos, eos, unk and 256 byte pieces included
-        sample_bytes: text the training sees at most
-        scan_bytes: text read at most to draw the sample from
-        split_by_unicode_script: False lets a piece join letters and punctuation: better for code, unusual for prose
-    """
-
-    path: str | None = None
-    vocab_size: int = 32000
-    sample_bytes: int = 32 * 2**20
-    scan_bytes: int = 2 * 2**30
-    split_by_unicode_script: bool = True
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < LEAST_VOCABULARY:
-            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}, expected at least {LEAST_VOCABULARY}")
-        for name in ("sample_bytes", "scan_bytes"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"tokenizer.{name} is {value}, expected at least 1")
-
-
-@dataclasses.dataclass
-class PrepareConfig:
-    """What to prepare, and where.
-
-    Args:
-        corpus: reader of the documents
-        output: folder of the prepared corpus
-        tokenizer: tokenizer to use or to train
-        heldout_groups: groups (packages) whose documents are held out; "torch" covers "torch/nn"
-        heldout_fraction: share of the documents to hold out, chosen by a hash of their text, when no groups are named
-        max_documents: read no more documents than this; None for all
-        shard_bytes: text of a group of documents, so at most about this much per shard; a worker holds a few times it
-        workers: processes that encode; None takes one per usable core
-        overwrite: remove what an earlier run left in the output folder
-    """
-
-    corpus: Corpus
-    output: str
-    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
-    heldout_groups: list[str] = dataclasses.field(default_factory=list)
-    heldout_fraction: float = 0.0
-    max_documents: int | None = None
-    shard_bytes: int = 64 * 2**20
-    workers: int | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("output is empty; name a folder")
-        if not 0.0 <= self.heldout_fraction < 1.0:
-            raise ValueError(f"heldout_fraction is {self.heldout_fraction}, expected a number in [0, 1)")
-        if self.heldout_groups and self.heldout_fraction:
-            raise ValueError("heldout_groups and heldout_fraction are both set; set one of them")
-        limits = {"max_documents": 2**62, "shard_bytes": 2**34, "workers": max(64, 4 * (os.cpu_count() or 1))}
-        for name, most in limits.items():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} is {value}, expected at least 1 and at most {most}")
-
-
-def in_group(group: str, name: str) -> bool:
-    return group == name or group.startswith(name + "/")
-
-
-def is_heldout(config: PrepareConfig, document: Document) -> bool:
-    """By group, or by a hash of the text, so that equal documents are on one side."""
-    if config.heldout_groups:
-        return any(in_group(document.group, name) for name in config.heldout_groups)
-    digest = hashlib.blake2b((document.text or "").encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < config.heldout_fraction * 2**64
-
-
-def read_documents(config: PrepareConfig, skip: int) -> Iterator[Document]:
-    stop = None if config.max_documents is None else max(config.max_documents - skip, 0)
-    return itertools.islice(config.corpus.documents(skip), stop)
-
-
 def finished_groups(output: Path) -> dict[int, dict[str, Any]]:
-    records = sorted((output / "progress").glob("[0-9]*.json"))
+    records = sorted((output / PROGRESS).glob("[0-9]*.json"))
     groups = {int(path.stem): read_record(path, WAY_OUT, GROUP_KEYS) for path in records}
     for path, group in zip(records, groups.values(), strict=True):
         for split, counts in group["splits"].items():
@@ -149,7 +74,7 @@ def encode_corpus(config: PrepareConfig, output: Path, tokenizer: Tokenizer) -> 
 
 def make_tokenizer(config: PrepareConfig, output: Path) -> Tokenizer:
     """The corpus's tokenizer: the one an earlier run left, a copy of the configured one, or a new one."""
-    path = output / "tokenizer.model"
+    path = output / TOKENIZER
     settings = config.tokenizer
     if not path.exists() and settings.path is not None:
         write_file(path, Tokenizer(settings.path).path.read_bytes())
@@ -173,14 +98,6 @@ def training_texts(config: PrepareConfig) -> Iterator[str]:
             if document.text and not is_heldout(config, document):
                 bar.update(len(document.text))
                 yield document.text
-
-
-def check_heldout_groups(config: PrepareConfig) -> None:
-    known = config.corpus.groups() if config.heldout_groups else set()
-    for name in config.heldout_groups:
-        if not any(in_group(group, name) for group in known):
-            examples = ", ".join(sorted(known)[:5]) or "none"
-            raise ValueError(f"heldout_groups names {name!r}, which the corpus does not have (it has: {examples}, ...)")
 
 
 def describe(config: PrepareConfig, corpus_settings: dict[str, Any]) -> dict[str, Any]:
@@ -216,8 +133,7 @@ def refuse_other_config(differing: dict[str, str], output: Path) -> None:
 def check_unfinished(config: PrepareConfig, stored: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Raises ValueError unless a run of `wanted` may continue what one of `stored` began: nothing but its settings, or
     documents that are the same still; those that come later may have been mended."""
-    made = (output / "tokenizer.model").exists() or any((output / split).exists() for split in SPLITS)
-    if not made and stored != UNFINISHED_OVERWRITE:
+    if not has_begun(output):
         return
     differing = differences(stored, wanted)
     if differing.keys() - {"corpus_identity"}:
@@ -235,27 +151,6 @@ def check_unfinished(config: PrepareConfig, stored: dict[str, Any], wanted: dict
             refuse_other_config(differing, output)
 
 
-def remove_earlier_run(output: Path) -> None:
-    """Remove what a run wrote. Killed on the way, it leaves a config that no run accepts without --overwrite."""
-    config_file = output / "progress" / "config.json"
-    if not config_file.exists() and not (output / "manifest.json").exists():
-        return
-    written = {".lock", "progress", "manifest.json", "tokenizer.model", *SPLITS}
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in written and path.suffix != ".tmp")
-    if foreign:
-        raise ValueError(
-            f"{output} holds {', '.join(foreign[:3])}, which data.prepare did not write: move that away, or choose "
-            "another --output; nothing is removed"
-        )
-    config_file.parent.mkdir(exist_ok=True)
-    write_json(config_file, {"format": FORMAT, "config": UNFINISHED_OVERWRITE}, sort_keys=True)
-    for path in (output / "manifest.json", output / "tokenizer.model", *output.glob("*.tmp")):
-        path.unlink(missing_ok=True)
-    for split in SPLITS:
-        shutil.rmtree(output / split, ignore_errors=True)
-    shutil.rmtree(config_file.parent)
-
-
 def write_manifest(
     output: Path, tokenizer: Tokenizer, config: dict[str, Any], groups: dict[int, dict[str, Any]]
 ) -> None:
@@ -270,7 +165,7 @@ def write_manifest(
     manifest |= {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
     manifest["undecodable_documents"] = sum(record["undecodable"] for record in groups.values())
     manifest["documents_without_text"] = sum(record.get("missing", 0) for record in groups.values())
-    write_json(output / "manifest.json", manifest, sort_keys=True)
+    write_json(output / MANIFEST, manifest, sort_keys=True)
 
 
 def summary(output: Path) -> str:
@@ -290,33 +185,76 @@ def prepare(config: PrepareConfig, corpus_settings: dict[str, Any]) -> None:
     Raises ValueError when the folder holds something else: a corpus of another config, or foreign files.
     """
     output = Path(config.output)
+    check_writable(output)
     taken = f"another run is preparing {output}; wait for it or choose another --output"
     with folder_lock(output, taken):
+        replaced = move_into_place(output, WAY_OUT)  # where an earlier run was killed at it
         wanted = describe(config, corpus_settings)
-        progress = output / "progress"
-        config_file = progress / "config.json"
-        if config.overwrite:
-            remove_earlier_run(output)
-        if (output / "manifest.json").exists():
-            stored = read_record(output / "manifest.json", WAY_OUT, {"config": dict})["config"]
-            refuse_other_config(differences(stored, wanted), output)
-            shutil.rmtree(progress, ignore_errors=True)  # left when a run was killed after its manifest
-            print(f"{output} is already prepared: {summary(output)}")
-            return
-        if config_file.exists():
-            check_unfinished(config, read_record(config_file, WAY_OUT, {"config": dict})["config"], wanted, output)
-        elif any(path.name not in (".lock", "progress") for path in output.iterdir()):
-            raise ValueError(f"{output} holds files of something else; choose another --output")
-        check_heldout_groups(config)
-        progress.mkdir(exist_ok=True)
-        write_json(config_file, {"format": FORMAT, "config": wanted}, sort_keys=True)
-        tokenizer = make_tokenizer(config, output)
-        groups = encode_corpus(config, output, tokenizer)
-        write_manifest(output, tokenizer, wanted, groups)
-        for leftover in (*output.glob("*.tmp"), *output.glob("*/*.tmp")):  # of a killed run
-            leftover.unlink()
-        shutil.rmtree(progress)
+        if (replaced or not config.overwrite) and (output / MANIFEST).exists():
+            stored = read_record(output / MANIFEST, WAY_OUT, {"config": dict})["config"]
+            differing = differences(stored, wanted)
+            if not config.overwrite:
+                refuse_other_config(differing, output)
+            if not differing:
+                shutil.rmtree(output / PROGRESS, ignore_errors=True)  # left when a run was killed after its manifest
+                unfinished = f"; {output / NEXT} is what --overwrite has not finished" * (output / NEXT).exists()
+                print(f"{output} is already prepared: {summary(output)}{unfinished}")
+                return
+        if config.overwrite and has_earlier_run(output):
+            replace(output, config, wanted)
+        else:
+            prepare_in(output, config, wanted)
         print(f"prepared {output}: {summary(output)}")
+
+
+def replace(output: Path, config: PrepareConfig, wanted: dict[str, Any]) -> None:
+    """Prepare a corpus aside, or go on with what an earlier --overwrite has begun, and put it into the place of the
+    earlier one."""
+    check_replaceable(output)
+    new = output / NEXT
+    if new.exists():
+        check_replaceable(new)
+        try:
+            stored = read_record(new / PROGRESS / "config.json", WAY_OUT, {"config": dict})["config"]
+            check_unfinished(config, stored, wanted, new)
+        except (ValueError, FileNotFoundError):  # of other settings, or damaged
+            shutil.rmtree(new)
+    print(f"{output} stays as it is until {new} is complete: both take room meanwhile", flush=True)
+    prepare_in(new, config, wanted)
+    move_into_place(output, WAY_OUT)
+
+
+def prepare_in(folder: Path, config: PrepareConfig, wanted: dict[str, Any]) -> None:
+    """Prepare the corpus in a folder that may hold what an earlier run of it has finished. Where nothing of it comes
+    to be, nothing is left."""
+    progress = folder / PROGRESS
+    config_file = progress / "config.json"
+    if config_file.exists():
+        check_unfinished(config, read_record(config_file, WAY_OUT, {"config": dict})["config"], wanted, folder)
+    elif folder.exists() and any(path.name not in (LOCK, PROGRESS) for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds files of something else; choose another --output")
+    check_heldout_groups(config)
+    progress.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(config_file, {"format": FORMAT, "config": wanted}, sort_keys=True)
+        tokenizer = make_tokenizer(config, folder)
+        groups = encode_corpus(config, folder, tokenizer)
+    except BaseException:
+        if not has_begun(folder):
+            shutil.rmtree(progress, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # not OUTPUT, which has its lock
+        raise
+    write_manifest(folder, tokenizer, wanted, groups)
+    for leftover in (*folder.glob(TEMPORARY), *folder.glob(f"*/{TEMPORARY}")):  # of a killed run
+        leftover.unlink()
+    shutil.rmtree(progress)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether something is there that took work, or may be what is left of it."""
+    records = (folder / PROGRESS).glob("[0-9]*.json")
+    return any(records) or any((folder / name).exists() for name in (TOKENIZER, *SPLITS))
 
 
 def _parser() -> CommandParser:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import itertools
 import math
 import os
 import re
@@ -70,7 +71,9 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"tokenizer model {self.path} does not exist; prepare the corpus first")
+            raise FileNotFoundError(
+                f"tokenizer model {self.path} does not exist; expected the tokenizer.model of a prepared corpus"
+            )
         model = self.path.read_bytes()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
@@ -205,9 +208,16 @@ def train_tokenizer(
     """
     if vocab_size < LEAST_VOCABULARY:
         raise ValueError(f"tokenizer.vocab_size is {vocab_size}, expected at least {LEAST_VOCABULARY}")
-    sample = sample_lines(texts, sample_bytes, scan_bytes)
-    if not sample:
+    texts = iter(texts)
+    first = list(itertools.islice(texts, 1))
+    if not first:
         raise ValueError("cannot train a tokenizer: the training split of the corpus has no text")
+    sample = sample_lines(itertools.chain(first, texts), sample_bytes, scan_bytes)
+    if not sample:
+        raise ValueError(
+            f"tokenizer.sample_bytes is {sample_bytes}, which holds no run of lines of the text: expected at least "
+            f"{4 * TRAINING_LINE_CHARACTERS}"
+        )
     # U+2581 never reaches SentencePiece in encode, so neither here. Only characters that occur can become pieces.
     lines = [part for line in sample for part in line.split(SPACE_MARK) if part] + [ALWAYS_PIECES]
     lines += [" "] * _missing_spaces(lines)

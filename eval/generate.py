@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m eval.generate", description=__doc__)
+    parser = CommandParser(prog="python -m eval.generate", description=__doc__, may_be_empty=["prompt"])
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="run folder (newest complete checkpoint), checkpoint or export"
     )

@@ -75,8 +75,17 @@ class TwinsConfig:
             raise ValueError(
                 f"sweep_steps is {self.sweep_steps}: expected at least 1, to choose among {len(self.lrs)} lrs"
             )
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}: expected different integers from 0 on")
+        inside = all(0 <= seed < 2**32 for seed in self.seeds)  # train.py's --seed_everything takes no others
+        if not self.seeds or not inside or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}: expected different integers from 0 on, below {2**32}")
+
+
+class TwinsEvalConfig(EvalConfig):
+    """What is measured once they are trained."""
+
+    @staticmethod
+    def option(name: str) -> str:
+        return f"--eval.{name}"
 
 
 class Stopped(Exception):
@@ -95,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _parser().parse_args(["--help"])  # ends here
         own, options = split(given)
         parsed = _parser().parse_args(own)
-        twins, measured = config_of(TwinsConfig, parsed.twins), config_of(EvalConfig, parsed.eval)
+        twins, measured = config_of(TwinsConfig, parsed.twins), config_of(TwinsEvalConfig, parsed.eval)
         output, data, wandb = Path(parsed.output), Path(parsed.data), wandb_config(parsed)
         check_output(output)
         with folder_lock(output, f"--output {output} is in use by another eval.twins: wait for it, or choose another"):

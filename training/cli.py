@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from common.checks import check_number
-from common.command_line import NamesConfigFiles, strict_yaml
+from common.command_line import StrictParsing, strict_yaml, take_values_whole
 from common.errors import UsageError
 from common.wandb_config import WandbConfig
 from data.datamodule import PackedDataModule
@@ -96,7 +96,7 @@ def shortened(message: str) -> str:
     )
 
 
-class OneLineParser(NamesConfigFiles, LightningArgumentParser):
+class OneLineParser(StrictParsing, LightningArgumentParser):
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -115,6 +115,7 @@ class TrainingCLI(LightningCLI):
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # banners; what matters of them is said by this file
         strict_yaml()
+        take_values_whole()
         super().__init__(
             LanguageModule, PackedDataModule, save_config_callback=None, seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS, parser_class=OneLineParser, run=False, auto_configure_optimizers=False,

@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"device is {name!r}, but torch finds {found} CUDA devices: use --device cpu")
+        raise ValueError(f"device is {name!r}, but torch finds {found} CUDA devices: use cpu")
     return device
 
 

@@ -31,6 +31,15 @@ DEFAULTS = EvalConfig()
 ATTENTION = ("support", "live_share", "entropy", "relative_entropy", "sink_share")
 
 
+class CallbackConfig(EvalConfig):
+    """As options of the callback, in a config of train.py."""
+
+    @staticmethod
+    def option(name: str) -> str:
+        length = " (null: data.sequence_length)" * (name == "base_length")
+        return f"{name} of HeldOutEvaluation in trainer.callbacks{length}"
+
+
 @dataclass(frozen=True)
 class HeldOutSet:
     """What is measured each time.
@@ -112,7 +121,7 @@ class HeldOutEvaluation(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps of HeldOutEvaluation is {every_n_steps}: expected at least 1")
         self.every_n_steps, self.data = every_n_steps, data
-        self.config = EvalConfig(
+        self.config = CallbackConfig(
             lengths=lengths, base_length=base_length, seed=seed, max_documents=max_documents,
             needle_samples=needle_samples, needle_tokens=needle_tokens, needle_depths=needle_depths,
             needle_digits=needle_digits, profile_documents=profile_documents, profile_queries=profile_queries,

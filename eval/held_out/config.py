@@ -6,7 +6,7 @@ from typing import Literal
 from eval.common.options import check_least, check_most
 
 # More would take memory that nobody has, or go on for ever; needles of a sample have names of their own.
-GREATEST = {"needle_depths": 1000, "needle_digits": 100, "needle_count": 32}
+GREATEST = {"needle_depths": 1000, "needle_digits": 100, "needle_count": 32, "needle_samples": 10000}
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,8 @@ class EvalConfig:
         }  # fmt: skip
         check_least(self, smallest)
         check_most(self, GREATEST)
+
+    @staticmethod
+    def option(name: str) -> str:
+        """A field as users of the command set it, for messages of what is found later."""
+        return f"--{name}"

@@ -110,9 +110,11 @@ def _pair(
     question = codec.encode(f"\nassert {name} == ")
     room = length - 1 - len(question) - (len(value) - 1)
     if room < 2 * len(needle):
+        asking = length - room
         raise ValueError(
-            f"a context of {length} tokens cannot hold a needle of {len(needle)} tokens and its question of "
-            f"{len(question)}: pass a larger --base_length or fewer --needle_digits"
+            f"a context of {length} tokens cannot hold a needle of {len(needle)} tokens, as much other text and a "
+            f"question with its answer of {asking}, which are {asking + 2 * len(needle)} tokens: set a larger "
+            f"{config.option('base_length')} or fewer {config.option('needle_digits')}"
         )
     text = haystack(store, room, generator)
     asked = np.array(question + value[:-1], np.int64)

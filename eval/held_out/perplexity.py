@@ -120,7 +120,7 @@ def plan_perplexity(store: Documents, base_length: int, config: EvalConfig) -> P
     """
     lengths = np.asarray(store.lengths)
     windows = training_windows(lengths, base_length)
-    multiples, notes = measurable_multiples(lengths, base_length, config.lengths)
+    multiples, notes = measurable_multiples(lengths, base_length, config)
     generator = np.random.default_rng([config.seed, 1])
     chosen = _sample_windows(windows, config.headline_tokens, generator)
     # A document needs one token beyond the longest context: the target of its last input.
@@ -148,19 +148,20 @@ def training_windows(lengths: NDArray[np.int64], base_length: int) -> list[Windo
 
 
 def measurable_multiples(
-    lengths: NDArray[np.int64], base_length: int, multiples: Sequence[int]
+    lengths: NDArray[np.int64], base_length: int, config: EvalConfig
 ) -> tuple[list[int], list[str]]:
-    """The multiples that at least two documents reach, and a note for each one left out.
+    """The multiples of config.lengths that at least two documents reach, and a note for each one left out.
 
     Two documents are the least from which an interval over documents can be estimated.
     """
-    longest = int(lengths.max(initial=0))
+    longest, multiples = int(lengths.max(initial=0)), config.lengths
     kept = [m for m in multiples if int((lengths > m * base_length).sum()) >= 2]
     if not kept:
         raise ValueError(
             f"the held-out split has {int((lengths > multiples[0] * base_length).sum())} documents of more than "
             f"{multiples[0] * base_length} tokens ({multiples[0]}x): at least 2 are needed, and the longest document "
-            f"has {longest}; hold out longer documents or pass smaller --lengths or --base_length"
+            f"has {longest}; hold out longer documents, or set smaller {config.option('lengths')} or a smaller "
+            f"{config.option('base_length')}"
         )
     notes = [
         f"{m}x ({m * base_length} tokens) is not measured: fewer than 2 held-out documents are that long; the longest "

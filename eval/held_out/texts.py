@@ -33,7 +33,7 @@ def open_held_out(data: Path, subjects: Sequence[Subject], config: EvalConfig) -
     store = TokenStore(data / "heldout", verify="size")
     for subject in subjects:
         check_tokenizer(subject, data, store)
-    base_length = config.base_length or _common_length(subjects)
+    base_length = config.base_length or _common_length(subjects, config)
     plan = plan_perplexity(store, base_length, config)
     tokenizer = Tokenizer(store.tokenizer_path)
     samples, notes = build_samples(store, tokenizer, base_length, plan.multiples, config)
@@ -50,11 +50,12 @@ def data_fingerprint(data: Path) -> str:
     return digest.hexdigest()
 
 
-def _common_length(subjects: Sequence[Subject]) -> int:
+def _common_length(subjects: Sequence[Subject], config: EvalConfig) -> int:
     lengths = {
         subject.label: subject.checkpoint.require(sequence_length=int)["sequence_length"] for subject in subjects
     }
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{label} {length}" for label, length in lengths.items())
-        raise ValueError(f"the runs were trained at different lengths ({said}): say which is 1x with --base_length")
+        option = config.option("base_length")
+        raise ValueError(f"the runs were trained at different lengths ({said}): say which is 1x with {option}")
     return next(iter(lengths.values()))

@@ -5,9 +5,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.checks import LARGEST_SEED, LONGEST_CONTEXT, MOST_SAMPLES
 from data.length_generalisation import Task, TaskConfig, split_seed
 from eval.common import provenance
-from eval.common.options import check_least
+from eval.common.options import check_least, check_most
 from eval.common.scoring import Context, LanguageModel, Runtime, score
 from eval.reporting.statistics import Interval, share
 
@@ -39,6 +40,7 @@ class LengthConfig:
         if not self.lengths or not finite or self.lengths != sorted(set(self.lengths)) or self.lengths[0] <= 0:
             raise ValueError(f"lengths is {self.lengths}: expected different multiples in rising order such as 1 2 4 8")
         check_least(self, {"samples": 1, "seed": 0, "row_tokens": 1})
+        check_most(self, {"samples": MOST_SAMPLES, "seed": LARGEST_SEED})
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ class LengthResult:
 def length_of(task: TaskConfig, multiple: float) -> int:
     """`multiple` times the longest training length. Raises ValueError where that is no length of the task."""
     length = multiple * task.max_length
-    if length != int(length) or length < task.task.shortest:
+    if length != int(length) or not task.task.shortest <= length <= LONGEST_CONTEXT:
         raise ValueError(
             f"lengths has {multiple:g}, which is {length:g} symbols for {task.name}, trained up to {task.max_length}: "
-            f"expected multiples that give whole lengths of at least {task.task.shortest}"
+            f"expected multiples that give whole lengths from {task.task.shortest} to {LONGEST_CONTEXT}"
         )
     return int(length)
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.checks import LONGEST_CONTEXT, MOST_SAMPLES
 from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from eval.common.olmo_data import data_folder
-from eval.common.options import check_least, check_output, config_of
+from eval.common.options import check_least, check_most, check_output, config_of
 from eval.ruler.files import FORMAT, MANIFEST, PARTIAL, is_whole, load_manifest, write_manifest, write_samples
 from eval.ruler.squad import squad_rows
 from eval.ruler.tasks import NOT_BUILT, RULER_TASKS, Draft, Material, Recipe
@@ -60,9 +61,14 @@ class RulerConfig:
         unknown = [task for task in self.tasks if task not in RULER_TASKS]
         if unknown or not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks is {self.tasks}: expected different ones of {', '.join(RULER_TASKS)}")
-        if not self.lengths or self.lengths != sorted(set(self.lengths)) or self.lengths[0] < SHORTEST:
-            raise ValueError(f"lengths is {self.lengths}: expected rising numbers of tokens from {SHORTEST} on")
+        rising = bool(self.lengths) and self.lengths == sorted(set(self.lengths))
+        if not rising or not SHORTEST <= self.lengths[0] <= self.lengths[-1] <= LONGEST_CONTEXT:
+            raise ValueError(
+                f"lengths is {self.lengths}: expected rising numbers of tokens from {SHORTEST} on, up to "
+                f"{LONGEST_CONTEXT}"
+            )
         check_least(self, {"samples": 1, "seed": 0})
+        check_most(self, {"samples": MOST_SAMPLES})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

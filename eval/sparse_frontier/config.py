@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eval.common.options import check_least
+from eval.common.options import check_least, check_most
 from eval.held_out.config import EvalConfig
 from eval.ruler.tasks import RULER_TASKS
 from model.policies.families import FAMILIES
@@ -78,6 +78,7 @@ class FrontierConfig:
                 "build RULER with python -m eval.ruler and pass its folder with --ruler"
             )
         check_least(self, {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1, "ruler_samples": 1})
+        check_most(self, {"timed_runs": 1000})
         self.shared()
 
     def shared(self) -> EvalConfig:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.checks import MOST_SAMPLES
 from eval.common.options import check_least, check_most
 
 OFFLINE, HUB = "offline", "hub"
@@ -52,4 +53,5 @@ class TasksConfig:
             "batch_tokens": 1,
         }  # fmt: skip
         check_least(self, smallest)
-        check_most(self, {"seed": 2**32 - 1})  # numpy's global generator takes no more
+        most = {"limit": MOST_SAMPLES, "fewshot": 100, "seed": 2**32 - 1}  # of seeds numpy's global generator takes
+        check_most(self, most)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tests.bad_input.cases import TOO_LONG, Case, Place
 
+HUGE = "1" + "0" * 30
+
 
 def run(*options: str, of: tuple[str, ...] = ("{run}",)) -> list[str]:
     """Compare runs on {corpus} into {tmp}/report."""
@@ -70,6 +72,23 @@ def remove_marker_key(place: Place) -> None:
         path.write_text(json.dumps(content))
 
 
+EMPTY = (
+    run("--output", ""),
+    run("--data", " "),
+    run(of=("",)),
+    generate("--checkpoint", ""),
+    from_file("--prompt_file", ""),
+    generate("--thresholds", "", "--keep_blocks", "1"),
+    calibrate("--output", ""),
+    tasks("--tasks", "piqa", "--output", ""),
+    tasks("--tasks", "ruler", "--ruler", ""),
+    ruler("--output", ""),
+    lengths("--output", ""),
+    frontier("--output", ""),
+    twins("--output", ""),
+    ["-m", "model.export", "{run}", ""],
+)
+
 CASES = [
     Case("no runs", ["-m", "eval.run", "--data", "{corpus}", "--output", "{tmp}/report"], ["runs"]),
     Case("no run there", run(of=("{tmp}/none",)), ["{tmp}/none: no such folder"]),
@@ -96,6 +115,7 @@ CASES = [
     Case("one document", run("--max_documents", "1"), ["max_documents is 1: expected at least 2"]),
     Case("needles beyond all names", run("--needle_count", "33"), ["needle_count is 33: expected at most 32"]),
     Case("digits without end", run("--needle_digits", "1000000000"), ["needle_digits is 1000000000: expected at most"]),
+    Case("needles without end", run("--needle_samples", HUGE), ["needle_samples is 1000", "expected at most 10000"]),
     Case("a negative seed", run("--seed", "-1"), ["seed is -1: expected at least 0"]),
     Case("rows of no tokens", run("--row_tokens", "0"), ["row_tokens is 0: expected at least 1"]),
     Case("a device that is not there", run("--device", "cuda:9"), ["device is 'cuda:9'", "0 CUDA devices"]),
@@ -123,6 +143,7 @@ CASES = [
     ),
     Case("a mode of wandb", run("--wandb.mode", "on"), ["wandb.mode", "on"]),
     Case("a checkpoint without tokenizer", run(), ["complete.json", "lacks 'tokenizer'"], remove_marker_key),
+    *(Case(f"nothing given, {number}", command, ["is empty: expected a path"]) for number, command in enumerate(EMPTY)),
     Case("generate without a checkpoint", ["-m", "eval.generate", "--prompt", "a"], ["checkpoint", "required"]),
     Case("generate from no run", generate("--checkpoint", "{tmp}/none"), ["{tmp}/none"]),
     Case("generate from nothing", from_file(), ["either --prompt or --prompt_file"]),
@@ -169,6 +190,8 @@ CASES = [
     Case(
         "a window of one token", tasks("--tasks", "piqa", "--max_length", "1"), ["max_length is 1: expected at least 2"]
     ),
+    Case("documents without end", tasks("--tasks", "piqa", "--limit", HUGE), ["limit is 1000", "expected at most"]),
+    Case("examples without end", tasks("--tasks", "piqa", "--fewshot", HUGE), ["fewshot is 1000", "at most 100"]),
     Case("negative examples", tasks("--tasks", "piqa", "--fewshot", "-1"), ["fewshot is -1: expected at least 0"]),
     Case(
         "lengths without RULER", tasks("--tasks", "piqa", "--lengths", "512"), ["lengths is [512]", "no task of RULER"]
@@ -202,6 +225,8 @@ CASES = [
     ),
     Case("ruler of a length that is a word", ruler("--lengths", "long"), ["lengths", "long"]),
     Case("ruler of no length", ruler("--lengths", "0"), ["lengths is [0]", "from 512 on"]),
+    Case("ruler without end", ruler("--lengths", "1000000000"), ["lengths is [1000000000]", "up to 16777216"]),
+    Case("ruler for ever", ruler("--samples", HUGE), ["samples is 1000", "expected at most"]),
     Case("ruler of falling lengths", ruler("--lengths", "1024", "512"), ["lengths is [1024, 512]", "rising"]),
     Case("ruler of no task", ruler("--tasks", "niah"), ["tasks is ['niah']"]),
     Case("ruler of no samples", ruler("--samples", "-1"), ["samples is -1: expected at least 1"]),
@@ -235,6 +260,8 @@ CASES = [
     Case("length generalisation of a text model", lengths(), ["was not trained on a task", "use python -m eval.run"]),
     Case("length generalisation to no length", lengths("--lengths", ".nan"), ["lengths is [nan]: expected"]),
     Case("length generalisation without end", lengths("--lengths", ".inf"), ["lengths is [inf]: expected"]),
+    Case("length generalisation of any seed", lengths("--seed", HUGE), ["seed is 1000", "at most 9223372036854775807"]),
+    Case("length generalisation for ever", lengths("--samples", HUGE), ["samples is 1000", "expected at most"]),
     Case("length generalisation of nothing", lengths("--samples", "0"), ["samples is 0: expected at least 1"]),
     Case(
         "sparse frontier of no runs",
@@ -246,11 +273,13 @@ CASES = [
     Case("sparse frontier of no density", frontier("--densities", ".nan"), ["densities is [nan]: expected shares"]),
     Case("sparse frontier beyond dense", frontier("--densities", "2"), ["densities is [2.0]: expected shares"]),
     Case("sparse frontier of no RULER", frontier("--ruler_tasks", "vt"), ["ruler_tasks is ['vt']", "--ruler"]),
+    Case("sparse frontier for ever", frontier("--timed_runs", HUGE), ["timed_runs is 1000", "expected at most 1000"]),
     Case("sparse frontier of no decoding", frontier("--decode_tokens", "0"), ["decode_tokens is 0"]),
     Case("twins without options for train.py", ["-m", "eval.twins", "--output", "{tmp}/twins"], ["no --", "train.py"]),
     Case("twins of no kind", twins("--kinds", "linear"), ["kinds is ['linear']: expected"]),
     Case("twins at no rate", twins("--lrs", ".nan"), ["lrs is [nan]: expected different positive numbers"]),
     Case("twins of two rates without steps", twins("--lrs", "1", "2"), ["sweep_steps is 0: expected at least 1"]),
+    Case("twins of any seed", twins("--seeds", HUGE), ["seeds is [1000", "below 4294967296"]),
     Case("twins with a run folder", twins(behind=("--run_dir", "x")), ["--run_dir stands behind --"]),
     Case("twins on no corpus", twins("--data", "{tmp}/none"), ["{tmp}/none/manifest.json does not exist"]),
     Case("twins into a file", twins("--output", "{tiny}"), ["--output {tiny} cannot be written"]),

@@ -1,6 +1,8 @@
-"""Parsers of the commands: errors of a config file name it, and a key that is there twice is refused."""
+"""Parsers of the commands: errors of a config file name it, a key that is there twice and an empty text are refused,
+and what is given whole takes nothing from an earlier file."""
 
 from argparse import ArgumentError
+from dataclasses import dataclass
 from pathlib import Path
 
 import jsonargparse
@@ -15,8 +17,22 @@ class Optimizer:
         self.lr = lr
 
 
+class Faster(Optimizer):
+    def __init__(self, lr: float = 0.2, beta: float = 0.9) -> None:
+        super().__init__(lr)
+
+
+@dataclass
+class Source:
+    path: str
+    weight: float = 1.0
+
+
 def parser() -> CommandParser:
-    made = CommandParser(prog="x")
+    made = CommandParser(prog="x", may_be_empty=["prompt"])
+    made.add_argument("runs", type=str, nargs="*")
+    made.add_argument("--prompt", type=str, default="")
+    made.add_argument("--sources", type=list[Source], default=[])
     made.add_argument("--config", action="config")
     made.add_argument("--steps", type=int, default=1)
     made.add_argument("--optimizer", type=Optimizer)
@@ -66,3 +82,64 @@ def test_numbers_that_fit_stay_what_they_are() -> None:
 def test_numbers_that_float32_does_not_hold_are_refused_however_deep(lr: str) -> None:
     with pytest.raises((UsageError, ArgumentError), match=r"lr is .*: expected a number that float32 holds"):
         parser().parse_args([f"--optimizer={__name__}.Optimizer", f"--optimizer.lr={lr}"])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A file with a source and an optimizer."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        f"sources:\n- path: a\n  weight: 3\noptimizer:\n  class_path: {__name__}.Faster\n  init_args: {{lr: 7}}\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--sources=[{path: b}]"], [("b", 1.0)]),
+        (["--config=LATER"], [("b", 1.0)]),
+        (["--sources.weight=5"], [("a", 5.0)]),
+        (["--sources+={path: b}"], [("a", 3.0), ("b", 1.0)]),
+        (["--sources=[]"], []),
+    ],
+)
+def test_items_of_a_list_take_nothing_from_an_earlier_one(
+    given: list[str], wanted: list[tuple[str, float]], file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "later.yaml").write_text("sources:\n- path: b\n")
+    given = [one.replace("LATER", str(tmp_path / "later.yaml")) for one in given]
+    found = parser().parse_args(["--config", file, *given])
+    assert [(source.path, source.weight) for source in found.sources] == wanted
+
+
+@pytest.mark.parametrize("given", ["--sources=[{}]", "--sources=[{weight: 2}]"])
+def test_what_is_needed_does_not_come_from_an_earlier_file(given: str, file: str) -> None:
+    with pytest.raises((UsageError, ArgumentError), match="path"):
+        parser().parse_args(["--config", file, given])
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--optimizer=OURS.Optimizer"], {"lr": 0.1}),
+        (["--optimizer={}"], {"lr": 0.1}),
+        (["--optimizer={class_path: OURS.Optimizer}"], {"lr": 0.1}),
+        (["--optimizer=OURS.Faster"], {"lr": 7, "beta": 0.9}),
+        (["--optimizer.beta=0.5"], {"lr": 7, "beta": 0.5}),
+    ],
+)
+def test_another_class_has_its_own_arguments(given: list[str], wanted: dict[str, float], file: str) -> None:
+    found = parser().parse_args(["--config", file, *(one.replace("OURS", __name__) for one in given)])
+    assert found.optimizer.init_args.as_dict() == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(["--sources=[{path: ''}]"], "--sources.path"), (["a", " "], "runs"), (["--config=FILE"], "--sources.path")],
+)
+def test_an_empty_text_is_refused(given: list[str], name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("sources:\n- path: ''\n")
+    with pytest.raises(UsageError, match=f"^{name} is empty: expected a path"):
+        parser().parse_args([one.replace("FILE", str(tmp_path / "a.yaml")) for one in given])
+    assert parser().parse_args(["--prompt="]).prompt == ""

@@ -1,15 +1,17 @@
 """One writer a folder: the lock ends with the process that took it, whatever its children do."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from common.locks import folder_lock
+from common.locks import LOCK, folder_lock
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +45,44 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), folder_lock(tmp_path / "file" / "run", ""):
         pass
+
+
+def test_nothing_is_left_of_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with folder_lock(tmp_path / "mine", ""):
+        assert (tmp_path / "mine" / LOCK).exists()
+    with suppress(ValueError), folder_lock(tmp_path / "new" / "below", ""):
+        raise ValueError("refused")
+    with folder_lock(tmp_path / "used" / "below", ""):
+        (tmp_path / "used" / "result").write_text("kept")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "result", "used"]
+
+
+def test_a_lock_file_that_was_removed_while_it_was_opened_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, lockf = tmp_path / LOCK, fcntl.lockf
+    files = []
+
+    def removed_meanwhile(file: IO[str], how: int) -> None:
+        files.append(file)
+        if len(files) == 1:
+            lock.unlink()
+        lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", removed_meanwhile)
+    with folder_lock(tmp_path, ""):
+        assert len(files) == 2 and os.path.samestat(os.fstat(files[1].fileno()), lock.stat())
+
+
+def test_a_forked_process_does_not_end_the_lock_of_its_parent(tmp_path: Path) -> None:
+    held = folder_lock(tmp_path, "")
+    held.__enter__()
+    child = os.fork()
+    if child == 0:
+        held.__exit__(None, None, None)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK).exists()
+    held.__exit__(None, None, None)
+    assert not (tmp_path / LOCK).exists()

@@ -15,6 +15,10 @@ from data.prepare import main
 PrepareTexts = Callable[..., Path]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def write_texts(folder: Path, count: int, seed: int) -> Path:
     """Text files of 20 to 3000 words over a small alphabet."""
     folder.mkdir(parents=True)
@@ -54,11 +58,6 @@ def make_module(prepared: Path, **options: Any) -> PackedDataModule:
     settings: dict[str, Any] = {"sequence_length": 64, "global_batch_size": 8, "micro_batch_size": 2}
     settings |= {"num_workers": 0, "val_sequences": 8, "seed": 5}
     return PackedDataModule([SourceConfig(str(prepared))], **(settings | options))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by its path in the folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

@@ -222,7 +222,7 @@ def test_the_state_restores_and_refuses_another_order() -> None:
     ("options", "message"),
     [
         (("sorting",), "data.task.name is 'sorting': expected one of copy, reverse, sort"),
-        (("copy", 65, 64), "are 65 and 64: expected 1 <= min_length <= max_length for task copy"),
+        (("copy", 65, 64), "are 65 and 64: expected 1 <= min_length <= max_length <= 16777216 for task copy"),
         (("mqmtar", 29, 64), "are 29 and 64: expected 30 <= min_length"),
         (("flip_flop", 0, 64), "expected 4 <= min_length"),
     ],

@@ -205,24 +205,6 @@ def test_a_run_killed_behind_its_manifest_is_done(prepare_texts: PrepareTexts, t
     assert contents(output) == before
 
 
-def test_an_overwrite_that_was_killed_must_be_repeated(
-    prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = prepare_texts(tmp_path / "out")
-    before = contents(output)
-
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("shutil.rmtree", fail)
-        prepare_texts(output, "--overwrite=true")
-    with pytest.raises(ValueError, match="start over with --overwrite true"):
-        prepare_texts(output)
-    prepare_texts(output, "--overwrite=true")
-    assert contents(output) == before
-
-
 def test_foreign_files_are_never_touched(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     (tmp_path / "train").mkdir()
@@ -280,7 +262,7 @@ def test_heldout_documents_are_chosen_by_their_text(
     [
         (["--heldout_fraction=1.5"], r"heldout_fraction is 1.5, expected a number in \[0, 1\)"),
         (["--heldout_fraction=0.1", "--heldout_groups=[a]"], "both set"),
-        (["--heldout_groups=[asyncioo]"], "names 'asyncioo', which the corpus does not have"),
+        (["--heldout_groups=[asyncioo]"], "names 'asyncioo', but the documents of TextFiles are in no groups"),
         (["--workers=0"], "workers is 0, expected at least 1"),
         (["--workers=100000"], "workers is 100000, expected at least 1 and at most"),
         (["--heldout_fraction=.nan"], "heldout_fraction is nan, expected a number in"),
@@ -288,8 +270,9 @@ def test_heldout_documents_are_chosen_by_their_text(
         (["--tokenizer.vocab_size=3"], "tokenizer.vocab_size is 3, expected at least 260"),
         (["--tokenizer.scan_bytes=0"], "tokenizer.scan_bytes is 0, expected at least 1"),
         (["--output="], "output is empty"),
+        (["--tokenizer.sample_bytes=1"], "tokenizer.sample_bytes is 1, .* expected at least 16384"),
         (["--tokenizer.vocab_size=99999"], "vocab_size 99999 is too large for a sample of"),
-        (["--tokenizer.path=/nowhere/t.model"], "/nowhere/t.model does not exist"),
+        (["--tokenizer.path=/nowhere/t.model"], "tokenizer.path is /nowhere/t.model, which does not exist"),
         (["--corpus.paths=[/nowhere/*.txt]"], "no file matches corpus path '/nowhere/"),
         (["--max_documents=1", "--heldout_fraction=0.999999"], "training split"),
     ],
@@ -297,6 +280,7 @@ def test_heldout_documents_are_chosen_by_their_text(
 def test_bad_settings_are_named(prepare_texts: PrepareTexts, tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare_texts(tmp_path / "out", *options)
+    assert "training split" in message or not list(tmp_path.iterdir()), "nothing is left of what is refused"
 
 
 def test_the_command_line_ends_with_one_error_line(tmp_path: Path) -> None:
@@ -307,12 +291,3 @@ def test_the_command_line_ends_with_one_error_line(tmp_path: Path) -> None:
     ]
     result = run("--config", str(CONFIGS / "prepare_stdlib.yaml"), "--shard_bites=3")
     assert result.returncode == 2 and "shard_bites" in result.stderr
-
-
-def test_overwrite_removes_nothing_beside_files_of_somebody_else(prepare_texts: Any, tmp_path: Path) -> None:
-    output = prepare_texts(tmp_path / "out")
-    (output / "notes.txt").write_text("mine")
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="holds notes.txt, which data.prepare did not write.*nothing is removed"):
-        prepare_texts(output, "--overwrite=true")
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

@@ -183,7 +183,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--lrs", "1", "2", "--sweep_steps", "3"], {"val_sequences": 0}, "data.val_sequences is 0"),
         ([], {"sources": []}, "data.sources is empty"),
         ([], {"sources": [{"path": "nowhere"}]}, "nowhere/manifest.json does not exist"),
-        ([], {"sequence_length": 4}, "4 tokens cannot hold a needle"),
+        ([], {"sequence_length": 4}, "set a larger --eval.base_length or fewer --eval.needle_digits"),
         (["--output", "/proc/none"], {}, "--output /proc/none cannot be written"),
     ],
 )

@@ -1,5 +1,6 @@
 """One training at a time writes to a run folder."""
 
+import atexit
 import os
 import time
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ def hold_run_folder(run_dir: Path, patience: float | None = None) -> ExitStack:
     while True:
         try:
             held.enter_context(folder_lock(run_dir, taken))
+            atexit.register(held.close)  # so that no lock file is left
             return held
         except ValueError:
             if time.monotonic() >= end:

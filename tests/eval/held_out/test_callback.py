@@ -133,8 +133,16 @@ def test_what_does_not_fit_the_run_is_refused(corpus: Path, other_corpus: Path) 
     fingerprint = TokenStore(corpus / "heldout").fingerprint_of_tokenizer
     with pytest.raises(ValueError, match="needs a corpus of the run's tokenizer"):
         open_held_out_set(other_corpus, fingerprint, 64, EvalConfig())
-    with pytest.raises(ValueError, match="hold out longer documents or pass smaller --lengths"):
-        open_held_out_set(corpus, fingerprint, 64, EvalConfig(lengths=[1000]))
+    ours = r"(lengths|base_length) of HeldOutEvaluation in trainer.callbacks.*"
+    with pytest.raises(
+        ValueError, match=f"hold out longer documents, or set smaller {ours} or a smaller {ours}"
+    ) as one:
+        open_held_out_set(corpus, fingerprint, 64, HeldOutEvaluation(1, lengths=[1000]).config)
+    with pytest.raises(
+        ValueError, match=f"64 tokens cannot hold .* set a larger {ours} or fewer needle_digits of"
+    ) as two:
+        open_held_out_set(corpus, fingerprint, 64, HeldOutEvaluation(1, lengths=[1]).config)
+    assert "--" not in str(one.value) + str(two.value), "train.py has no such option"
     with pytest.raises(ValueError, match="every_n_steps of HeldOutEvaluation is 0: expected at least 1"):
         HeldOutEvaluation(0)
 

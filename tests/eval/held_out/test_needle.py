@@ -125,7 +125,10 @@ def test_lengths_beyond_the_text_are_noted_and_short_contexts_refused() -> None:
     built, notes = build_samples(store, ByteCodec(), 200, [1, 2], CONFIG)
     assert {sample.multiple for sample in built} == {1}
     assert notes == ["No needles at 2x (400 tokens): held-out text has 300 tokens."]
-    with pytest.raises(ValueError, match="context of 64 tokens cannot hold"):
+    with pytest.raises(
+        ValueError,
+        match="64 tokens cannot hold a needle of .* set a larger --base_length or fewer --needle_digits",
+    ):
         build_samples(store, ByteCodec(), 64, [1], CONFIG)
 
 

@@ -107,15 +107,15 @@ def test_shards_of_another_tokenizer_show_in_the_bytes() -> None:
 
 
 def test_lengths_beyond_the_documents_are_dropped_with_a_note() -> None:
-    kept, notes = measurable_multiples(np.array([33, 33, 40, 65, 2]), 16, [1, 2, 4])
+    kept, notes = measurable_multiples(np.array([33, 33, 40, 65, 2]), 16, EvalConfig(lengths=[1, 2, 4]))
     assert kept == [1, 2]
     assert len(notes) == 1 and "4x (64 tokens) is not measured" in notes[0] and "longest has 65 tokens" in notes[0]
 
 
 def test_documents_one_token_too_short_for_the_last_target_do_not_count() -> None:
-    assert measurable_multiples(np.array([17, 17]), 16, [1, 2])[0] == [1]
+    assert measurable_multiples(np.array([17, 17]), 16, EvalConfig(lengths=[1, 2]))[0] == [1]
     with pytest.raises(ValueError, match="0 documents of more than 16 tokens .* the longest document has 16"):
-        measurable_multiples(np.array([16, 16]), 16, [1, 2])
+        measurable_multiples(np.array([16, 16]), 16, EvalConfig(lengths=[1, 2]))
 
 
 @pytest.mark.parametrize("longest", [4096, 64, 8, 100, 31, 1])

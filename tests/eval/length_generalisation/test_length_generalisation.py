@@ -202,8 +202,10 @@ def test_lengths_are_multiples_of_the_longest_training_length() -> None:
     assert length_of(TaskConfig("reverse", 32, 64), 1.5) == 96
     with pytest.raises(ValueError, match="lengths has 1.3, which is 83.2 symbols for reverse, trained up to 64"):
         length_of(TaskConfig("reverse", 32, 64), 1.3)
-    with pytest.raises(ValueError, match="whole lengths of at least 30"):
+    with pytest.raises(ValueError, match="whole lengths from 30 to 16777216"):
         length_of(TaskConfig("mqmtar", 32, 64), 0.25)
+    with pytest.raises(ValueError, match=r"lengths has 1e\+09, which is 6.4e\+10 symbols .* to 16777216"):
+        length_of(TaskConfig("reverse", 32, 64), 1e9)
 
 
 def failing_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
