@@ -129,7 +129,7 @@ def _content_in_words(path: str) -> str:
         return "no mapping"
 
 
-class CommandParser(StrictParsing, jsonargparse.ArgumentParser):
+class CommandParser(StrictParsing, jsonargparse.ArgumentParser):  # type: ignore[misc]
     """Raises UsageError or ArgumentError instead of printing its usage text and exiting."""
 
     def __init__(
@@ -224,5 +224,5 @@ def take_values_whole() -> None:
             before["init_args"] = jsonargparse.Namespace()
 
     adapt_whole.whole = True  # type: ignore[attr-defined]
-    _typehints.adapt_typehints = adapt_whole
+    _typehints.adapt_typehints = adapt_whole  # type: ignore[assignment]
     _typehints.discard_init_args_on_class_path_change = forget_arguments
