@@ -1,4 +1,4 @@
-"""Writes q, k, v, alpha and slopes of one attention layer of a trained checkpoint, for benchmarks.kernels --qkv.
+"""Writes q, k, v, alpha and slopes of attention layers of a trained checkpoint, for benchmarks.kernels --qkv.
 
     python -m benchmarks.dump_qkv runs/smoke/asentmax --data prepared/stdlib --length 32768 --output qkv.pt
 
@@ -6,6 +6,7 @@ The model reads held-out documents one after another as a single sequence of `--
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,20 +33,22 @@ def read_tokens(store: TokenStore, n_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def capture(network: Transformer, tokens: Tensor, layer: int) -> dict[str, Any]:
-    """The inputs of one layer's entmax_attention, on the CPU: q (1, H, T, D), k and v (1, G, T, D), alpha float32
-    (H,), alibi_slopes float32 (H,) or None. layer: negative ones count from the last."""
+def capture(network: Transformer, tokens: Tensor, layers: Sequence[int]) -> list[dict[str, Any]]:
+    """The inputs of entmax_attention in these layers, on the CPU: q (1, H, T, D), k and v (1, G, T, D), alpha float32
+    (H,), alibi_slopes float32 (H,) or None. layers: negative ones count from the last."""
     config = network.config
     if not config.attention.is_entmax:
         raise ValueError(f"the checkpoint's attention is {config.attention.kind!r}, expected an entmax kind")
     if config.window is not None:
         raise ValueError(f"the checkpoint has a window of {config.window} tokens, which the benchmark does not know")
-    if not -config.n_layers <= layer < config.n_layers:
-        raise ValueError(f"--layer is {layer}, the checkpoint has {config.n_layers} layers")
+    for layer in layers:
+        if not -config.n_layers <= layer < config.n_layers:
+            raise ValueError(f"--layer is {layer}, the checkpoint has {config.n_layers} layers")
+    wanted = {layer % config.n_layers for layer in layers}
     calls: list[dict[str, Any]] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        if len(calls) == layer % config.n_layers:
+        if len(calls) in wanted:
             kept = dict(q=q, k=k, v=v, alpha=options["alpha"], alibi_slopes=options["alibi_slopes"])
             calls.append({name: None if x is None else x.detach().cpu() for name, x in kept.items()})
         else:
@@ -55,7 +58,7 @@ def capture(network: Transformer, tokens: Tensor, layer: int) -> dict[str, Any]:
     autocast = torch.autocast(tokens.device.type, dtype=torch.bfloat16)
     with mock.patch.object(model.attention, "entmax_attention", record), autocast:
         network(tokens)
-    return calls[layer]
+    return [calls[layer] for layer in layers]
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a run folder or one of its checkpoints")
     parser.add_argument("--data", type=Path, required=True, help="a prepared corpus; its held-out split is read")
     parser.add_argument("--length", type=int, default=32768, help="tokens")
-    parser.add_argument("--layer", type=int, default=-1)
+    parser.add_argument("--layer", default="-1", help="a layer's number, negative from the last, or all")
     parser.add_argument("--output", type=Path, default=Path("qkv.pt"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -71,11 +74,17 @@ def main() -> None:
     store = TokenStore(options.data / "heldout")
     if store.fingerprint_of_tokenizer != loaded.tokenizer_fingerprint:
         parser.error(f"{options.data} was prepared with another tokenizer than the checkpoint's")
-    content = capture(loaded.model, read_tokens(store, options.length).to(options.device), options.layer)
-    content |= dict(layer=options.layer, step=loaded.step, training_length=loaded.training_length)
+    every = options.layer == "all"
+    if not every and not options.layer.lstrip("-").isdecimal():
+        parser.error(f"--layer is {options.layer!r}, expected a layer's number or all")
+    layers = list(range(loaded.model.config.n_layers)) if every else [int(options.layer)]
+    found = capture(loaded.model, read_tokens(store, options.length).to(options.device), layers)
+    content: dict[str, Any] = dict(layers=found) if every else {**found[0], "layer": layers[0]}
+    content |= dict(step=loaded.step, training_length=loaded.training_length)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, options.output)
-    print(f"{options.output}: q {tuple(content['q'].shape)}, k {tuple(content['k'].shape)}, step {loaded.step}")
+    shapes = f"q {tuple(found[0]['q'].shape)}, k {tuple(found[0]['k'].shape)}"
+    print(f"{options.output}: {len(found)} layer{'s' * every}, {shapes}, step {loaded.step}")
 
 
 if __name__ == "__main__":

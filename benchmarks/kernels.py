@@ -4,6 +4,7 @@
     python -m benchmarks.kernels --suite density length --quick
     python -m benchmarks.kernels --suite table --peers flash cudnn adasplash
     python -m benchmarks.kernels --suite checkpoint --qkv qkv.pt  # from python -m benchmarks.dump_qkv
+    python -m benchmarks.kernels --suite trained --qkv qkv.pt     # from python -m benchmarks.dump_qkv --layer all
 
 A time is the median over repeats, between CUDA events with a cold L2 cache, of one forward pass that keeps what
 gradients need plus the backward pass; "forward ms" is a forward pass alone under no_grad. MiB: peak extra memory of
@@ -27,7 +28,7 @@ import triton
 from benchmarks.measure import CheckFailed, Repeats
 from benchmarks.peers import DEFAULT_PEERS, PEERS
 from benchmarks.report import Report
-from benchmarks.suites import SUITES, Bench
+from benchmarks.suites import QKV_SUITES, SUITES, Bench
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,15 +42,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(DEFAULT_PEERS), metavar="PEER",
                         help=f"any of {', '.join(PEERS)}; adasplash is off by default: it tunes itself for 80 to 210 s "
                         "at every new length (then pinned in Triton's cache)")  # fmt: skip
-    parser.add_argument("--qkv", nargs="+", type=Path, default=[], metavar="FILE", help="for the suite checkpoint")
+    parser.add_argument(
+        "--qkv", nargs="+", type=Path, default=[], metavar="FILE", help="for the suites checkpoint, trained"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of all suites but errors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/kernels"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--queued", action="store_true", help="let the host run ahead: device time without launch gaps")
     options = parser.parse_args(arguments)
-    if "checkpoint" in options.suite and not options.qkv:
-        parser.error("--suite checkpoint needs --qkv FILE, made by python -m benchmarks.dump_qkv")
+    if (needing := sorted(set(options.suite) & set(QKV_SUITES))) and not options.qkv:
+        parser.error(f"--suite {needing[0]} needs --qkv FILE, made by python -m benchmarks.dump_qkv")
     if missing := [str(path) for path in options.qkv if not path.is_file()]:
         parser.error(f"--qkv: no such file: {', '.join(missing)}")
     return options

@@ -13,18 +13,21 @@ from benchmarks.block_sparse import bsfa
 from benchmarks.measure import CheckFailed, Measurement, Repeats, Timing, measure, run_once, statistics_of
 from benchmarks.peers import OURS, OURS_WITHOUT_SKIP, PEERS
 from benchmarks.report import Report, crossing, interpolated, plot_speed_up
+from benchmarks.trained import mean_shares, position_free, summed
 from benchmarks.workloads import (
     SHIFT,
     Workload,
     document_lengths,
     gaussian,
     linear_slopes,
+    load_layers,
     load_qkv,
     packed,
     sink_and_window,
     topics,
 )
 
+QKV_SUITES = ("checkpoint", "trained")  # need files of benchmarks.dump_qkv
 COLUMNS = {
     "workload": 30, "T": 6, "D": 3, "H": 2, "live %": 6, "passes": 6, "implementation": 14, "ms": 7, "/ ours": 6,
     "forward ms": 10, "MiB": 6, "note": 1,
@@ -34,7 +37,7 @@ DENSE_PEERS = ("FA2", "cuDNN")
 
 @dataclass
 class Bench:
-    """Settings of a run and what its suites share. peers: keys of PEERS. qkv: files for the suite "checkpoint"."""
+    """Settings of a run and what its suites share. peers: keys of PEERS. qkv: files for the suites of QKV_SUITES."""
 
     report: Report
     repeats: Repeats
@@ -285,8 +288,35 @@ def checkpoint(bench: Bench) -> None:
         bench.compare(replace(learned, name=f"{learned.name}, alpha 1.5", alpha=1.5))
 
 
+def trained(bench: Bench) -> None:
+    bench.start("trained", "all layers of trained models: sums over layers, on their own q, k, v")
+    for path in bench.qkv:
+        layers = load_layers(path, "cuda", bench.dtype)
+        free = [part for layer in layers if (part := position_free(layer)) is not None]
+        for name, part in (("position-free heads", free), ("all heads", layers)):
+            if not part:
+                bench.report.line(f"{path}: no {name}")
+                continue
+            bench.report.line(f"{path}, {name}, {mean_shares(part)}")
+            ours = None
+            for implementation in (OURS, *(PEERS[peer] for peer in bench.peers)):
+                found = summed([measure(layer, implementation, bench.repeats) for layer in part])
+                shown = replace(part[0], name=f"{path.stem}, {name}")
+                row = bench.add(shown, implementation.name, found, ours=ours)
+                ours = ours or row["ms"]
+
+
+def full(bench: Bench) -> None:
+    bench.start("full", "every tile live: Gaussian scores, T = 32768")
+    q, k, v = gaussian(32768, 16, 64, **bench.fresh())
+    heads = torch.ones(16, device="cuda")
+    for name, value in (("the number 1.5", 1.5), ("learned 1.5", 1.5 * heads), ("learned 1.15", 1.15 * heads)):
+        given = value.requires_grad_() if isinstance(value, Tensor) else value
+        bench.compare(Workload(name, q.detach(), k.detach(), v.detach(), alpha=given))
+
+
 SUITES: dict[str, Callable[[Bench], None]] = {
     "table": table, "density": density, "length": length, "head_dim": head_dim, "alpha": alpha, "alibi": alibi,
     "documents": documents, "memory": memory, "errors": rounding, "patterns": patterns, "checkpoint": checkpoint,
-    "bsfa": bsfa,
+    "trained": trained, "full": full, "bsfa": bsfa,
 }  # fmt: skip

@@ -161,7 +161,16 @@ def packed(workload: Workload, lengths: Sequence[int]) -> Workload:
 def load_qkv(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> Workload:
     """A file of benchmarks.dump_qkv: a dict of q (1, H, T, D), k and v (1, G, T, D), alpha (H,) or a number, and
     alibi_slopes (H,) or None. alpha becomes a leaf that requires grad, as in training."""
+    return _workload(torch.load(path, map_location=device, weights_only=True), Path(path), device, dtype)
+
+
+def load_layers(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> list[Workload]:
+    """load_qkv for each layer of a file of benchmarks.dump_qkv --layer all (or for the one of another file)."""
     content = torch.load(path, map_location=device, weights_only=True)
+    return [_workload(layer, Path(path), device, dtype) for layer in content.get("layers", [content])]
+
+
+def _workload(content: dict[str, Any], path: Path, device: str | torch.device, dtype: torch.dtype) -> Workload:
     missing = sorted({"q", "k", "v", "alpha"} - set(content))
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: expected a file of python -m benchmarks.dump_qkv")
@@ -169,4 +178,4 @@ def load_qkv(path: str | Path, device: str | torch.device, dtype: torch.dtype) -
     alpha = torch.as_tensor(content["alpha"], dtype=torch.float32, device=device).expand(q.shape[1]).clone()
     slopes = content.get("alibi_slopes")
     slopes = None if slopes is None else slopes.float()
-    return Workload(Path(path).stem, q, k, v, alpha=alpha.requires_grad_(), alibi_slopes=slopes)
+    return Workload(path.stem, q, k, v, alpha=alpha.requires_grad_(), alibi_slopes=slopes)

@@ -14,13 +14,14 @@ from benchmarks import dump_qkv, errors, kernels, measure
 from benchmarks.oracle import attention_oracle
 from benchmarks.peers import DEFAULT_PEERS, PEERS, Implementation, Unsupported
 from benchmarks.report import Report, crossing, interpolated, plot_speed_up, write_csv
-from benchmarks.suites import SUITES
+from benchmarks.suites import QKV_SUITES, SUITES
 from benchmarks.workloads import (
     SHIFT,
     Workload,
     document_lengths,
     gaussian,
     linear_slopes,
+    load_layers,
     load_qkv,
     packed,
     sink_and_window,
@@ -243,7 +244,7 @@ def test_without_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     options = kernels.parse([])
     assert options.suite == ["table"] and options.peers == list(DEFAULT_PEERS) and not options.quick
-    assert kernels.parse(["--suite", *(set(SUITES) - {"checkpoint"}), "--peers"]).peers == []
+    assert kernels.parse(["--suite", *(set(SUITES) - set(QKV_SUITES)), "--peers"]).peers == []
     with pytest.raises(SystemExit):
         kernels.parse(["--suite", "checkpoint"])
     assert "--qkv FILE" in capsys.readouterr().err
@@ -253,16 +254,19 @@ def test_dump_of_a_model(tmp_path: Path) -> None:
     sizes = dict(vocab_size=50, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=32)
     network = Transformer(ModelConfig(**sizes, attention=AttentionConfig(kind="asentmax")))  # type: ignore[arg-type]
     tokens = torch.randint(50, (1, 90))
-    content = dump_qkv.capture(network, tokens, -1)
+    (content,) = dump_qkv.capture(network, tokens, [-1])
     assert content["q"].shape == (1, 4, 90, 8) and content["k"].shape == (1, 2, 90, 8)
     assert content["alibi_slopes"].tolist() == [1, 0.5, 0, 0]
-    assert not torch.equal(content["q"], dump_qkv.capture(network, tokens, 0)["q"])
+    layers = dump_qkv.capture(network, tokens, [0, 1])
+    assert not torch.equal(content["q"], layers[0]["q"]) and torch.equal(content["q"], layers[1]["q"])
+    torch.save(dict(layers=layers), tmp_path / "all.pt")
+    assert [layer.q.shape for layer in load_layers(tmp_path / "all.pt", "cpu", torch.float32)] == [(1, 4, 90, 8)] * 2
     torch.save(content, tmp_path / "qkv.pt")
     workload = load_qkv(tmp_path / "qkv.pt", "cpu", torch.float32)
     assert workload.name == "qkv" and len(workload.inputs(True)) == 4
     assert measure.check(workload, REFERENCE, REFERENCE.prepare(workload)) == ""
     with pytest.raises(ValueError, match="layers"):
-        dump_qkv.capture(network, tokens, 2)
+        dump_qkv.capture(network, tokens, [2])
     torch.save(dict(q=content["q"]), tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="lacks alpha, k, v"):
         load_qkv(tmp_path / "bad.pt", "cpu", torch.float32)
