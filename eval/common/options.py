@@ -1,8 +1,7 @@
 """What the commands of eval share: settings as dataclasses, and outputs that are tried before the work."""
 
-import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from jsonargparse import Namespace
 
 from common.errors import UsageError
+from common.outputs import check_writable
 
 Config = TypeVar("Config")
 # Of Ctrl-C, where results are kept one by one.
@@ -38,17 +38,13 @@ def check_most(config: Any, most: Mapping[str, int]) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Makes the folder and writes a file there, which is removed: before the work, not after it. Raises UsageError."""
-    try:
+    """Makes the folder, if files can be written there: before the work, not after it. Raises UsageError."""
+    with suppress(OSError):  # a name that is too long, which is said below
         corpus = (folder / "heldout").is_dir() and (folder / "tokenizer.model").is_file()
         if corpus or (folder / "checkpoints").is_dir():
             raise UsageError(f"--output {folder} is a run's or a corpus's own folder: choose another one")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-", buffering=0) as file:
-            file.write(b"x" * 4096)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UsageError(f"--output {folder} cannot be written ({error.strerror}): choose another folder") from error
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_output_file(path: Path) -> None:

@@ -131,7 +131,7 @@ CASES = [
         ["-m", "eval.calibrate", "{run}", "--data", "{corpus}", "--ks", "1", "--device", "cpu", "--output", "{tiny}"],
         ["--output {tiny} is a file of something else: choose another name"],
     ),
-    Case("a report that is a file", run("--output", "{tiny}"), ["--output {tiny} cannot be written (File exists)"]),
+    Case("a report that is a file", run("--output", "{tiny}"), ["--output {tiny} is a file: expected a folder"]),
     Case("a report below a file", run("--output", "{tiny}/x"), ["--output {tiny}/x cannot be written"]),
     Case("a report of a long name", run("--output", TOO_LONG), ["cannot be written (File name too long)"]),
     Case("a config that is not there", run("--config", "{tmp}/none.yaml"), ["{tmp}/none.yaml"]),
@@ -197,7 +197,7 @@ CASES = [
         "lengths without RULER", tasks("--tasks", "piqa", "--lengths", "512"), ["lengths is [512]", "no task of RULER"]
     ),
     Case("tasks from a file", tasks("--tasks", "piqa", "--source", "{tiny}"), ["{tiny}/piqa"]),
-    Case("tasks into a file", tasks("--tasks", "piqa", "--output", "{tiny}"), ["--output {tiny} cannot be written"]),
+    Case("tasks into a file", tasks("--tasks", "piqa", "--output", "{tiny}"), ["--output {tiny} is a file"]),
     Case("RULER that is not there", tasks("--tasks", "ruler", "--ruler", "{tmp}/none"), ["RULER was not built there"]),
     Case(
         "a RULER manifest that is a list",
@@ -239,7 +239,7 @@ CASES = [
         ["{tmp}/latin is not UTF-8"],
         write("latin", b"caf\xe9"),
     ),
-    Case("ruler into a file", ruler("--output", "{tiny}"), ["--output {tiny} cannot be written"]),
+    Case("ruler into a file", ruler("--output", "{tiny}"), ["--output {tiny} is a file"]),
     Case(
         "ruler over a damaged manifest",
         ruler(),
@@ -282,7 +282,7 @@ CASES = [
     Case("twins of any seed", twins("--seeds", HUGE), ["seeds is [1000", "below 4294967296"]),
     Case("twins with a run folder", twins(behind=("--run_dir", "x")), ["--run_dir stands behind --"]),
     Case("twins on no corpus", twins("--data", "{tmp}/none"), ["{tmp}/none/manifest.json does not exist"]),
-    Case("twins into a file", twins("--output", "{tiny}"), ["--output {tiny} cannot be written"]),
+    Case("twins into a file", twins("--output", "{tiny}"), ["--output {tiny} is a file"]),
     Case(
         "export in another dtype",
         ["-m", "model.export", "{run}", "{tmp}/hf", "--dtype", "float16"],

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.corpora import TextFiles
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
+from data.prepare import prepare
+from data.prepare_settings import PrepareConfig, TokenizerConfig
 from data.store import TokenStore
 from model.checkpoint import checkpoint_folder, write_complete
 from model.config import AttentionConfig, ModelConfig

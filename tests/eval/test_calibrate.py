@@ -16,7 +16,8 @@ import eval.calibrate
 import eval.generate
 import eval.run
 from data.corpora import TextFiles
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
+from data.prepare import prepare
+from data.prepare_settings import PrepareConfig, TokenizerConfig
 from data.store import TokenStore
 from eval.calibrate import choose_windows
 from model.checkpoint import checkpoint_folder, write_complete
