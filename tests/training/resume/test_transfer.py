@@ -174,7 +174,7 @@ EXTEND = (
     "--data.sequence_length", 128, "--data.micro_batch_size", 1, "--data.global_batch_size", 2, "--data.num_workers", 0,
     "--data.val_sequences", 2, "--trainer.log_every_n_steps", 1, "--model.network.positions", "rope",
     "--model.network.attention.anneal_steps", 5, "--checkpoint.every_n_steps", 3, "--validation.every_n_steps", 3,
-    "--model.mlp_tile_tokens", 48,
+    "--model.mlp_tile_tokens", 48, "--model.optimizer.warmup_steps", 2,
 )  # fmt: skip
 EXTEND_CONFIGS = ("configs/stages/extend_128k.yaml", "configs/stages/from_softmax.yaml")
 
