@@ -6,7 +6,11 @@
 results/TOPIC/NAME.json becomes results/TOPIC/NAME.png. `Plot` says what a file holds.
 """
 
-import argparse
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import math
 import sys
 from collections.abc import Sequence
@@ -18,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from common.arguments import PlainParser
 from common.dataclasses_json import to_dataclass
 from common.errors import run_command
 from common.files import read_json
@@ -102,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
 
     def work(given: list[str]) -> list[str]:
-        parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+        parser = PlainParser(prog="python -m benchmarks.plots", description=__doc__)
         parser.add_argument("files", nargs="*", type=Path, help="results/TOPIC/NAME.json; all of them by default")
         return draw_all(parser.parse_args(given).files or sorted(RESULTS.rglob("*.json")))
 
