@@ -11,6 +11,11 @@ filled cache and takes the likeliest token of its logits. Fresh entmax weights a
 tile has support: entmax's slowest case.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import gc
 import statistics
@@ -25,6 +30,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
+from common.arguments import PlainParser, a_path
+from common.errors import user_errors
 from model.config import ModelConfig, Positions
 from model.inference.decoding import STEPS_BEFORE_CAPTURE, Decoder
 from model.inference.incremental import make_cache, prefill
@@ -124,7 +131,7 @@ def show(row: Row) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(prog="python -m benchmarks.decode_speed", description=__doc__)
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     parser.add_argument("--models", nargs="+", choices=names, default=["125m"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["softmax", "entmax"])
@@ -135,7 +142,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="timed decoding steps")
     parser.add_argument("--backend", default="auto", help="of kernels.entmax_attention")
     parser.add_argument("--cuda_graphs", action="store_true", help="decode by CUDA graphs")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/decode_speed.csv"))
+    parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/decode_speed.csv"))
     return parser.parse_args()
 
 
@@ -165,4 +172,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with user_errors():
+        sys.exit(main())

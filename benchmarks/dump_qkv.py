@@ -5,7 +5,11 @@
 The model reads held-out documents one after another as a single sequence of `--length` tokens, in bfloat16 autocast.
 """
 
-import argparse
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from torch import Tensor
 
 import kernels
 import model.attention
+from common.arguments import PlainParser, a_path
+from common.errors import user_errors
 from data.store import TokenStore
 from model.loading import load_model
 from model.transformer import Transformer
@@ -62,12 +68,12 @@ def capture(network: Transformer, tokens: Tensor, layers: Sequence[int]) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a run folder or one of its checkpoints")
-    parser.add_argument("--data", type=Path, required=True, help="a prepared corpus; its held-out split is read")
+    parser = PlainParser(prog="python -m benchmarks.dump_qkv", description=__doc__)
+    parser.add_argument("checkpoint", type=a_path, help="a run folder or one of its checkpoints")
+    parser.add_argument("--data", type=a_path, required=True, help="a prepared corpus; its held-out split is read")
     parser.add_argument("--length", type=int, default=32768, help="tokens")
     parser.add_argument("--layer", default="-1", help="a layer's number, negative from the last, or all")
-    parser.add_argument("--output", type=Path, default=Path("qkv.pt"))
+    parser.add_argument("--output", type=a_path, default=Path("qkv.pt"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     loaded = load_model(options.checkpoint, options.device)
@@ -88,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

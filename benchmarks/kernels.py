@@ -14,6 +14,11 @@ another function: their work does not depend on the inputs. Before it is timed, 
 last queries over the whole length and all queries of the first 2048 tokens; a wrong result stops the run.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import importlib.util
 import shlex
@@ -29,25 +34,25 @@ from benchmarks.measure import CheckFailed, Repeats
 from benchmarks.peers import DEFAULT_PEERS, PEERS
 from benchmarks.report import Report
 from benchmarks.suites import QKV_SUITES, SUITES, Bench
+from common.arguments import PlainParser, a_path
+from common.errors import user_errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = PlainParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=tuple(SUITES), default=["table"], metavar="SUITE",
                         help=f"one or more of {', '.join(SUITES)} (default: table)")  # fmt: skip
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(DEFAULT_PEERS), metavar="PEER",
                         help=f"any of {', '.join(PEERS)}; adasplash is off by default: it tunes itself for 80 to 210 s "
                         "at every new length (then pinned in Triton's cache)")  # fmt: skip
     parser.add_argument(
-        "--qkv", nargs="+", type=Path, default=[], metavar="FILE", help="for the suites checkpoint, trained"
+        "--qkv", nargs="+", type=a_path, default=[], metavar="FILE", help="for the suites checkpoint, trained"
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of all suites but errors")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/kernels"), metavar="DIR")
+    parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/kernels"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--queued", action="store_true", help="let the host run ahead: device time without launch gaps")
     options = parser.parse_args(arguments)
@@ -93,4 +98,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with user_errors():
+        sys.exit(main())

@@ -5,12 +5,18 @@
 On CPU each length runs in a process of its own (the peak resident set never falls), after a warm-up at a small length.
 """
 
-import argparse
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import subprocess
 import sys
 
 import torch
 
+from common.arguments import PlainParser
+from common.errors import user_errors
 from kernels import entmax_attention
 from kernels.common.visibility import TILE
 
@@ -44,7 +50,7 @@ def extra_bytes(length: int, heads: int, head_dim: int, device: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("lengths", type=int, nargs="+")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head_dim", type=int, default=64)
@@ -60,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -7,7 +7,11 @@ results/TOPIC/NAME.json becomes results/TOPIC/NAME.png. `Plot` says what a file 
 report.json are python -m benchmarks.analysis.report_plots' to draw.
 """
 
-import argparse
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import math
 import sys
 from collections.abc import Sequence
@@ -20,6 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from common.arguments import PlainParser
 from common.dataclasses_json import to_dataclass
 from common.errors import run_command
 from common.files import read_json
@@ -122,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
 
     def work(given: list[str]) -> list[str]:
-        parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+        parser = PlainParser(prog="python -m benchmarks.plots", description=__doc__)
         parser.add_argument("files", nargs="*", type=Path, help="results/TOPIC/NAME.json; all of them by default")
         return draw_all(parser.parse_args(given).files or plot_files())
 

@@ -7,9 +7,12 @@ One line a case: estimate and measurement (torch.cuda.max_memory_allocated) in G
 the estimate sees the peak. Cases that are estimated beyond the device's memory are left out.
 """
 
-import argparse
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import gc
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ import torch
 import yaml
 
 from benchmarks.loopback import first_rank
+from common.arguments import PlainParser
+from common.errors import UsageError, user_errors
 from model.config import ModelConfig, config_from_dict
 from training.memory import Setup, estimate
 from training.module import LanguageModule
@@ -93,7 +98,7 @@ def measure(setup: Setup, device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(prog="python -m benchmarks.train_memory", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["125m", "1b"], help="names in configs/models")
     parser.add_argument("--attention", nargs="+", default=["softmax", "asentmax"], help="names in configs/attention")
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="of a micro-batch")
@@ -102,7 +107,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="as model.compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA device; python -m training.memory estimates without one")
+        raise UsageError("torch finds no CUDA device; python -m training.memory estimates without one")
     device = torch.device("cuda")
     room = torch.cuda.get_device_properties(device).total_memory
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, bf16 autocast, GiB", flush=True)
@@ -130,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

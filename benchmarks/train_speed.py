@@ -14,6 +14,11 @@ live: entmax's slowest case. With --sequence_parallel S a row is of one rank amo
 its memory and MFU, and the tokens/s of all S together, less the time of exchanges (benchmarks/loopback.py).
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import csv
 import gc
@@ -30,6 +35,8 @@ import torch
 import yaml
 
 from benchmarks.loopback import first_rank
+from common.arguments import PlainParser, a_path
+from common.errors import user_errors
 from model.config import AttentionConfig, ModelConfig
 from model.flops import peak_flops
 from training.distributed.engine import PlainEngine
@@ -167,7 +174,7 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(prog="python -m benchmarks.train_speed", description=__doc__)
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     parser.add_argument("--models", nargs="+", choices=names, default=["1b"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["softmax", "asentmax"])
@@ -181,7 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", default="none", help="model.activation_checkpointing of --lengths")
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/train_speed.csv"))
+    parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/train_speed.csv"))
     return parser.parse_args()
 
 
@@ -239,4 +246,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with user_errors():
+        sys.exit(main())

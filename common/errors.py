@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from common.exits import KEYBOARD, USER_ERROR
+from common.exits import KEYBOARD, READER_GONE, USER_ERROR
+from common.interrupts import raise_on_ctrl_c
 from common.redaction import redact
 
 
@@ -44,13 +45,14 @@ def user_errors(*more: type[Exception], stopped: str = "stopped by Ctrl-C") -> I
     """
     phase = SetupPhase()
     try:
+        raise_on_ctrl_c()
         yield phase
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(KEYBOARD)
     except BrokenPipeError:  # the reader of our output has gone, as head does: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        sys.exit(READER_GONE)
     except Exception as error:
         if not isinstance(error, (ValueError, OSError, ArgumentError, *more)):
             raise
@@ -58,6 +60,12 @@ def user_errors(*more: type[Exception], stopped: str = "stopped by Ctrl-C") -> I
             raise
         print("error:", error_line(error), file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def without_debug(arguments: Sequence[str]) -> list[str]:
+    """What a command's parser gets: --debug is for `user_errors`. What stands behind -- is for another command."""
+    own = arguments.index("--") if "--" in arguments else len(arguments)
+    return [argument for argument in arguments[:own] if argument != "--debug"] + list(arguments[own:])
 
 
 def run_command(
@@ -70,7 +78,7 @@ def run_command(
     `stopped` says what becomes of work that Ctrl-C ends. Returns the exit code."""
     try:
         with user_errors(*more, stopped=stopped):
-            for line in work(list(sys.argv[1:] if arguments is None else arguments)):
+            for line in work(without_debug(sys.argv[1:] if arguments is None else arguments)):
                 print(line)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -8,11 +8,17 @@ undisturbed one. The manifest comes last; a corpus without it is unfinished.
 
 from __future__ import annotations
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import contextlib
 import dataclasses
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.command_line import CommandParser
-from common.errors import user_errors
+from common.errors import user_errors, without_debug
 from common.files import check_keys, write_file, write_json
 from common.locks import LOCK, folder_lock
 from common.nested import flatten
@@ -266,7 +272,7 @@ def _parser() -> CommandParser:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
-    settings = parser.parse_args(arguments)
+    settings = parser.parse_args(without_debug(sys.argv[1:] if arguments is None else arguments))
     corpus_settings = settings.corpus.as_dict()
     config = PrepareConfig(**{k: v for k, v in parser.instantiate(settings).items() if k != "config"})
     prepare(config, corpus_settings)

@@ -8,6 +8,11 @@ pairs of query and key that is (predicted), and what share the thresholds keep o
 (measured), stands in the output and in the file. eval.run and eval.generate take it by --thresholds and --keep_blocks.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field

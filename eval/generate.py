@@ -3,6 +3,11 @@
 The text is written as it comes, to standard output; why it ended and how fast it came, to standard error.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import codecs
 import sys
 import time

@@ -1,5 +1,10 @@
 """Compares trained checkpoints on held-out text: python -m eval.run RUN [RUN ...] --data FOLDER --output FOLDER"""
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import sys
 import time
 from collections.abc import Sequence

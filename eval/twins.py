@@ -14,6 +14,11 @@ continues where it stopped; Ctrl-C, SIGTERM and SIGUSR1 let the training at hand
 OUTPUT/twins.json holds what was asked for and what was chosen.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import math
 import signal
 import subprocess

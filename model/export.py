@@ -7,6 +7,11 @@ architecture, the tokenizer's path and fingerprint, the training length. `model.
 read it.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import os
 import shutil
 import sys

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common import exits
 from tests.training.conftest import ROOT, child_environment
 from tests.training.warm import warm_interpreter
 
@@ -58,3 +59,9 @@ def test_other_commands_parse(name: str) -> None:
 def test_there_are_commands_of_all_kinds() -> None:
     modules = {line.split()[2] for line in OTHERS.values()}
     assert len(TRAINING) >= 2 and {"data.prepare", "eval.run", "eval.tasks", "eval.generate"} <= modules
+
+
+def test_every_exit_code_is_explained() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    codes = [value for name, value in vars(exits).items() if name.isupper()]
+    assert len(codes) >= 5 and all(f"\n| {code} | " in page for code in [0, *codes])

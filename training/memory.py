@@ -12,6 +12,11 @@ bfloat16). What CUDA itself takes (context, libraries, NCCL; 1 to 2 GiB) and the
 it.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 from dataclasses import dataclass, field
 
 import torch

@@ -5,6 +5,11 @@
 Both panels are computed, with made-up scores: normal ones on the left, a few topics in blocks of keys on the right.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,7 +10,6 @@ Only if: at the first place where the choice is another token, decoding leaves t
 Runs with the same task, training lengths and architecture are one group: the seeds of one experiment.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -157,7 +156,3 @@ def _measure_or_reuse(
         trained_with=str(meta.get("code_version", "unknown")),
         lengths=results,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -289,7 +288,3 @@ def fit(recipe: Recipe, tokenizer: Tokenizer, room: int) -> tuple[Draft, int] | 
     if low[0] == recipe.most and low[2] < LEAST_FILLED * room:
         return f"its source is used up after {low[2]} tokens, {room} are wanted"
     return low[1], low[2]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ comparisons, each with both models scored on the same tokens. --thresholds adds 
 eval.calibrate found it, --ruler the samples that eval.ruler built for the lengths that are measured.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -156,7 +155,3 @@ def check_kind(subject: Subject, entmax: bool) -> None:
         raise ValueError(
             f"{option} {subject.checkpoint.path} has attention kind {attention.kind!r}: expected {expected}"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

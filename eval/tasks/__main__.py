@@ -1,5 +1,10 @@
 """python -m eval.tasks"""
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import sys
 
 from eval.tasks.command import main

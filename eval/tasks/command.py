@@ -53,7 +53,3 @@ def _parser() -> CommandParser:
     parser.add_class_arguments(TasksConfig, skip={"tasks", "lengths"})
     add_wandb_arguments(parser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import train_memory
 from benchmarks.train_memory import MODES, make_setup, network_of, train
+from common.errors import UsageError
 from training.memory import estimate
 
 
@@ -25,7 +26,7 @@ def test_every_case_trains(mode: str, attention: str, ranks: int, monkeypatch: p
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train_memory"])
-    with pytest.raises(SystemExit, match="no CUDA device"):
+    with pytest.raises(UsageError, match="no CUDA device"):
         train_memory.main()
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from common.arguments import PlainParser, a_path
 from common.errors import run_command, user_errors
 
 
@@ -41,3 +42,27 @@ def test_crashes_and_debug_show_where_they_come_from(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["x", "--debug"])
     with pytest.raises(ValueError):
         command(ValueError("shown"))
+
+
+def test_debug_is_no_option_of_the_parser_but_behind_the_dashes() -> None:
+    given: list[str] = []
+
+    def work(arguments: list[str]) -> list[str]:
+        given.extend(arguments)
+        return []
+
+    assert run_command(work, ["a", "--debug", "--", "--debug"]) == 0 and given == ["a", "--", "--debug"]
+
+
+@pytest.mark.parametrize("arguments", [["--output="], ["--steps=1e9"], ["--step"]])
+def test_a_plain_parser_ends_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def work(given: list[str]) -> list[str]:
+        parser = PlainParser(prog="python -m x")
+        parser.add_argument("--output", type=a_path)
+        parser.add_argument("--steps", type=int)
+        parser.parse_args(given)
+        return []
+
+    assert run_command(work, arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: argument --") and line.endswith(" (python -m x --help lists all options)\n")
