@@ -7,6 +7,11 @@ bfloat16 autocast, its cosine with the exact one, and the relative error. Then f
 temperature of each head over the last batch's tokens, and each head's largest score of every 64th query.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import sys
 from collections.abc import Sequence

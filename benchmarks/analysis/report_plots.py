@@ -5,6 +5,11 @@
 Those that lie beside the file are replaced, or all of them with --all.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import shutil
 import sys

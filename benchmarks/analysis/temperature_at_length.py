@@ -9,6 +9,11 @@ keys share an entmax head's weight evenly, d log p / d score = n ** (alpha - 1).
 OUTPUT/results-changed, where eval.run does not take it for the unchanged model's.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import math
 import sys

@@ -5,6 +5,11 @@
 Over the starts of held-out documents; positions by ranges whose ends are --edges. One document is one forward pass.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import argparse
 import sys
 from collections.abc import Sequence

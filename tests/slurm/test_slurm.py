@@ -136,6 +136,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tiny_config: Path, tm
     assert job.field("Restarts") == "0" and job.field("JobState") == "CANCELLED"
 
 
+@pytest.mark.faults  # a minute
 def test_tasks_of_an_array_where_there_is_no_scontrol(cluster: Cluster, tiny_config: Path, tmp_path: Path) -> None:
     """Each trains in a folder of its own, and stopped, says how it goes on where it cannot requeue itself."""
     programs = tmp_path / "bin"
