@@ -40,7 +40,7 @@ test: lint $(VENV)/.installed-eval
 
 # 200 SIGKILLs at random moments over one and two processes, the run resumed after each: half an hour
 test-faults: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults -s tests/training/faults/test_faults.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults -s tests/training/faults/test_faults.py tests/slurm/test_slurm.py
 
 # needs a CUDA device
 test-gpu: $(VENV)/.installed
