@@ -3,7 +3,7 @@ is empty, and what is given whole is taken whole."""
 
 import os
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jsonargparse
@@ -23,9 +23,16 @@ class StrictParsing:
 
     may_be_empty: Iterable[str] = ()
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+    def parse_args(  # type: ignore[misc]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Any = None,
+        env: bool | None = None,
+        defaults: bool = True,
+        **kwargs: Any,
+    ) -> jsonargparse.Namespace:
         """Raises UsageError where a text is empty: as a path, it would be the folder that the command runs in."""
-        given: jsonargparse.Namespace = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        given: jsonargparse.Namespace = super().parse_args(args, namespace, env, defaults, **kwargs)  # type: ignore[misc]
         positional = {action.dest for action in self._actions if not action.option_strings}  # type: ignore[attr-defined]
         for key in empty_texts(given.as_dict()):
             if key not in self.may_be_empty:
@@ -40,7 +47,7 @@ class StrictParsing:
             raise UsageError(f"{os.fspath(path)}: {str(error).removeprefix('Problems parsing config: ')}") from error
 
 
-class CommandParser(StrictParsing, jsonargparse.ArgumentParser):
+class CommandParser(StrictParsing, jsonargparse.ArgumentParser):  # type: ignore[misc]
     """Raises UsageError or ArgumentError instead of printing its usage text and exiting."""
 
     def __init__(
@@ -125,5 +132,5 @@ def take_values_whole() -> None:
             before["init_args"] = jsonargparse.Namespace()
 
     adapt_whole.whole = True  # type: ignore[attr-defined]
-    _typehints.adapt_typehints = adapt_whole
+    _typehints.adapt_typehints = adapt_whole  # type: ignore[assignment]
     _typehints.discard_init_args_on_class_path_change = forget_arguments

@@ -93,7 +93,7 @@ def shortened(message: str) -> str:
     )
 
 
-class OneLineParser(StrictParsing, LightningArgumentParser):
+class OneLineParser(StrictParsing, LightningArgumentParser):  # type: ignore[misc]
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
