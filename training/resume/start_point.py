@@ -9,7 +9,15 @@ import torch
 
 from common.files import check_keys
 from common.nested import flatten
-from model.checkpoint import TRAINER_STATE, WAY_OUT, CheckpointInfo, UnknownFormat, list_checkpoints, resolve_checkpoint
+from model.checkpoint import (
+    TRAINER_STATE,
+    WAY_OUT,
+    CheckpointInfo,
+    UnknownFormat,
+    check_marker,
+    list_checkpoints,
+    resolve_checkpoint,
+)
 from model.checksums import Verify
 from model.config import ModelConfig
 from model.loading import check_file
@@ -139,6 +147,7 @@ def read_data_state(checkpoint: CheckpointInfo, name: str, verify: Verify = "che
     """
     path = checkpoint.path / TRAINER_STATE
     if verify == "checksum":
+        check_marker(checkpoint)
         check_file(checkpoint, TRAINER_STATE)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
