@@ -5,7 +5,7 @@ is taken whole."""
 import math
 import os
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,16 @@ class StrictParsing:
 
     may_be_empty: Iterable[str] = ()
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+    def parse_args(  # type: ignore[misc]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Any = None,
+        env: bool | None = None,
+        defaults: bool = True,
+        **kwargs: Any,
+    ) -> jsonargparse.Namespace:
         """Raises UsageError where a text is empty: as a path, it would be the folder that the command runs in."""
-        given: jsonargparse.Namespace = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        given: jsonargparse.Namespace = super().parse_args(args, namespace, env, defaults, **kwargs)  # type: ignore[misc]
         positional = {action.dest for action in self._actions if not action.option_strings}  # type: ignore[attr-defined]
         for key in empty_texts(given.as_dict()):
             if key not in self.may_be_empty:

@@ -8,6 +8,7 @@ Nothing in it depends on the number of processes that wrote it, nor on how they 
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from common.files import check_keys, flush, read_json, write_json
-from model.checksums import file_checksum, tensor_checksum
+from model.checksums import content_checksum, file_checksum, tensor_checksum
 from model.config import ModelConfig, config_from_dict
 
 MARKER = "complete.json"
@@ -29,7 +30,8 @@ FORMAT = 2
 WEIGHT = "weight/"
 CHECKSUM = "xxh3_64"
 NAME = re.compile(r"step-(\d{8,})")
-WAY_OUT = "choose another checkpoint (once this one is moved away, --resume auto takes the one before)"
+WAY_OUT = "choose another checkpoint (once this one is moved away, its run stands for the one before)"
+EXPORT_AGAIN = "choose another model, or export this one again with python -m model.export"
 
 
 class InterruptedSave(ValueError):
@@ -54,13 +56,14 @@ class CheckpointInfo:
 
     def require(self, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
         """meta, if it has these keys with values of these types. Raises ValueError that names marker and key."""
-        return check_keys(self.meta, kinds, str(_marker(self.path)), WAY_OUT)
+        return check_keys(self.meta, kinds, str(_marker(self.path)), way_out(self.path))
 
     @property
     def tokenizer(self) -> dict[str, Any]:
         """ "path" and "fingerprint" of the tokenizer that it was trained with. Raises ValueError as `require`."""
         where = f"tokenizer in {_marker(self.path)}"
-        return check_keys(self.require(tokenizer=dict)["tokenizer"], {"path": str, "fingerprint": str}, where, WAY_OUT)
+        kinds = {"path": str, "fingerprint": str}
+        return check_keys(self.require(tokenizer=dict)["tokenizer"], kinds, where, way_out(self.path))
 
     @property
     def architecture(self) -> ModelConfig:
@@ -68,7 +71,9 @@ class CheckpointInfo:
         try:
             return config_from_dict(self.require(model=dict)["model"])
         except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"model in {_marker(self.path)} is no architecture ({error}); {WAY_OUT}") from error
+            raise ValueError(
+                f"model in {_marker(self.path)} is no architecture ({error}); {way_out(self.path)}"
+            ) from error
 
 
 def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
@@ -89,7 +94,8 @@ def write_complete(
 
     Args:
         meta: JSON-able; "format", "files" (size in bytes of each file in the folder; with its checksum where it holds
-            no tensors), "tensors" (the file of each tensor) and "checksums" (of each tensor) are added.
+            no tensors), "tensors" (the file of each tensor), "checksums" (of each tensor) and "checksum" (of all this)
+            are added.
         checksums: of tensors by key, taken while they were in memory; others are read again.
 
     Raises:
@@ -110,7 +116,8 @@ def write_complete(
             tensors |= dict.fromkeys(file.keys(), path.name)
             sums |= {key: tensor_checksum(file.get_tensor(key)) for key in file.keys() if key not in sums}  # noqa: SIM118
     content = {**meta, "files": entries, "tensors": tensors, "checksums": {key: sums[key] for key in tensors}}
-    write_json(folder / marker, {"format": FORMAT, **content}, indent=2)
+    content = json.loads(json.dumps({"format": FORMAT, **content}))  # as it will be read
+    write_json(folder / marker, {**content, "checksum": content_checksum(content)}, indent=2)
     flush(folder.parent)
 
 
@@ -137,7 +144,7 @@ def read_complete(folder: str | Path) -> CheckpointInfo:
     if not marker.is_file():
         raise InterruptedSave(f"{folder} is no complete checkpoint: it has no {MARKER} (its save was interrupted)")
     try:
-        meta = read_json(marker, WAY_OUT)
+        meta = read_json(marker, way_out(folder))
         if meta.get("format") != FORMAT:
             raise UnknownFormat(
                 f"{marker} has format {meta.get('format')!r}, expected {FORMAT}: written by another version of this "
@@ -154,19 +161,34 @@ def _marker(folder: Path) -> Path:
     return folder / (EXPORT_CONFIG if (folder / EXPORT_CONFIG).is_file() else MARKER)
 
 
+def way_out(folder: Path) -> str:
+    """What to do when something in a folder is damaged; ends the message."""
+    return EXPORT_AGAIN if (folder / EXPORT_CONFIG).is_file() else WAY_OUT
+
+
+def check_marker(found: CheckpointInfo) -> None:
+    """Raises ValueError where the marker has not the content that was written."""
+    wanted = found.meta.get("checksum")  # none before there were any
+    if wanted is not None and (checksum := content_checksum(found.meta)) != wanted:
+        raise ValueError(
+            f"{_marker(found.path)} is damaged: its content has checksum {checksum}, expected {wanted} (after a change "
+            f'by hand, remove "checksum" there); {way_out(found.path)}'
+        )
+
+
 def _checked(found: CheckpointInfo) -> CheckpointInfo:
     """Raises ValueError where the marker lacks something, or the folder does not have what the marker says."""
-    meta = found.require(step=int, files=dict, tensors=dict)
+    meta, way = found.require(step=int, files=dict, tensors=dict), way_out(found.path)
     for name, entry in meta["files"].items():
         path = found.path / name
-        wanted = check_keys(entry, {"bytes": int}, f"files, {name} in {_marker(found.path)}", WAY_OUT)["bytes"]
+        wanted = check_keys(entry, {"bytes": int}, f"files, {name} in {_marker(found.path)}", way)["bytes"]
         size = path.stat().st_size if path.is_file() else None
         if size != wanted:
             what = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {what}, expected {wanted} bytes: {WAY_OUT}")
+            raise ValueError(f"{path} {what}, expected {wanted} bytes: {way}")
     for key, name in meta["tensors"].items():
         if not isinstance(name, str) or name not in meta["files"]:
-            raise ValueError(f"tensors, {key} in {_marker(found.path)} is {name!r}, expected one of files; {WAY_OUT}")
+            raise ValueError(f"tensors, {key} in {_marker(found.path)} is {name!r}, expected one of files; {way}")
     if "checksums" in meta:
         found.require(checksums=dict)
     return found
@@ -245,4 +267,4 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {WAY_OUT}") from error
+        raise ValueError(f"{path} cannot be read ({error}): {way_out(path.parent)}") from error

@@ -6,8 +6,9 @@ with its optimizer state are 20 s of one core, a save or a resume, divided among
 reading the files, which comes anyway. The weights alone (32 GB) cost load_model 6 s.
 """
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -31,6 +32,12 @@ def file_checksum(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def content_checksum(content: dict[str, Any]) -> str:
+    """Checksum of an object as JSON, whatever the order of its keys, without its own "checksum"."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return xxhash.xxh3_64(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -27,13 +27,17 @@ from common.errors import UsageError, run_command
 from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, share, write_complete
 from model.loading import stored_weights
 
+WRITTEN = ("format", "files", "tensors", "checksums", "checksum")  # by write_complete
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard_size: str = "5GB") -> None:
+def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard_size: str = "5GB") -> str:
     """Write the weights of `checkpoint`, in `dtype`, to the folder `output`; one tensor file holds at most shard_size.
 
     The folder is written aside and renamed: it is complete or not there.
+
+    Returns:
+        A line on what is there now.
 
     Raises:
         FileNotFoundError, ValueError: as model.checkpoint.resolve_checkpoint, or `output` cannot take an export.
@@ -54,12 +58,17 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard
             raise OSError(f"{output} cannot be written ({error})") from error
         for path in aside.glob("*.safetensors"):
             share(path)
-        meta = {key: value for key, value in found.meta.items() if key not in ("format", "files", "tensors")}
+        meta = {key: value for key, value in found.meta.items() if key not in WRITTEN}
         write_complete(aside, {**meta, "dtype": str(dtype).removeprefix("torch.")}, marker=EXPORT_CONFIG)
         aside.replace(output.resolve())
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    numbers, files = sum(map(torch.numel, weights.values())), list(output.iterdir())
+    return (
+        f"{output}: {numbers:,} weights of {found.path} (step {found.step}) in {str(dtype).removeprefix('torch.')}, "
+        f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:,.1f} MiB"
+    )
 
 
 def check_output(checkpoint: CheckpointInfo, output: Path) -> None:
@@ -82,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(given: list[str]) -> list[str]:
         options = _parser().parse_args(given)
-        export(options.checkpoint, options.output, DTYPES[options.dtype])
-        return []
+        return [export(options.checkpoint, options.output, DTYPES[options.dtype])]
 
     return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written")
 

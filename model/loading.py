@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.checkpoint import CHECKSUM, WAY_OUT, WEIGHT, CheckpointInfo, readable, resolve_checkpoint
+from model.checkpoint import CHECKSUM, WEIGHT, CheckpointInfo, check_marker, readable, resolve_checkpoint, way_out
 from model.checksums import Verify, file_checksum, is_finite, tensor_checksum
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -64,7 +64,7 @@ class StoredTensors(Mapping[str, Tensor]):
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         for key, name in self.files.items():
             if key not in shapes:
-                raise ValueError(f"{self.folder / name} has no tensor {key}: {WAY_OUT}")
+                raise ValueError(f"{self.folder / name} has no tensor {key}: {way_out(self.folder)}")
         return shapes
 
     def check(self, key: str, tensor: Tensor | None = None) -> None:
@@ -74,7 +74,8 @@ class StoredTensors(Mapping[str, Tensor]):
         found, wanted = tensor_checksum(self[key] if tensor is None else tensor), self.checksums[key]
         if found != wanted:
             raise ValueError(
-                f"{self.folder / self.files[key]} is damaged: {key} has checksum {found}, expected {wanted}; {WAY_OUT}"
+                f"{self.folder / self.files[key]} is damaged: {key} has checksum {found}, expected {wanted}; "
+                f"{way_out(self.folder)}"
             )
 
 
@@ -82,7 +83,8 @@ def check_file(checkpoint: CheckpointInfo, name: str) -> None:
     """Raises ValueError when a file without tensors has not the bytes that were written."""
     wanted = checkpoint.meta["files"][name].get(CHECKSUM)
     if wanted is not None and (found := file_checksum(checkpoint.path / name)) != wanted:
-        raise ValueError(f"{checkpoint.path / name} is damaged: it has checksum {found}, expected {wanted}; {WAY_OUT}")
+        where, way = checkpoint.path / name, way_out(checkpoint.path)
+        raise ValueError(f"{where} is damaged: it has checksum {found}, expected {wanted}; {way}")
 
 
 def stored_weights(checkpoint: CheckpointInfo, verify: Verify = "checksum") -> dict[str, Tensor]:
@@ -91,6 +93,8 @@ def stored_weights(checkpoint: CheckpointInfo, verify: Verify = "checksum") -> d
     Raises ValueError that names file and tensor: where one has not the bytes that were written, unless verify is
     "size", or holds numbers that are not finite.
     """
+    if verify == "checksum":
+        check_marker(checkpoint)
     stored, weights = StoredTensors(checkpoint), {}
     for key in stored:
         if not key.startswith(WEIGHT) and "/" in key:
@@ -127,19 +131,22 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", verify: Ver
     """
     found = resolve_checkpoint(path)
     config, tokenizer = found.architecture, found.tokenizer
+    training_length: int = found.require(sequence_length=int)["sequence_length"]
     weights = stored_weights(found, verify)
     with torch.device("meta"):
         model = Transformer(config)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{found.path}: weights do not fit the recorded model: {error}") from error
+        raise ValueError(
+            f"{found.path}: weights do not fit the recorded model: {error}; {way_out(found.path)}"
+        ) from error
     model.set_step(found.step)  # in the middle of annealing, alpha is what it was then
     return LoadedModel(
         model=model.to(device).eval(),
         config=config,
         step=found.step,
-        training_length=found.require(sequence_length=int)["sequence_length"],
+        training_length=training_length,
         tokenizer_path=tokenizer["path"],
         tokenizer_fingerprint=tokenizer["fingerprint"],
         path=found.path,

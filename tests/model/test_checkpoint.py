@@ -76,7 +76,7 @@ def test_one_from_before_checksums_loads(tmp_path) -> None:
     marker = save(tmp_path, 10, Transformer(CONFIG)) / "complete.json"
     meta = json.loads(marker.read_text())
     files = {name: {"bytes": entry["bytes"]} for name, entry in meta["files"].items()}
-    del meta["checksums"]
+    del meta["checksums"], meta["checksum"]
     marker.write_text(json.dumps({**meta, "files": files}))
     assert load_model(tmp_path).step == 10
 
@@ -96,6 +96,25 @@ def test_a_flipped_byte_is_named_by_file_and_tensor(tmp_path, exported) -> None:
     with pytest.raises(ValueError, match=rf"{state} is damaged: (weight/)?norm.weight has checksum \w+, expected \w+"):
         load_model(folder)
     assert load_model(folder, verify="size").step == 10
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("name", ["step", "checksums", "d_ff", "sequence_length", "path"])
+def test_a_flipped_bit_in_the_marker_is_named(tmp_path, exported, name) -> None:
+    folder = save(tmp_path, 10, Transformer(CONFIG))
+    if exported:
+        export(folder, tmp_path / "exported", torch.float32)
+        folder = tmp_path / "exported"
+    marker = folder / ("config.json" if exported else "complete.json")
+    content = bytearray(marker.read_bytes())
+    value = content.index(f'"{name}": '.encode()) + len(f'"{name}": ')
+    content[value + next(i for i, byte in enumerate(content[value:]) if chr(byte).isalnum())] ^= 4
+    marker.write_bytes(content)
+    way_out = "model.export" if exported else "its run stands for the one before"
+    with pytest.raises(ValueError, match=f"{marker} is damaged: its content has checksum .*{way_out}"):
+        load_model(folder)
+    with pytest.raises(ValueError, match=f"{marker} is damaged"):
+        export(folder, tmp_path / "new", torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

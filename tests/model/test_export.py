@@ -17,10 +17,14 @@ from tests.model.test_checkpoint import CONFIG, save
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_command_writes_what_load_model_reads(dtype: str, tmp_path: Path) -> None:
+def test_the_command_writes_what_load_model_reads(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, output = Transformer(CONFIG), tmp_path / "exported"
     save(tmp_path / "run", 10, model)
     assert main([str(tmp_path / "run"), str(output), "--dtype", dtype]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{output}: ") and f"step-00000010 (step 10) in {dtype}, 2 files, 0.0 MiB" in line
     wanted = {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
     written, loaded = load_file(output / "model.safetensors"), load_model(output)
     assert written.keys() == wanted.keys()

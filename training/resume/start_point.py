@@ -16,6 +16,7 @@ from model.checkpoint import (
     WAY_OUT,
     CheckpointInfo,
     UnknownFormat,
+    check_marker,
     list_checkpoints,
     move_aside,
     resolve_checkpoint,
@@ -223,6 +224,7 @@ def read_data_state(checkpoint: CheckpointInfo, name: str, verify: Verify = "che
     """
     path = checkpoint.path / TRAINER_STATE
     if verify == "checksum":
+        check_marker(checkpoint)
         check_file(checkpoint, TRAINER_STATE)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
