@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.bad_input.cases import TOO_LONG, Case, Place
 
-HUGE = "1" + "0" * 30
+HUGE = "1" + "0" * 15  # fits 64 bits
 
 
 def run(*options: str, of: tuple[str, ...] = ("{run}",)) -> list[str]:
@@ -260,7 +260,7 @@ CASES = [
     Case("length generalisation of a text model", lengths(), ["was not trained on a task", "use python -m eval.run"]),
     Case("length generalisation to no length", lengths("--lengths", ".nan"), ["lengths is [nan]: expected"]),
     Case("length generalisation without end", lengths("--lengths", ".inf"), ["lengths is [inf]: expected"]),
-    Case("length generalisation of any seed", lengths("--seed", HUGE), ["seed is 1000", "at most 9223372036854775807"]),
+    Case("length generalisation of any seed", lengths("--seed", "1" + "0" * 30), ["seed is 1000", "64 bits"]),
     Case("length generalisation for ever", lengths("--samples", HUGE), ["samples is 1000", "expected at most"]),
     Case("length generalisation of nothing", lengths("--samples", "0"), ["samples is 0: expected at least 1"]),
     Case(
