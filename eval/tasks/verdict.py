@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from eval.held_out.analysis import choose_baseline
-from eval.reporting.statistics import Interval
-from eval.reporting.verdict import Side, above, listed, sentence, standing
+from eval.reporting.verdict import Side, listed, sentence, standing
 from eval.tasks.study import Row, RunResult
 
 MOST_NAMED = 4
@@ -36,12 +35,12 @@ def _against(runs: Sequence[RunResult], rows: Sequence[Row], i: int, baseline: s
 def _chance(runs: Sequence[RunResult], rows: Sequence[Row], i: int) -> str:
     known = [(row, row.chance, row.scores[i].interval) for row in rows]
     found = [(row, chance, one) for row, chance, one in known if chance is not None and one is not None]
-    told = [(row, chance, one) for row, chance, one in found if one.low is not None]
+    told = [(row, chance, one.low) for row, chance, one in found if one.low is not None]
     if not found:
         return f"{runs[i].label} has no score whose chance is known"
     if not told:
         return f"{runs[i].label} has too few samples to tell its scores from chance"
-    names = [score_name(row) for row, chance, one in told if above(one, Interval(chance, chance, chance))]
+    names = [score_name(row) for row, chance, low in told if low > chance]
     return f"{runs[i].label} is above chance in {_counted(names, len(told))}"
 
 

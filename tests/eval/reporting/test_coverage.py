@@ -150,5 +150,5 @@ def test_every_interval_is_one_of_those_covered_here() -> None:
             assert "eval.reporting.quantiles" not in (module, *names), f"{path} makes intervals of its own"
             assert not {"NormalDist", "scipy"} & {module, *names}, f"{path} makes intervals of its own"
     assert imported == COVERED | {"Interval", "LEAST_UNITS"}
-    # the paper's figures, without ends; lowest and highest of several runs; chance, a point
-    assert makers == {"eval/length_generalisation/report.py": 2, "eval/tasks/verdict.py": 1}
+    # the paper's figures, without ends; lowest and highest of several runs
+    assert makers == {"eval/length_generalisation/report.py": 2}
