@@ -44,8 +44,9 @@ class StrictParsing:
         positional = {action.dest for action in self._actions if not action.option_strings}  # type: ignore[attr-defined]
         for key in empty_texts(given.as_dict()):
             if key not in self.may_be_empty:
-                name = key if key in positional else f"--{key}"
-                raise UsageError(f"{name} is empty: expected a path, a name or a value; leave it out if it has none")
+                if key in positional:
+                    raise UsageError(f"the argument {key} is empty: expected a path or a name")
+                raise UsageError(f"--{key} is empty: expected a path, a name or a value; leave it out if it has none")
         return given
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> jsonargparse.Namespace:

@@ -136,7 +136,11 @@ def test_another_class_has_its_own_arguments(given: list[str], wanted: dict[str,
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [(["--sources=[{path: ''}]"], "--sources.path"), (["a", " "], "runs"), (["--config=FILE"], "--sources.path")],
+    [
+        (["--sources=[{path: ''}]"], "--sources.path"),
+        (["a", " "], "the argument runs"),
+        (["--config=FILE"], "--sources.path"),
+    ],
 )
 def test_an_empty_text_is_refused(given: list[str], name: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("sources:\n- path: ''\n")

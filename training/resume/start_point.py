@@ -144,7 +144,7 @@ def _newest_whole(
                 if alone:
                     check_stored(StoredTensors(checkpoint))
             return checkpoint, damaged
-        except (ValueError, OSError) as error:  # also one that another rank has set aside meanwhile
+        except (ValueError, FileNotFoundError) as error:  # not found: another rank has set it aside meanwhile
             damaged.append((checkpoint.path, _without_way_out(error)))
     return None, damaged
 
