@@ -12,10 +12,10 @@ from kernels.common.key_lists import KEY_CHUNK, gather_rows, is_sparse, key_scor
 from kernels.common.tiles import (
     LENGTHS,
     add_position_bias,
-    append_tiles,
+    append_entries,
     head_offset,
     head_scales,
-    list_row_tiles,
+    list_row_entries,
     load_rows,
     query_task,
     store_rows,
@@ -23,7 +23,7 @@ from kernels.common.tiles import (
 
 
 @triton.jit
-def query_gradient_tiles(
+def add_query_gradients(
     q, do, p_k, p_v, stride_k, stride_v, p_list, list_step, first_step, last_step, n_inner, count, capacity,
     dq, entropy_sum, entropy_dp, slope_sum, slope_dp,
     tau, delta, z_scale, beta, slope, first, end, position, anchor, n_keys,
@@ -102,7 +102,7 @@ def entmax_backward_queries(
             whole_tiles = tl.load(p_sparse + i_tile) == 0
         n_inner, n_edge = 0, 0
         if whole_tiles:
-            n_inner, n_edge = list_row_tiles(
+            n_inner, n_edge = list_row_entries(
                 p_bits + i_tile * n_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
             )
 
@@ -122,12 +122,12 @@ def entmax_backward_queries(
         dq = tl.zeros([BM, BD], tl.float32)
         entropy_sum, entropy_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         slope_sum, slope_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
             q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, 0, n_inner * PARTS, 0, 0, capacity,
             dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position,
             0, n_keys, D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, False, STAGES,
         )  # fmt: skip
-        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
             q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, 0, n_edge * PARTS, 0, 0,
             capacity, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end,
             position, 0, n_keys, D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, False, STAGES,
@@ -135,19 +135,19 @@ def entmax_backward_queries(
         if KEYS:
             n_inner, n_edge = 0, 0
             if not whole_tiles:
-                n_inner, n_edge = list_row_tiles(
+                n_inner, n_edge = list_row_entries(
                     p_key_bits + i_tile * n_key_words, p_entries, tile_lo * BM, tile_hi * BM, inner_lo * BM,
                     inner_hi * BM, capacity * BM, KEY_CHUNK,
                 )  # fmt: skip
             whole, count = n_inner // STEP, n_inner + n_edge
             anchor = i_block * BM + tl.load(p_block + 4)
-            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
                 q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_entries, 1, 0, whole, n_inner, count,
                 capacity * BM, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope,
                 first, end, position, anchor, n_keys,
                 D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, True, STAGES,
             )  # fmt: skip
-            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = query_gradient_tiles(
+            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
                 q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_entries, 1, whole, tl.cdiv(count, STEP), n_inner,
                 count, capacity * BM, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta,
                 slope, first, end, position, anchor, n_keys,
@@ -160,6 +160,7 @@ def entmax_backward_queries(
             # taking out the weighted mean of dP makes the sum blind to rounding in delta: sum w (dP - delta) is 0
             mean_dp = slope_dp / tl.where(slope_sum > 0, slope_sum, 1.0)
             dalpha = beta * beta * tl.sum(entropy_dp - mean_dp * entropy_sum, 0)
+            dalpha = tl.where(tl.max((tau != tau).to(tl.int32), 0) > 0, float("nan"), dalpha)
             tl.store(p_dalpha + i_bh * n_blocks + i_block, dalpha)
         tl.debug_barrier()  # the next task overwrites the list
         task = tl.atomic_add(p_counter, 1)
@@ -181,7 +182,7 @@ def list_column_tiles(
         inner_lo = tl.load(p_blocks + i_block * FIELDS + 2, mask=live, other=0)
         inner_hi = tl.load(p_blocks + i_block * FIELDS + 3, mask=live, other=0)
         inner = (i_key_block >= inner_lo) & (i_key_block < inner_hi) & ((i_block + 1) * BM <= n_queries)
-        n_inner, n_edge = append_tiles(p_list, i_block, live, inner, n_inner, n_edge, capacity)
+        n_inner, n_edge = append_entries(p_list, i_block, live, inner, n_inner, n_edge, capacity)
         if KEYS:
             n_sparse += tl.sum(tl.load(p_sparse + i_block, mask=live, other=0).to(tl.int32), 0)
     tl.debug_barrier()
@@ -210,13 +211,13 @@ def list_column_queries(
         first = tl.load(p_first + row, mask=live, other=0)
         end = tl.load(p_end + row, mask=live, other=0)
         inner = (first <= i_key_block * BM) & (end >= (i_key_block + 1) * BM)
-        n_inner, n_edge = append_tiles(p_list, row, live, inner, n_inner, n_edge, capacity)
+        n_inner, n_edge = append_entries(p_list, row, live, inner, n_inner, n_edge, capacity)
     tl.debug_barrier()
     return n_inner, n_edge
 
 
 @triton.jit
-def key_gradient_tiles(
+def add_key_gradients(
     k, v, key, p_q, p_do, stride_q, stride_o, p_tau, p_delta, p_first, p_end, p_list, list_step, first_step, last_step,
     n_inner, count, capacity, dk, dv, broken,
     z_scale, beta, slope, offset, n_queries,
@@ -333,13 +334,13 @@ def entmax_backward_keys(
             alpha, beta, z_scale, slope = head_scales(p_alpha, p_slopes, i_head, scale, BIAS)
             o_q = head_offset(i_batch, i_head, stride_qb, stride_qh)
             o_o = head_offset(i_batch, i_head, stride_ob, stride_oh)
-            dk, dv, broken = key_gradient_tiles(
+            dk, dv, broken = add_key_gradients(
                 k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                 p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list, 1, 0, n_inner * PARTS, 0, 0,
                 capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS,
                 False, PRECISION, POWER, False, STAGES,
             )  # fmt: skip
-            dk, dv, broken = key_gradient_tiles(
+            dk, dv, broken = add_key_gradients(
                 k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                 p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_list + capacity - 1, -1, 0,
                 n_edge * PARTS, 0, 0, capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM,
@@ -347,13 +348,13 @@ def entmax_backward_keys(
             )  # fmt: skip
             if KEYS:
                 whole, count = inner_queries // STEP, inner_queries + edge_queries
-                dk, dv, broken = key_gradient_tiles(
+                dk, dv, broken = add_key_gradients(
                     k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                     p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_entries, 1, 0, whole, inner_queries,
                     count, query_capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP,
                     TRANSPOSED, BIAS, False, PRECISION, POWER, True, STAGES,
                 )  # fmt: skip
-                dk, dv, broken = key_gradient_tiles(
+                dk, dv, broken = add_key_gradients(
                     k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                     p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_entries, 1, whole,
                     tl.cdiv(count, STEP), inner_queries, count, query_capacity, dk, dv, broken, z_scale, beta, slope,

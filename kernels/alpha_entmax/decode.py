@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.alpha_entmax.launches import MAX_STEPS, TOLERANCE
-from kernels.alpha_entmax.scan import nan_maximum
 from kernels.alpha_entmax.threshold import newton_step, norm_and_slope, step_limit, support_power
 from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, padded_head_dim, strides, unit_stride
-from kernels.common.tiles import add_position_bias, head_offset, load_rows
+from kernels.common.tiles import add_position_bias, head_offset, load_rows, nan_maximum
 from kernels.common.tuning import launch_for, program_count
 from kernels.common.visibility import TILE
 

@@ -27,8 +27,9 @@ from kernels.common.visibility import TILE
 # 16 bits take the last step to first order; without gradients there is no such step, and float32 resolves more
 TOLERANCE = {"gradient": 0.05, "inference": 3e-3, "float32": 3e-4}
 MAX_STEPS = 20  # a bound only, for rows at the limit of float32
-# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they would
-# take more memory than dense FlashAttention, lists of tiles. Up to the other the mean document is too short to gain
+# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they take a
+# fifth of what else is kept at head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192
+# tokens gained nothing, shorter ones have not been timed
 LONGEST_KEY_LIST = 1 << 15
 SHORTEST_KEY_LIST = 4096
 
@@ -111,11 +112,27 @@ def forward_outputs(
     )
 
 
-def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Intervals, power: str) -> dict[str, Any]:
+def _shared(
+    q: Tensor,
+    k: Tensor,
+    alpha: Tensor,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    tau: Tensor,
+    bits: Tensor,
+    intervals: Intervals,
+    power: str,
+) -> dict[str, Any]:
+    """Arguments of every pass."""
     head_dim = q.shape[3]
     return dict(
         p_q=q,
         p_k=k,
+        p_alpha=alpha.contiguous(),
+        p_tau=tau,
+        p_bits=bits,
+        scale=scale,
+        n_words=tile_words(k.shape[2]),
         heads=q.shape[1],
         repeat=q.shape[1] // k.shape[1],
         n_queries=q.shape[2],
@@ -139,10 +156,11 @@ def _shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, intervals: Interv
 
 
 class _Forward:
-    """The three passes of a forward: scan, refine and sum run one after another."""
+    """The three passes of a forward: scan, refine and sum run one after another. shared: arguments of all of them."""
 
     def __init__(self, q: Tensor, k: Tensor, results: ForwardResults, shared: dict[str, Any]) -> None:
         self.q, self.k, self.results, self.shared = q, k, results, shared
+        self.stats = results.passes.numel() > 0
         self.keys = results.sparse.numel() > 0
         self.capacity = ceil_div(ceil_div(k.shape[2], TILE), 32) * 32  # tiles of a list
         self.last = torch.empty(2, *results.tau.shape, dtype=torch.float32, device=q.device)
@@ -160,19 +178,14 @@ class _Forward:
     def _flags(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.uint8, device=self.q.device)
 
-    def scan(self, alpha: Tensor, scale: float, skip_far: bool) -> None:
+    def scan(self, skip_far: bool) -> None:
         launch, n_programs, n_tasks = self._programs("scan")
         norms = torch.linalg.vector_norm(self.k, dim=-1, dtype=torch.float32).amax(-1) if skip_far else None
         entmax_scan[(n_programs,)](
-            p_alpha=alpha,
             p_key_norms=norms,
             p_flags=self._flags(n_programs * launch.tiles * self.capacity),
             p_counter=self.counters,
-            p_tau=self.results.tau,
-            p_bits=self.results.bits,
-            scale=scale,
             n_tasks=n_tasks,
-            n_words=tile_words(self.k.shape[2]),
             capacity=self.capacity,
             TILE=TILE,
             ROWS=launch.tiles * TILE,
@@ -185,78 +198,58 @@ class _Forward:
             **self.shared,
         )
 
-    def _lists(self, n_programs: int, tiles: int, keys: bool) -> dict[str, Tensor | None]:
-        """Space for the lists of every program."""
-        entries = self._empty(n_programs, tiles * TILE, dtype=torch.uint16) if keys else None
-        return dict(p_list=self._empty(n_programs, tiles), p_keys=entries)
-
-    def refine(self, alpha: Tensor, scale: float, tolerance: float, stats: bool) -> None:
-        launch, n_programs, n_tasks = self._programs("refine")
-        results, capacity = self.results, self.capacity
-        entmax_refine[(n_programs,)](
-            p_alpha=alpha,
-            p_flags=self._flags(n_programs * capacity),
-            **self._lists(n_programs, capacity, self.keys),
-            p_marks=self._empty(n_programs, capacity * MARK_WORDS.value if self.keys else capacity // 32 + 2),
-            p_counter=self.counters[1:],
-            p_tau=results.tau,
-            p_bits=results.bits,
-            p_key_bits=results.key_bits,
-            p_row_bits=results.row_bits,
-            p_sparse=results.sparse,
+    def _over_lists(self, name: str, counter: Tensor) -> tuple[int, dict[str, Any]]:
+        """Programs and arguments of a pass over what the scan marked."""
+        launch, n_programs, n_tasks = self._programs(name)
+        entries = n_programs * self.capacity * TILE if self.keys else 0
+        return n_programs, dict(
+            p_list=self._empty(n_programs, self.capacity),
+            p_keys=self._empty(entries, dtype=torch.uint16),
+            p_counter=counter,
+            p_key_bits=self.results.key_bits,
+            p_sparse=self.results.sparse,
             p_last=self.last,
             stride_last=self.last.stride(0),
-            p_passes=results.passes,
-            scale=scale,
-            tolerance=tolerance,
             n_tasks=n_tasks,
-            n_words=tile_words(self.k.shape[2]),
             n_key_words=key_words(self.k.shape[2]),
-            capacity=capacity,
+            capacity=self.capacity,
             BM=TILE,
-            MAX_STEPS=MAX_STEPS,
-            STATS=stats,
+            STATS=self.stats,
             KEYS=self.keys,
             STAGES=launch.stages,
             **launch.options,
             **self.shared,
         )
 
-    def sum(self, v: Tensor, alpha: Tensor, scale: float, gradient: bool, stats: bool) -> None:
-        launch, n_programs, n_tasks = self._programs("sum")
-        results, capacity = self.results, self.capacity
+    def refine(self, tolerance: float) -> None:
+        n_programs, arguments = self._over_lists("refine", self.counters[1:])
+        marks = self.capacity * MARK_WORDS.value if self.keys else self.capacity // 32 + 2
+        entmax_refine[(n_programs,)](
+            p_flags=self._flags(n_programs * self.capacity),
+            p_marks=self._empty(n_programs, marks),
+            p_row_bits=self.results.row_bits,
+            p_passes=self.results.passes,
+            tolerance=tolerance,
+            MAX_STEPS=MAX_STEPS,
+            **arguments,
+        )
+
+    def sum(self, v: Tensor, gradient: bool) -> None:
+        results = self.results
+        n_programs, arguments = self._over_lists("sum", self.counters[2:])
         entmax_sum[(n_programs,)](
             p_v=v,
-            p_alpha=alpha,
-            p_flags=self._flags(n_programs * capacity) if stats else None,
-            **self._lists(n_programs, capacity, self.keys),
-            p_marks=self._empty(n_programs, capacity // 32 + 2) if stats else None,
-            p_counter=self.counters[2:],
-            p_tau=results.tau,
-            p_bits=results.bits,
-            p_key_bits=results.key_bits,
-            p_sparse=results.sparse,
-            p_last=self.last,
-            stride_last=self.last.stride(0),
+            p_flags=self._flags(n_programs * self.capacity if self.stats else 0),
+            p_marks=self._empty(n_programs, self.capacity // 32 + 2 if self.stats else 0),
             p_out=results.out,
             p_slope_out=results.slope_out,
             p_support=results.support,
             p_live=results.live,
-            scale=scale,
-            n_tasks=n_tasks,
-            n_words=tile_words(self.k.shape[2]),
-            n_key_words=key_words(self.k.shape[2]),
-            capacity=capacity,
-            BM=TILE,
             GRADIENT=gradient,
-            STATS=stats,
-            KEYS=self.keys,
-            STAGES=launch.stages,
-            **launch.options,
             **strides("v", v),
             **strides("o", results.out),
             **strides("s", results.slope_out if gradient else results.out),
-            **self.shared,
+            **arguments,
         )
 
 
@@ -290,15 +283,14 @@ def forward(
         results.tau.fill_(torch.inf)
         return outputs
     intervals = Intervals(results.rows, results.blocks)
-    shared = _shared(q, k, alibi_slopes, intervals, power)
+    shared = _shared(q, k, alpha, scale, alibi_slopes, results.tau, results.bits, intervals, power)
     passes = _Forward(q, k, results, shared)
-    alpha = alpha.contiguous()
     exact = stats or q.dtype == torch.float32
     with on_device(q):
         write_intervals(intervals, k.shape[2], causal, cu_seqlens, kv_lens, window)
-        passes.scan(alpha, scale, skip_far and alibi_slopes is not None)
-        passes.refine(alpha, scale, TOLERANCE["float32" if exact else "gradient" if gradient else "inference"], stats)
-        passes.sum(v, alpha, scale, gradient, stats)
+        passes.scan(skip_far and alibi_slopes is not None)
+        passes.refine(TOLERANCE["float32" if exact else "gradient" if gradient else "inference"])
+        passes.sum(v, gradient)
     return outputs
 
 
@@ -329,7 +321,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(alpha)
     batch, heads, n_queries, _ = q.shape
     keys = row_bits.numel() > 0
-    shared = _shared(q, k, alibi_slopes, Intervals(rows, blocks), power)
+    shared = _shared(q, k, alpha, scale, alibi_slopes, tau, bits, Intervals(rows, blocks), power)
     n_blocks, n_key_blocks = shared["n_blocks"], ceil_div(k.shape[2], TILE)
     delta = torch.empty_like(tau)
     dalpha = tau.new_empty((batch, heads, n_blocks) if with_dalpha else 0)
@@ -337,12 +329,7 @@ def backward(
     same = dict(
         p_v=v,
         p_do=grad,
-        p_tau=tau,
         p_delta=delta,
-        p_alpha=alpha.contiguous(),
-        p_bits=bits,
-        scale=scale,
-        n_words=bits.shape[3],
         KEYS=keys,
         BM=TILE,
         **strides("v", v),

@@ -14,7 +14,6 @@ from kernels.alpha_entmax.threshold import (
 )
 from kernels.common.key_lists import (
     FIRST_TILES,
-    KEY_CHUNK,
     MARK_WORDS,
     fill_rows,
     is_sparse,
@@ -31,7 +30,7 @@ from kernels.common.tiles import (
     head_offset,
     head_scales,
     keep_marked,
-    list_row_tiles,
+    list_row_entries,
     listed_scores,
     load_rows,
     mark_listed,
@@ -231,7 +230,7 @@ def entmax_refine(
         tau = tl.load(p_tau + o_bh + row, mask=inside, other=float("inf"))  # [BM]
         i_tile = i_bh.to(tl.int64) * n_blocks + i_block
         p_words = p_bits + i_tile * n_words
-        n_inner, n_edge = list_row_tiles(
+        n_inner, n_edge = list_row_entries(
             p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
         )  # fmt: skip
         largest = step_limit(alpha, tolerance)
@@ -251,7 +250,7 @@ def entmax_refine(
                     row, inside, position, n_queries, n_keys, D, BD, BM, BIAS, False, PRECISION, STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()  # all warps have written their marks and row bits
-                count += write_key_bits(p_marks, p_list, 1, marked, goal, p_key_words, LIST_CHUNK // 4)
+                count += write_key_bits(p_marks, p_list, 1, marked, goal, p_key_words)
                 marked, goal = goal, tl.where(is_sparse(count, goal), n_inner, goal)
             n_edge_marked = tl.where(marked < n_inner, 0, n_edge)
             mark_tiles(
@@ -259,12 +258,12 @@ def entmax_refine(
                 end, row, inside, position, n_queries, n_keys, D, BD, BM, BIAS, True, PRECISION, STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # all warps have written their marks
-            count += write_key_bits(p_edge_marks, p_edges, -1, 0, n_edge_marked, p_key_words, LIST_CHUNK // 16)
+            count += write_key_bits(p_edge_marks, p_edges, -1, 0, n_edge_marked, p_key_words)
             sparse = is_sparse(count, marked + n_edge_marked)
             tl.store(p_sparse + i_tile, sparse.to(tl.uint8))
             if sparse:
                 inner_keys, edge_keys = list_keys_of_tiles(
-                    p_key_words, p_list, capacity, p_keys, n_inner, n_edge, n_keys, capacity * BM, KEY_CHUNK
+                    p_key_words, p_list, capacity, p_keys, n_inner, n_edge, n_keys, capacity * BM
                 )
                 tau, step, norm_slope = refine_over_keys(
                     q, p_k_head, stride_kt, p_keys, inner_keys, edge_keys, capacity * BM, tau, alpha, beta, z_scale,

@@ -11,7 +11,7 @@ from kernels.common.tiles import (
     head_offset,
     head_scales,
     keep_marked,
-    list_row_tiles,
+    list_row_entries,
     listed_scores,
     load_rows,
     mark_listed,
@@ -136,7 +136,7 @@ def entmax_sum(
         if KEYS:
             whole_tiles = tl.load(p_sparse + i_tile) == 0
             if not whole_tiles:
-                n_inner, n_edge = list_row_tiles(
+                n_inner, n_edge = list_row_entries(
                     p_key_bits + i_tile * n_key_words, p_keys, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM,
                     capacity * BM, KEY_CHUNK,
                 )  # fmt: skip
@@ -154,7 +154,7 @@ def entmax_sum(
                 )  # fmt: skip
         n_inner, n_edge = 0, 0
         if whole_tiles:
-            n_inner, n_edge = list_row_tiles(
+            n_inner, n_edge = list_row_entries(
                 p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
             )  # fmt: skip
         p_edge_marks = p_marks

@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.alpha_entmax.scan import nan_maximum
-from kernels.common.tiles import bit_or, load_rows, tile_scores
+from kernels.common.tiles import bit_or, load_rows, nan_maximum, tile_scores
 
 
 @triton.jit

@@ -1,17 +1,18 @@
 """Lists of single keys (and, in the pass over keys, of single queries) in place of tiles.
 
 A trained model spreads its weights: most tiles hold a pair with weight, while few of their keys have weight for any of
-the tile's 64 queries. So passes after the first refinement go over those keys alone, 64 of a list at a time, wherever
-they stand. Lists are two-ended, as those of tiles: inner entries from the front, edges from the back; entry i of one
-counts edges after inner ones.
+the tile's 64 queries. So passes after the scan go over those keys alone, 64 of a list at a time, wherever they stand.
+Lists are two-ended, as those of tiles: inner entries from the front, edges from the back; entry i of one counts edges
+after inner ones.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.common.tiles import add_position_bias, append_tiles, bit_or, nan_maximum
+from kernels.common.tiles import add_position_bias, append_entries, bit_or, nan_maximum
 
 KEY_CHUNK = tl.constexpr(4096)  # keys examined at once when a list is built
+MARKED_TILES = tl.constexpr(128)  # tiles whose marks become key bits at once
 FIRST_TILES = tl.constexpr(32)  # tiles of a list after which marking stops if most of their keys are marked
 MARK_WORDS = tl.constexpr(16)  # int32 of marks for 64 entries: four lanes of each of four warps hold 16 bits
 
@@ -78,13 +79,13 @@ def bit_count(word):
 
 
 @triton.jit
-def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words, CHUNK: tl.constexpr):
+def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words):
     """Writes the marks of listed tiles [first, n_tiles) as two words of key bits a tile. Returns how many keys are
     marked."""
     lane = tl.arange(0, 4)[None, :]
     count = 0
-    for start in range(first, n_tiles, CHUNK):
-        n = start + tl.arange(0, CHUNK)
+    for start in range(first, n_tiles, MARKED_TILES):
+        n = start + tl.arange(0, MARKED_TILES)
         inside = n < n_tiles
         tile = tl.load(p_tiles + n * tile_step, mask=inside, other=0)
         p = p_marks + n[:, None] * MARK_WORDS + lane
@@ -101,9 +102,9 @@ def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words, CHUNK: 
 
 
 @triton.jit
-def keys_of_tiles(p_words, p_tiles, tile_step, n_tiles, start, n_keys, CHUNK: tl.constexpr):
-    """CHUNK keys of listed tiles, and which of them have their bit."""
-    i = start + tl.arange(0, CHUNK)
+def keys_of_tiles(p_words, p_tiles, tile_step, n_tiles, start, n_keys):
+    """KEY_CHUNK keys of listed tiles, and which of them have their bit."""
+    i = start + tl.arange(0, KEY_CHUNK)
     inside = i < n_tiles * 64
     key = tl.load(p_tiles + i // 64 * tile_step, mask=inside, other=0) * 64 + i % 64
     word = tl.load(p_words + key // 32, mask=inside, other=0)
@@ -111,24 +112,25 @@ def keys_of_tiles(p_words, p_tiles, tile_step, n_tiles, start, n_keys, CHUNK: tl
 
 
 @triton.jit
-def list_keys_of_tiles(p_words, p_tiles, tiles, p_list, n_tiles, n_edge_tiles, n_keys, capacity, CHUNK: tl.constexpr):
+def list_keys_of_tiles(p_words, p_tiles, tiles, p_list, n_tiles, n_edge_tiles, n_keys, capacity):
     """The list of the keys with a bit in a list of tiles (of capacity `tiles`). Returns how many are inner, how many
     edges."""
     tl.debug_barrier()  # all warps have written their bits
     n_inner, n_edge = 0, 0
-    for start in range(0, n_tiles * 64, CHUNK):
-        key, live = keys_of_tiles(p_words, p_tiles, 1, n_tiles, start, n_keys, CHUNK)
-        n_inner, n_edge = append_tiles(p_list, key, live, live, n_inner, n_edge, capacity)
-    for start in range(0, n_edge_tiles * 64, CHUNK):
-        key, live = keys_of_tiles(p_words, p_tiles + tiles - 1, -1, n_edge_tiles, start, n_keys, CHUNK)
-        n_inner, n_edge = append_tiles(p_list, key, live, key < 0, n_inner, n_edge, capacity)
+    for start in range(0, n_tiles * 64, KEY_CHUNK):
+        key, live = keys_of_tiles(p_words, p_tiles, 1, n_tiles, start, n_keys)
+        n_inner, n_edge = append_entries(p_list, key, live, live, n_inner, n_edge, capacity)
+    for start in range(0, n_edge_tiles * 64, KEY_CHUNK):
+        key, live = keys_of_tiles(p_words, p_tiles + tiles - 1, -1, n_edge_tiles, start, n_keys)
+        n_inner, n_edge = append_entries(p_list, key, live, key < 0, n_inner, n_edge, capacity)  # none is inner
     tl.debug_barrier()
     return n_inner, n_edge
 
 
 @triton.jit
 def is_sparse(count, n_tiles):
-    """Whether `count` single entries are so few of the tiles' that gathering them is faster than whole tiles."""
+    """Whether `count` single entries are under 70 % of the tiles'. With all keys live, on an H100 at head dim 64,
+    passes that gather took 1.15 to 1.4 times as long as those over tiles."""
     return count * 10 < n_tiles * (7 * 64)
 
 

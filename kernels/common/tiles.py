@@ -207,8 +207,9 @@ def add_position_bias(x, query_position, key, anchor, slope):
 
 
 @triton.jit
-def append_tiles(p_list, index, live, inner, n_inner, n_edge, capacity):
-    """Appends the live ones of `index` to a list: inner tiles from its front, edges from its back."""
+def append_entries(p_list, index, live, inner, n_inner, n_edge, capacity):
+    """Appends the live ones of `index` (tiles, or single keys or queries) to a list: inner ones from its front, edges
+    from its back."""
     count = (live & inner).to(tl.int32) + ((live & ~inner).to(tl.int32) << 16)
     before = tl.cumsum(count, 0) - count
     slot = tl.where(inner, n_inner + (before & 0xFFFF), capacity - 1 - n_edge - (before >> 16))
@@ -218,15 +219,16 @@ def append_tiles(p_list, index, live, inner, n_inner, n_edge, capacity):
 
 
 @triton.jit
-def list_row_tiles(p_bits, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, CHUNK: tl.constexpr):
-    """Lists the live key tiles of one query tile from its bit mask. Returns how many are inner, how many edges."""
+def list_row_entries(p_bits, p_list, lo, hi, inner_lo, inner_hi, capacity, CHUNK: tl.constexpr):
+    """Lists the live key tiles (or single keys) of one query tile, of [lo, hi), from its bit mask. Returns how many are
+    inner, how many edges."""
     n_inner, n_edge = 0, 0
-    for start in range(tile_lo, tile_hi, CHUNK):
-        tile = start + tl.arange(0, CHUNK)
-        word = tl.load(p_bits + tile // 32, mask=tile < tile_hi, other=0)
-        live = ((word >> (tile % 32)) & 1) != 0
-        inner = (tile >= inner_lo) & (tile < inner_hi)
-        n_inner, n_edge = append_tiles(p_list, tile, live & (tile < tile_hi), inner, n_inner, n_edge, capacity)
+    for start in range(lo, hi, CHUNK):
+        entry = start + tl.arange(0, CHUNK)
+        word = tl.load(p_bits + entry // 32, mask=entry < hi, other=0)
+        live = ((word >> (entry % 32)) & 1) != 0
+        inner = (entry >= inner_lo) & (entry < inner_hi)
+        n_inner, n_edge = append_entries(p_list, entry, live & (entry < hi), inner, n_inner, n_edge, capacity)
     tl.debug_barrier()  # the whole program reads the list next
     return n_inner, n_edge
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import kernels.alpha_entmax.launches
 from kernels import entmax_attention
 from tests.kernels.conftest import CASES, HEADS, SLOPES, Case
 from tests.kernels.helpers import (
@@ -179,6 +180,16 @@ def test_what_is_not_finite_spoils_the_rows_that_see_it(change: str, alpha: floa
         slack = slack * weight.norm(dim=-1).max() * k.norm(dim=-1).max() / 4  # ds = w (dP - delta), scale 1 / 4
         assert ((dq - expected[1])[:, :, ~spoiled].abs() <= slack).all()
         assert dk[:, :, 128:].isfinite().all() and dv[:, :, 128:].isfinite().all()
+
+
+@pytest.mark.parametrize("longest", [0, 1 << 15], ids=["tiles", "keys"])
+def test_alpha_has_a_gradient_of_nan_where_a_score_is_nan(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.alpha_entmax.launches, "LONGEST_KEY_LIST", longest)
+    q, k, v, weight = (x.detach() for x in draw_qkv(2, 2, 70, 70))
+    expected = compute((q, k, v, weight), per_head(1.4, 2), "triton")[4]
+    q[:, 0, 66, 3] = torch.nan
+    found = compute((q, k, v, weight), per_head(1.4, 2), "triton")[4]
+    assert found[0].isnan() and found[1] == expected[1]
 
 
 @pytest.mark.parametrize("value", [-1e30, -math.inf])
