@@ -4,6 +4,7 @@ is taken whole."""
 
 import math
 import os
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -39,9 +40,14 @@ class StrictParsing:
         defaults: bool = True,
         **kwargs: Any,
     ) -> jsonargparse.Namespace:
-        """Raises UsageError where a text is empty: as a path, it would be the folder that the command runs in."""
-        given: jsonargparse.Namespace = super().parse_args(args, namespace, env, defaults, **kwargs)  # type: ignore[misc]
+        """Raises UsageError that says what to do; also where a text is empty, which as a path would be the folder that
+        the command runs in."""
         positional = {action.dest for action in self._actions if not action.option_strings}  # type: ignore[attr-defined]
+        try:
+            given: jsonargparse.Namespace = super().parse_args(args, namespace, env, defaults, **kwargs)  # type: ignore[misc]
+        except (ArgumentError, UsageError) as error:
+            options = [name for action in self._actions for name in action.option_strings]  # type: ignore[attr-defined]
+            raise UsageError(with_what_to_do(str(error), options, positional)) from error
         for key in empty_texts(given.as_dict()):
             if key not in self.may_be_empty:
                 if key in positional:
@@ -85,6 +91,34 @@ class StrictParsing:
                     "all)"
                 )
             check_numbers_fit(name, value)
+
+
+REQUIRED = re.compile(
+    r"""(?s)(?:Parser key "(?P<key>[^"]+)".*)?the following arguments are required: (?P<names>[^\s,]+(, [^\s,]+)*)"""
+)
+UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
+
+
+def with_what_to_do(message: str, options: Sequence[str], positional: Iterable[str]) -> str:
+    """A message of a parser, with what to give where something is missing, the option that is nearest to an unknown
+    one, and how all are listed.
+
+    Args:
+        options: of the command, with their dashes.
+        positional: names of its arguments that are no options.
+    """
+    if found := REQUIRED.search(message):
+        key, names = found["key"], found["names"].split(", ")
+        if key:
+            wanted = " and ".join(f"{key}.{name}" for name in names)
+            told = f"{key} lacks {' and '.join(names)}, which it needs: give {wanted}"
+        else:
+            missing = " and ".join(name if name in positional else f"--{name}" for name in names)
+            told = f"{missing} {'is' if len(names) == 1 else 'are'} needed: expected a value, none was given; add it"
+        message = message[: found.start()] + told  # behind the name of a file, if one is at fault
+    elif (unknown := UNKNOWN.match(message)) and (near := get_close_matches(unknown[1], options, n=1)):
+        message = f"{message}; the nearest option is {near[0]}"
+    return message if "--help" in message else f"{message} (--help lists all options)"
 
 
 def _leaves(values: Any, groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,17 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raises an OSError of the block with the name of the file: one of reading has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -55,9 +66,11 @@ def read_json(path: Path, way_out: str, keys: Mapping[str, type | tuple[type, ..
 
     Raises:
         FileNotFoundError, ValueError: it is missing, no JSON object, or lacks a key or holds another type there.
+        OSError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes())
+        with naming(path):
+            content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist; {way_out}") from error
     except (ValueError, RecursionError) as error:

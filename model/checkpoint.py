@@ -42,6 +42,10 @@ class DamagedCheckpoint(ValueError):
     """It has been complete, and is not what it was."""
 
 
+class Unreadable(OSError):
+    """The system refuses to read a file of it, which may be whole."""
+
+
 class UnknownFormat(ValueError):
     """Its marker is that of another version of this code."""
 
@@ -263,8 +267,22 @@ def resolve_checkpoint(path: str | Path) -> CheckpointInfo:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raises ValueError for a tensor file that cannot be read."""
+    """Around reading a file: raises ValueError where its content is not what it should be or it is gone, Unreadable
+    where the system refuses."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}): {way_out(path.parent)}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError):  # safetensors says so of every file that it cannot open
+            try:
+                open(path, "rb").close()
+            except FileNotFoundError:
+                raise ValueError(f"{path} is missing: {way_out(path.parent)}") from error
+            except OSError as refused:
+                reason = refused.strerror
+        raise Unreadable(
+            f"{path} cannot be read ({reason}), and may be whole: look at the disk or the permissions, then "
+            "run the same command again"
+        ) from error

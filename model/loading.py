@@ -35,7 +35,7 @@ class LoadedModel:
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint by key, on the CPU, mapped into memory: only what is used is read.
 
-    Raises ValueError when a file is damaged.
+    Raises ValueError when a file is damaged, Unreadable when the system refuses to read it.
     """
 
     def __init__(self, checkpoint: CheckpointInfo) -> None:
@@ -80,11 +80,15 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def check_file(checkpoint: CheckpointInfo, name: str) -> None:
-    """Raises ValueError when a file without tensors has not the bytes that were written."""
-    wanted = checkpoint.meta["files"][name].get(CHECKSUM)
-    if wanted is not None and (found := file_checksum(checkpoint.path / name)) != wanted:
-        where, way = checkpoint.path / name, way_out(checkpoint.path)
-        raise ValueError(f"{where} is damaged: it has checksum {found}, expected {wanted}; {way}")
+    """Raises ValueError when a file without tensors has not the bytes that were written, Unreadable when the system
+    refuses to read it."""
+    where, wanted = checkpoint.path / name, checkpoint.meta["files"][name].get(CHECKSUM)
+    if wanted is None:
+        return
+    with readable(where):
+        found = file_checksum(where)
+    if found != wanted:
+        raise ValueError(f"{where} is damaged: it has checksum {found}, expected {wanted}; {way_out(checkpoint.path)}")
 
 
 def stored_weights(checkpoint: CheckpointInfo, verify: Verify = "checksum") -> dict[str, Tensor]:

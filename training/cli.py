@@ -100,7 +100,7 @@ class OneLineParser(StrictParsing, LightningArgumentParser):  # type: ignore[mis
     """Raises instead of printing its usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(f"{shortened(message)} (python train.py --help lists all options)") from ex
+        raise UsageError(shortened(message)) from ex
 
 
 class TrainingCLI(LightningCLI):

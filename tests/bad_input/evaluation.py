@@ -144,7 +144,9 @@ CASES = [
     Case("a mode of wandb", run("--wandb.mode", "on"), ["wandb.mode", "on"]),
     Case("a checkpoint without tokenizer", run(), ["complete.json", "lacks 'tokenizer'"], remove_marker_key),
     *(Case(f"nothing given, {number}", command, ["is empty: expected a path"]) for number, command in enumerate(EMPTY)),
-    Case("generate without a checkpoint", ["-m", "eval.generate", "--prompt", "a"], ["checkpoint", "required"]),
+    Case(
+        "generate without a checkpoint", ["-m", "eval.generate", "--prompt", "a"], ["--checkpoint is needed", "add it"]
+    ),
     Case("generate from no run", generate("--checkpoint", "{tmp}/none"), ["{tmp}/none"]),
     Case("generate from nothing", from_file(), ["either --prompt or --prompt_file"]),
     Case("generate from two prompts", generate("--prompt_file", "{tiny}"), ["either --prompt or --prompt_file"]),

@@ -83,7 +83,7 @@ FILES = {
 CALLBACKS = ("ModelCheckpoint", "GradientAccumulationScheduler", "SpikeDetection", "StochasticWeightAveraging")
 
 CASES = [
-    Case("no options", ["train.py"], ["run_dir", "required"]),
+    Case("no options", ["train.py"], ["--run_dir is needed", "add it"]),
     Case("misspelt option", train("--model.network.n_layerz", "2"), ["model.network.n_layerz"]),
     Case("a word for a number", train("--model.network.n_layers", "three"), ["n_layers", "three"]),
     Case("no config there", train("--config", "{tmp}/none.yaml"), ["{tmp}/none.yaml"]),
@@ -129,7 +129,8 @@ CASES = [
          environment={"NETRC": "/nowhere/netrc"}),
     Case("run_dir empty", ["train.py", "--config", "{tiny}", "--run_dir", ""], ["--run_dir is empty"]),
     Case("init_from empty", train("--init_from", ""), ["--init_from is empty"]),
-    Case("a source without its path", train("--data.sources", "[{weight: 2}]"), ["data.sources", "required: path"]),
+    Case("a source without its path", train("--data.sources", "[{weight: 2}]"),
+         ["data.sources lacks path", "give data.sources.path"]),
     Case("a task without end",
          train("--data.sources=[]", "--data.task.name=reverse", "--data.task.max_length=1000000000000"),
          ["max_length are 32 and 1000000000000", "<= 16777216"]),

@@ -1,5 +1,5 @@
 """Parsers of the commands: errors of a config file name it, a key that is there twice and an empty text are refused,
-and what is given whole takes nothing from an earlier file."""
+what is given whole takes nothing from an earlier file, and messages say what to do."""
 
 from argparse import ArgumentError
 from dataclasses import dataclass
@@ -20,6 +20,11 @@ class Optimizer:
 class Faster(Optimizer):
     def __init__(self, lr: float = 0.2, beta: float = 0.9) -> None:
         super().__init__(lr)
+
+
+class Reader:
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
 
 
 @dataclass
@@ -147,3 +152,27 @@ def test_an_empty_text_is_refused(given: list[str], name: str, tmp_path: Path) -
     with pytest.raises(UsageError, match=f"^{name} is empty: expected a path"):
         parser().parse_args([one.replace("FILE", str(tmp_path / "a.yaml")) for one in given])
     assert parser().parse_args(["--prompt="]).prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "^runs and --data are needed: expected a value, none was given; add it"),
+        (["a"], "^--data is needed: expected a value, none was given; add it"),
+        (["a", "--data=b", "--sources=[{weight: 2}]"], "^sources lacks path, which it needs: give sources.path"),
+        (["a", "--data=b", "--reader=OURS.Reader"], "^reader lacks paths, which it needs: give reader.paths"),
+        (["a", "--data=b", "--stepz=3"], "^unrecognized arguments: --stepz=3; the nearest option is --steps"),
+        (["a", "--data=b", "--steps=many"], "(?s)steps.*int.*many"),
+        (["a", "--data=b", "--steps"], "^argument --steps: expected one argument"),
+    ],
+)
+def test_what_is_missing_or_unknown_is_told_with_what_to_do(given: list[str], message: str) -> None:
+    made = CommandParser(prog="x")
+    made.add_argument("runs", type=str, nargs="+")
+    made.add_argument("--data", type=str, required=True)
+    made.add_argument("--steps", type=int, default=1)
+    made.add_argument("--sources", type=list[Source], default=[])
+    made.add_argument("--reader", type=Reader)
+    with pytest.raises(UsageError, match=message) as caught:
+        made.parse_args([one.replace("OURS", __name__) for one in given])
+    assert str(caught.value).count("(--help lists all options)") == 1

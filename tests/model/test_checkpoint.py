@@ -3,9 +3,17 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model.checkpoint import checkpoint_folder, find_checkpoints, resolve_checkpoint, write_complete
+from model.checkpoint import (
+    Unreadable,
+    checkpoint_folder,
+    find_checkpoints,
+    readable,
+    resolve_checkpoint,
+    write_complete,
+)
 from model.config import ModelConfig
 from model.export import export
 from model.loading import load_model
@@ -162,6 +170,18 @@ def test_a_damaged_file_is_named(tmp_path) -> None:
     state.write_bytes(b"\xff" * state.stat().st_size)
     with pytest.raises(ValueError, match="state-00000.safetensors cannot be read .*: choose another checkpoint"):
         load_model(folder)
+
+
+def test_what_cannot_be_opened_is_told_apart_from_what_is_gone(tmp_path) -> None:
+    path = tmp_path / "state-00000.safetensors"
+    with pytest.raises(ValueError, match=f"{path} is missing: choose another checkpoint"), readable(path):
+        safe_open(path, framework="pt")
+    path.symlink_to(path)  # safetensors says of this, too, that there is no such file
+    with (
+        pytest.raises(Unreadable, match=f"{path} cannot be read .Too many levels .*same command again"),
+        readable(path),
+    ):
+        safe_open(path, framework="pt")
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common.errors import error_line
 from common.files import flush
-from model.checkpoint import STATE_FILE, WEIGHT, share
+from model.checkpoint import STATE_FILE, WEIGHT, Unreadable, share
 from model.checksums import is_finite, tensor_checksum
 from model.loading import StoredTensors
 
@@ -192,20 +192,22 @@ def not_finite(state: TrainingState) -> str | None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Reading that must succeed on all ranks, which wait for each other at the end: raises ValueError on all of them
-    with the message of the first one where it failed."""
+    """Reading that must succeed on all ranks, which wait for each other at the end: raises on all of them, with the
+    message of the first one where it failed, Unreadable where the system refused there and ValueError otherwise."""
     failure: Exception | None = None
     try:
         yield
     except (ValueError, OSError) as error:
         failure = error
-    for message in gather_objects(error_line(failure) if failure else None):
-        if message is not None:
-            raise ValueError(message) from failure
+    kind = Unreadable if isinstance(failure, OSError) else ValueError
+    for found in gather_objects((kind, error_line(failure)) if failure else None):
+        if found is not None:
+            raise found[0](found[1]) from failure
 
 
 def check_stored(stored: StoredTensors) -> None:
-    """Raises ValueError on all ranks when a tensor has not the bytes that were written; each reads its share."""
+    """Raises, on all ranks, ValueError when a tensor has not the bytes that were written and Unreadable when it cannot
+    be read; each reads its share."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     plan = plan_files(stored.shapes() if stored.checksums else {}, world_size)
     with together():

@@ -9,7 +9,7 @@ import torch
 
 from common.errors import error_line
 from common.exits import INTERRUPTED
-from common.files import check_keys
+from common.files import check_keys, naming
 from common.nested import flatten
 from model.checkpoint import (
     TRAINER_STATE,
@@ -84,6 +84,7 @@ def choose_start(run_dir: Path, resume: str, verify: Verify = "size", *, alone: 
         ValueError: the run would mix with checkpoints that are already in run_dir, all of run_dir's are damaged, its
             newest is of another format, or PATH is not complete.
         FileNotFoundError: PATH does not exist or holds no complete checkpoint.
+        OSError: a file cannot be read, which says nothing about what it holds.
     """
     found = list_checkpoints(run_dir)
     newest, lost = found.newest, found.lost
@@ -155,6 +156,7 @@ def check_start(start: StartPoint, run_dir: Path) -> None:
 
     Raises:
         ValueError: on all ranks, when one is damaged.
+        Unreadable: on all ranks, when one cannot be read; it stays where it is.
         SystemExit: instead, where --resume auto has found it and there is one before: it is set aside, and the same
             command goes on from that one. What the ranks have done since they chose is not undone in this process.
     """
@@ -227,7 +229,8 @@ def read_data_state(checkpoint: CheckpointInfo, name: str, verify: Verify = "che
         check_marker(checkpoint)
         check_file(checkpoint, TRAINER_STATE)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with naming(path):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {WAY_OUT}") from error
     kinds = {name: dict, "global_step": int, "loops": dict, "lr_schedulers": list, "optimizer_steps": dict}

@@ -1,15 +1,20 @@
 """Choosing, comparing, keeping and surviving checkpoints."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from common.errors import error_line
 from model.checkpoint import (
     EXPORT_CONFIG,
     MARKER,
@@ -107,6 +112,37 @@ def test_damaged_ones_are_never_removed(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"stays as step-00000015.replaced-{number}" in capsys.readouterr().err
         make_checkpoint(tmp_path, 15)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 5
+
+
+REFUSED = OSError(errno.EIO, os.strerror(errno.EIO))  # of a read, which names no file
+
+
+def refused(*_: object, **__: object) -> NoReturn:
+    raise REFUSED
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("pathlib.Path.read_bytes", MARKER),
+        ("model.loading.file_checksum", TRAINER_STATE),
+        ("model.loading.safe_open", "state-00000.safetensors"),
+    ],
+)
+def test_what_cannot_be_read_is_not_called_damaged_and_stays(
+    place: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10):
+        folder = make_checkpoint(tmp_path, step, complete=False)
+        save_file({"weight/a": torch.zeros(3)}, folder / "state-00000.safetensors")
+        mark(folder, {"step": step, "samples": 4 * step, "tokens": 64 * step})
+    assert choose_start(tmp_path, "auto", "checksum").step == 10
+    monkeypatch.setattr(place, refused)
+    with pytest.raises(OSError) as caught:
+        choose_start(tmp_path, "auto", "checksum")
+    line = error_line(caught.value)
+    assert f"/{name}" in line and "Input/output error" in line and "is damaged" not in line
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
 
 
 def test_names_that_are_not_ours_stay(tmp_path: Path) -> None:

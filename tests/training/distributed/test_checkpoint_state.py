@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.checkpoint import Unreadable
 from training.distributed.checkpoint_state import (
     Fragment,
     SaveError,
@@ -14,6 +15,7 @@ from training.distributed.checkpoint_state import (
     agreement,
     plan_files,
     read_state,
+    together,
     write_state,
 )
 
@@ -62,3 +64,12 @@ def test_a_folder_that_is_not_there_is_a_save_error(tmp_path: Path) -> None:
 def test_other_errors_are_not_save_errors() -> None:
     with pytest.raises(ZeroDivisionError), agreement():
         _ = 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(OSError(5, "Input/output error", "x"), Unreadable), (ValueError("x"), ValueError)]
+)
+def test_ranks_agree_on_whether_a_file_is_damaged_or_cannot_be_read(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="^x") as caught, together():
+        raise error
+    assert type(caught.value) is kind
