@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import importlib.util
 import itertools
+import os
 import sysconfig
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -138,6 +139,8 @@ class Parquet(_FileCorpus):
                         skip = max(0, skip - rows)
                         first += rows
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # refused by the system, not damaged
+                    raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
                 raise ValueError(f"{path} cannot be read as Parquet ({error}); {records.WAY_OUT}") from error
 
 
@@ -283,6 +286,9 @@ class Hub(Corpus):
                 as_text = {"converters": {self.field.name: str}, "keep_default_na": False}
                 builder = datasets.load_dataset_builder(**self.arguments, **as_text)
             data = self._open(builder)
+            if self.streaming and isinstance(builder.config, _parquet_config()):  # the files' other columns may differ
+                self.field.check_column(data.column_names, where)
+                data = self._open(datasets.load_dataset_builder(**self.arguments, columns=[self.field.name]))
             if data.column_names is not None:  # None: known only after the first record
                 self.field.check_column(data.column_names, where)
                 data = data.select_columns([self.field.name])
@@ -317,6 +323,12 @@ class Hub(Corpus):
                 with xopen(name, "rb") as file, records.reading(str(origin)):
                     content = records.decompressed(file, str(origin)) if single else file
                     yield from documents_of_lines(content, str(origin), self.field, "error")
+
+
+def _parquet_config() -> type:
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+    return ParquetConfig
 
 
 def _json_config() -> type:

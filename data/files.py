@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from common.files import naming
+
 Undecodable = Literal["error", "skip"]
 NO_SOURCES = "get the sources (the file of --config may say how), or set corpus.paths to folders that exist"
 
@@ -68,7 +70,9 @@ def identity_of(files: list[Path]) -> str:
 
 def decode(path: Path, on_undecodable: Undecodable) -> str | None:
     try:
-        return path.read_bytes().decode("utf-8")  # bytes, so that line ends stay as they are
+        with naming(path):
+            content = path.read_bytes()
+        return content.decode("utf-8")  # bytes, so that line ends stay as they are
     except UnicodeDecodeError as error:
         if on_undecodable == "skip":
             return None

@@ -14,15 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from common.files import naming
+
 WAY_OUT = "copy or download it again, or remove it"
 DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Raises ValueError that names the file for data that cannot be decompressed."""
+    """Raises ValueError that names the file for data that cannot be decompressed, OSError that names it where the
+    system refuses to read it."""
     try:
-        yield
+        with naming(Path(name)):
+            yield
     except DECOMPRESSION_ERRORS as error:
         raise ValueError(f"{name} is damaged or cut short ({error}); {WAY_OUT}") from error
     except OSError as error:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
+from common.errors import error_line
 from data.corpora import Corpus, Document, Hub, JsonLines, Parquet, SourceTree, StandardLibrary, TextFiles
 
 TEXTS = ["one\r\ntwo", "größer\u2581", "", "\tthree\0", "five", "six", "seven"]
@@ -308,3 +311,28 @@ def test_of_a_downloaded_folder_only_its_files_are_read(tmp_path: Path) -> None:
     assert texts_of(TextFiles([folder])) == ["a.txt"]
     assert len(texts_of(TextFiles([folder], hidden=True))) == 5
     assert texts_of(TextFiles([f"{folder}/.b.txt"])) == [".b.txt"]  # named itself
+
+
+def test_of_a_streamed_data_set_only_the_text_is_read(tmp_path: Path) -> None:
+    for name, other in (("a", 1), ("b", "one")):
+        table = pyarrow.Table.from_pylist([{"text": f"of {name}", "other": other}])
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    corpus = Hub("parquet", data_files=[str(tmp_path / f"{name}.parquet") for name in "ab"])
+    assert texts_of(corpus) == ["of a", "of b"] and texts_of(corpus, 1) == ["of b"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
+def test_a_file_that_the_system_refuses_to_read_is_not_called_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / name
+    path.write_text("{}")
+    for place in ("pyarrow.parquet.ParquetFile", "data.records.decompressed", "pathlib.Path.read_bytes"):
+        monkeypatch.setattr(place, refused)
+    readers: dict[str, type[Corpus]] = {".parquet": Parquet, ".jsonl": JsonLines, ".txt": TextFiles}
+    with pytest.raises(OSError) as caught:
+        texts_of(readers[path.suffix]([str(path)]))  # type: ignore[call-arg]
+    assert error_line(caught.value) == f"{path}: Input/output error"
