@@ -65,3 +65,14 @@ def test_every_exit_code_is_explained() -> None:
     page = (ROOT / "docs" / "errors.md").read_text()
     codes = [value for name, value in vars(exits).items() if name.isupper()]
     assert len(codes) >= 5 and all(f"\n| {code} | " in page for code in [0, *codes])
+
+
+def test_the_tested_pairs_are_those_of_the_requirements() -> None:
+    pins = dict(re.findall(r"^(torch|triton)==([\d.]+)", (ROOT / "requirements.txt").read_text(), flags=re.M))
+    pair = f"torch {pins['torch'].removesuffix('.0')} with Triton {pins['triton']}, as in requirements.txt"
+    assert pair in (ROOT / "README.md").read_text()
+
+
+def test_no_two_evaluations_of_tasks_write_to_one_folder() -> None:
+    outputs = [re.findall(r"--output (\S+)", line) for line in COMMANDS.values() if " eval.tasks " in line]
+    assert len(outputs) >= 2 and len({output for (output,) in outputs}) == len(outputs)

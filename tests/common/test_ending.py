@@ -1,8 +1,10 @@
 """A process that ends without taking down its interpreter ends as Python says, and other threads cannot abort it."""
 
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,10 @@ def test_threads_of_gloo_cannot_abort_it() -> None:
     """A quarter of these processes end with SIGABRT where the interpreter is taken down."""
     ended = python(GLOO.replace("END", "run_and_end").replace("ROUNDS", "4"))
     assert ended.stdout == f"{[0] * 8}\n", ended.stderr
+
+
+def test_training_ends_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Callable[[], object]] = []
+    monkeypatch.setattr("common.ending.run_and_end", ended.append)
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert [main.__name__ for main in ended] == ["main"]

@@ -255,6 +255,19 @@ def test_the_state_refuses_the_same_corpus_in_other_shards(
         make_module(other).load_state_dict(state)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_more_passes_than_one_are_said_as_training_begins(
+    passes: int, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_module(prepared)
+    data.setup()
+    samples = passes * data.train_packing().sequences_per_pass
+    monkeypatch.setattr(PackedDataModule, "_samples_of_run", lambda *_: samples)
+    data.train_dataloader()
+    said = capsys.readouterr().out
+    assert ("2 passes over documents of" in said and "are planned; this is pass 1" in said) == (passes > 1), said
+
+
 def test_the_stdlib_yaml_fits_the_data_module(monkeypatch: pytest.MonkeyPatch, prepared: Path, tmp_path: Path) -> None:
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")

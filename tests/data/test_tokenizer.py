@@ -169,6 +169,21 @@ def test_a_tokenizer_that_changes_text_is_refused_with_the_text(
         Tokenizer(foreign_model(tmp_path, **options))
 
 
+@pytest.mark.parametrize(("before", "behind"), [(" ", ""), ("", "\n")], ids=["spaces", "newlines"])
+def test_a_tokenizer_that_changes_text_at_seams_alone_is_refused(
+    before: str, behind: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that adds a space before what it encodes, or drops line ends behind it."""
+
+    def changed(text: str, limit: int) -> list[str]:
+        first, *rest = split_into_chunks(text, limit) if text else [""]
+        return [first.removesuffix(behind) if rest and behind else first, *(before + chunk for chunk in rest)]
+
+    monkeypatch.setattr("data.tokenizer.split_into_chunks", changed)
+    with pytest.raises(ValueError, match=r"changes text: .* \(from character \d+\) comes back as"):
+        Tokenizer(tokenizer.path)
+
+
 def test_a_foreign_tokenizer_that_keeps_text_is_taken(tmp_path: Path) -> None:
     Tokenizer(foreign_model(tmp_path, **IDENTITY))
 

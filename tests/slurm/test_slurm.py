@@ -27,6 +27,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
+def test_nothing_is_installed_where_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGSPLASH_SLURM_TESTS", "0")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("installs"))
+    assert install() == "LONGSPLASH_SLURM_TESTS is 0"
+    readme = (ROOT / "README.md").read_text()
+    assert "`LONGSPLASH_SLURM_TESTS=0 make test` leaves that out" in readme and "installs Debian's Slurm" in readme
+
+
 GONE = "3-1-tcp-localhost-1"  # a service of wandb that the submitting shell once had
 
 

@@ -6,10 +6,14 @@ from typing import Any
 
 import lightning.pytorch.callbacks as lightning_callbacks
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 
+from common.errors import UsageError
+from model.config import AttentionConfig, ModelConfig
 from tests.training.conftest import TrainProcess
+from training.cli import LONGEST_MESSAGE, shortened
 from training.options import (
     REFUSED_CALLBACKS,
     REFUSED_OPTIONS,
@@ -20,6 +24,7 @@ from training.options import (
     check_tasks,
     check_trainer_options,
 )
+from training.setup_checks import check_runs_here
 
 PARAMETERS = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items() if name != "self"}
 
@@ -114,3 +119,21 @@ def test_one_callback_without_a_list_works_and_no_progress_bar(train: TrainProce
     assert "profile.steps is 2, but nothing was traced: the session ended at step 4, before step 5" in done.stderr
     (metrics,) = (tmp_path / "run" / "metrics").glob("*/metrics.csv")
     assert "DeviceStatsMonitor" in metrics.read_text().splitlines()[0]
+
+
+def test_a_backend_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = ModelConfig(attention=AttentionConfig(kind="entmax", backend="triton"))
+    check_runs_here(network, torch.device("cuda", 0))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_runs_here(network, torch.device("cpu"))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UsageError, match="attention.backend is 'triton', which needs CUDA: use auto or torch on a CPU"):
+        check_runs_here(network, torch.device("cpu"))
+
+
+def test_messages_of_types_that_have_many_forms_are_short() -> None:
+    forms = ", ".join(f"Literal['form {number}']" for number in range(100))
+    message = f'Parser key "trainer.precision":\n  Does not validate against Union[{forms}].\n  Got value: fp7'
+    line = shortened(message)
+    assert line == ('Parser key "trainer.precision": Does not validate against one of several types. Got value: fp7')
+    assert len(shortened("a word " * 1000)) <= LONGEST_MESSAGE + 10

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eval.held_out.config import EvalConfig
 from eval.reporting import statistics
 from eval.reporting.statistics import Interval, paired_shares, paired_sums, ratio_of_sums, share
 
@@ -152,3 +153,7 @@ def test_every_interval_is_one_of_those_covered_here() -> None:
     assert imported == COVERED | {"Interval", "LEAST_UNITS"}
     # the paper's figures, without ends; lowest and highest of several runs
     assert makers == {"eval/length_generalisation/report.py": 2}
+
+
+def test_the_default_number_of_documents_is_covered_here() -> None:
+    assert EvalConfig().max_documents in UNITS and EvalConfig().max_documents > statistics.LEAST_UNITS

@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.loading import load_model
 from tests.training.conftest import TrainProcess, callbacks, stored_tensors
 from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint, checkpoints_to_keep, make_room
-from training.resume.start_point import StartPoint, check_architecture, check_tokenizer, choose_start
+from training.resume.start_point import StartPoint, check_architecture, check_tokenizer, choose_start, read_data_state
 from training.throughput import StepClock
 
 
@@ -143,6 +143,27 @@ def test_what_cannot_be_read_is_not_called_damaged_and_stays(
     line = error_line(caught.value)
     assert f"/{name}" in line and "Input/output error" in line and "is damaged" not in line
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"no archive", "cannot be read"),
+        ([1], "holds a list, expected an object"),
+        ({}, "lacks 'Data', expected an object"),
+        ({"Data": {}, "global_step": "5"}, "has a string as 'global_step', expected a whole number"),
+    ],
+)
+def test_a_trainer_state_without_what_a_run_needs_is_named(content: object, message: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 5, complete=False)
+    if isinstance(content, bytes):
+        (folder / TRAINER_STATE).write_bytes(content)
+    else:
+        torch.save(content, folder / TRAINER_STATE)
+    mark(folder, {"step": 5, "samples": 20, "tokens": 320})
+    with pytest.raises(ValueError, match=f"{folder / TRAINER_STATE} {message}.*; choose another checkpoint"):
+        read_data_state(resolve_checkpoint(folder), "Data")
 
 
 def test_names_that_are_not_ours_stay(tmp_path: Path) -> None:

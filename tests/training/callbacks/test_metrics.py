@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.training.conftest import TrainProcess
 from training.callbacks.metrics import (
+    MetricsLogger,
     StatsConfig,
     ValidationConfig,
     device_peak,
@@ -18,6 +20,8 @@ from training.callbacks.metrics import (
     perplexity,
     spread,
 )
+from training.resume.start_point import StartPoint
+from training.throughput import StepClock
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +155,16 @@ def test_bad_settings_name_the_value(config: Any, arguments: dict[str, int]) -> 
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=f"{name} is {value}.*expected"):
         config(**arguments)
+
+
+@pytest.mark.parametrize(("device", "lines"), [("NVIDIA RTX A1000", 1), ("NVIDIA H200", 0)])
+def test_a_gpu_of_unknown_peak_is_named_once(
+    device: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+    strategy = SimpleNamespace(root_device=torch.device("cuda", 0))
+    trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=1, strategy=strategy, precision="bf16-mixed")
+    guard: Any = SimpleNamespace()
+    MetricsLogger(StepClock(), guard, StartPoint()).on_train_start(trainer, None)
+    said = f"throughput/mfu is not logged: model/flops.py has no peak of {device} in bf16-mixed\n"
+    assert capsys.readouterr().err == lines * said

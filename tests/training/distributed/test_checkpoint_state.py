@@ -47,6 +47,13 @@ def test_missing_and_misshapen_tensors_are_named() -> None:
         read_state({"weight/a": torch.zeros(6)}, state)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_tensors_that_are_not_finite_do_not_become_a_run_s(value: float) -> None:
+    state = TrainingState({"weight/a": (2,)}, [Fragment("weight/a", 0, torch.zeros(2))], True, {})
+    with pytest.raises(ValueError, match="weight/a is not finite: choose another checkpoint"):
+        read_state({"weight/a": torch.tensor([1.0, value])}, state)
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o750])
 def test_files_can_be_read_by_whom_the_folder_lets(mode: int, tmp_path: Path) -> None:
     state = TrainingState({"weight/a": (4,)}, [Fragment("weight/a", 0, torch.zeros(4))], True, {})

@@ -9,6 +9,7 @@ import pytest
 
 from common.exits import INTERRUPTED, KEYBOARD
 from tests.training.conftest import ROOT
+from training.faults.progress import Progress
 
 # A mutex that is locked twice waits in C, signals or not, as a compiler or a collective does.
 BLOCKED = """
@@ -45,3 +46,20 @@ def test_while_the_main_thread_is_in_c(options: list[str], signals: list[int], c
         time.sleep(0.3)  # two signals of a kind merge while the first one is pending
     assert process.wait(60) == code
     assert message in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("activity", "stepped", "told"),
+    [
+        ("loading the data", False, "loading the data, 1:20"),
+        ("training", False, "compiling and running the first optimizer step, 1:20"),
+        ("training", True, "in optimizer step 8, 1:20"),
+        ("validating", True, "validating, 1:20"),
+    ],
+)
+def test_what_is_waited_for_is_told_with_its_time(activity: str, stepped: bool, told: str) -> None:
+    progress = Progress()
+    progress.stepped = stepped
+    progress.note(activity, 7)
+    progress.state = progress.state._replace(since=progress.state.since - 80)
+    assert str(progress) == told
