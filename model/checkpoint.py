@@ -281,7 +281,7 @@ def readable(path: Path) -> Iterator[None]:
             except FileNotFoundError:
                 raise ValueError(f"{path} is missing: {way_out(path.parent)}") from error
             except OSError as refused:
-                reason = refused.strerror
+                reason = refused.strerror or str(refused)
         raise Unreadable(
             f"{path} cannot be read ({reason}), and may be whole: look at the disk or the permissions, then "
             "run the same command again"
