@@ -259,8 +259,8 @@ def _attention(setup: Setup) -> float:
     size = float(n * w * head_dim * (heads + 2 * kv_heads))
     if network.attention.is_entmax:
         if uses_triton(setup):
-            size += n * FLOAT32 * heads * (head_dim + 1)  # sum w v / sum w, the threshold
-            size += heads * kept_bits(n, setup.tokens, setup.tokens // setup.sequence_length) / 8
+            size += n * FLOAT32 * heads  # the threshold; the output is wo's operand
+            size += heads * n * kept_bits(setup.tokens, setup.tokens // setup.sequence_length) / setup.tokens / 8
             return size + 8 * setup.tokens  # each row's first and last key
         return size + 3 * n * FLOAT32 * heads  # maximum, threshold, normaliser
     size += n * FLOAT32 * heads  # log-sum-exp

@@ -1,5 +1,6 @@
 """The public attention function: checks its arguments, picks a backend."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from kernels.alpha_entmax.decode import entmax_decode
 from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.operator import intercepted, run_attention
 from kernels.alpha_entmax.reference import entmax_attention_reference
+from kernels.alpha_entmax.tuning import widest_head_dim
 from kernels.common.arguments import (
     check_distance,
     check_flag,
@@ -22,11 +24,12 @@ from kernels.common.arguments import (
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import refuse_transforms
 from kernels.common.stats import AttentionStats
-from kernels.common.tuning import shared_memory, widest_head_dim
+from kernels.common.tuning import shared_memory
 from kernels.common.visibility import visible_keys
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
+WidestHeadDim = Callable[[torch.dtype, int], int]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,8 +134,11 @@ def entmax_attention(
     return out, AttentionStats(support, live, total, None if passes is None else passes.float().mean(-1))
 
 
-def unsupported_by_triton(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-    """What the Triton kernels cannot do for queries of this kind; None where they can."""
+def unsupported_by_triton(
+    dtype: torch.dtype, head_dim: int, device: torch.device, widest_head_dim: WidestHeadDim = widest_head_dim
+) -> str | None:
+    """What Triton kernels cannot do for queries of this kind; None where they can. widest_head_dim: heads of a dtype
+    that fit into a device's shared memory of so many bytes."""
     if dtype == torch.float64 or head_dim > MAX_TRITON_HEAD_DIM:
         return (
             f"takes float32, bfloat16 and float16 and head dims up to {MAX_TRITON_HEAD_DIM}, got {dtype} and {head_dim}"

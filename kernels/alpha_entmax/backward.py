@@ -1,14 +1,16 @@
 """The backward pass in two launches over what has weight only, tiles or single keys and queries: per tile of queries dq
 (and dalpha), per tile of keys dk and dv. No atomics on floats: the same inputs give the same bits.
 
-Per tile: dP = dO v^T, ds = w (dP - delta), with delta = sum w dP / sum w = dO . (sum w v / sum w).
+Per tile: dP = dO v^T, ds = w (dP - delta), with delta = sum w dP / sum w. The pass over queries finds delta while it
+sums: it takes dO . out, the mean of dP with weights p, in its place, and mends dq by sum w k times the difference. So
+dq, dk and dalpha rest on the same w, and nothing but out and tau is kept for them.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.alpha_entmax.threshold import support_distance, support_power, support_power_and_log
-from kernels.common.key_lists import KEY_CHUNK, gather_rows, is_sparse, key_scores, step_entries
+from kernels.alpha_entmax.threshold import lane_sums, support_distance, support_power, support_power_and_log
+from kernels.common.key_lists import KEY_CHUNK, gather_rows, is_sparse, key_scores, key_words, row_words, step_entries
 from kernels.common.tiles import (
     LENGTHS,
     add_position_bias,
@@ -25,13 +27,13 @@ from kernels.common.tiles import (
 @triton.jit
 def add_query_gradients(
     q, do, p_k, p_v, stride_k, stride_v, p_list, list_step, first_step, last_step, n_inner, count, capacity,
-    dq, entropy_sum, entropy_dp, slope_sum, slope_dp,
+    dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp,
     tau, delta, z_scale, beta, slope, first, end, position, anchor, n_keys,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, POWER: tl.constexpr, DALPHA: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds k of the listed key tiles (KEYS: keys), STEP keys at a time, and (if DALPHA) the row sums that dalpha
-    needs, with e = p (1 - log u): sum e, sum e (dP - delta), sum w, sum w (dP - delta)."""
+    """Adds w (dP - delta) k and w k of the listed key tiles (KEYS: keys), STEP keys at a time, sum w and
+    sum w (dP - delta), and (if DALPHA), with e = p (1 - log u), sum e and sum e (dP - delta)."""
     PARTS: tl.constexpr = BM // STEP
     for n in tl.range(first_step, last_step, num_stages=STAGES):
         if KEYS:
@@ -60,24 +62,25 @@ def add_query_gradients(
         else:
             w = support_power(u, beta, POWER)
         ds = w * dp
+        slope_sum += lane_sums(w)
+        slope_dp += lane_sums(ds)
         if DALPHA:
-            entropy_sum += tl.sum(entropy, 1)
-            entropy_dp += tl.sum(entropy * dp, 1)
-            slope_sum += tl.sum(w, 1)
-            slope_dp += tl.sum(ds, 1)
+            entropy_sum += lane_sums(entropy)
+            entropy_dp += lane_sums(entropy * dp)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq, entropy_sum, entropy_dp, slope_sum, slope_dp
+        slope_keys = tl.dot(w.to(k.dtype), k, slope_keys, input_precision=PRECISION)
+    return dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def entmax_backward_queries(
-    p_q, p_k, p_v, p_do, p_slope_out, p_tau, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_key_bits, p_sparse, p_list,
+    p_q, p_k, p_v, p_do, p_out, p_tau, p_alpha, p_slopes, p_rows, p_blocks, p_bits, p_key_bits, p_sparse, p_list,
     p_entries, p_counter,
     p_dq, p_delta, p_dalpha,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_sb, stride_sh, stride_st, stride_db, stride_dh, stride_dt,
-    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, capacity, batch_step,
-    stride_rows,
+    stride_key_bits, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, triangular,
+    capacity, key_capacity, batch_step, stride_rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     STEP: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr, DALPHA: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -87,7 +90,7 @@ def entmax_backward_queries(
     PARTS: tl.constexpr = BM // STEP
     p_list += tl.program_id(0) * capacity
     if KEYS:
-        p_entries += tl.program_id(0) * capacity * BM
+        p_entries += tl.program_id(0) * key_capacity
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
         i_bh, i_batch, i_head, i_block, row, inside, position, first, end, p_block = query_task(
@@ -114,52 +117,54 @@ def entmax_backward_queries(
         o_s = head_offset(i_batch, i_head, stride_sb, stride_sh)
         q = load_rows(p_q + o_q, i_block * BM, stride_qt, n_queries, BM, D, BD, True)
         do = load_rows(p_do + o_o, i_block * BM, stride_ot, n_queries, BM, D, BD, True)
-        slope_out = load_rows(p_slope_out + o_s, i_block * BM, stride_st, n_queries, BM, D, BD, True)
-        delta = tl.sum(do.to(tl.float32) * slope_out, 1)  # [BM]
-        tl.store(p_delta + o_bh + row, delta, mask=inside)
+        out = load_rows(p_out + o_s, i_block * BM, stride_st, n_queries, BM, D, BD, True)
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)  # [BM], the mean of dP with weights p, for now
         tau = tl.load(p_tau + o_bh + row, mask=inside, other=float("inf"))
 
-        dq = tl.zeros([BM, BD], tl.float32)
-        entropy_sum, entropy_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        slope_sum, slope_dp = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
+        dq, slope_keys = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+        slope_sum, slope_dp = tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32)
+        entropy_sum, entropy_dp = tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32)
+        dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp = add_query_gradients(
             q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list, 1, 0, n_inner * PARTS, 0, 0, capacity,
-            dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end, position,
-            0, n_keys, D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, False, STAGES,
+            dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp, tau, delta, z_scale, beta, slope, first, end,
+            position, 0, n_keys, D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, False, STAGES,
         )  # fmt: skip
-        dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
+        dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp = add_query_gradients(
             q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_list + capacity - 1, -1, 0, n_edge * PARTS, 0, 0,
-            capacity, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope, first, end,
-            position, 0, n_keys, D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, False, STAGES,
+            capacity, dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp, tau, delta, z_scale, beta, slope,
+            first, end, position, 0, n_keys, D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, False, STAGES,
         )  # fmt: skip
         if KEYS:
             n_inner, n_edge = 0, 0
             if not whole_tiles:
+                p_key_words = key_words(p_key_bits, i_bh, i_block, stride_key_bits, n_key_words, triangular)
                 n_inner, n_edge = list_row_entries(
-                    p_key_bits + i_tile * n_key_words, p_entries, tile_lo * BM, tile_hi * BM, inner_lo * BM,
-                    inner_hi * BM, capacity * BM, KEY_CHUNK,
+                    p_key_words, p_entries, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM, key_capacity,
+                    KEY_CHUNK,
                 )  # fmt: skip
             whole, count = n_inner // STEP, n_inner + n_edge
             anchor = i_block * BM + tl.load(p_block + 4)
-            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
+            dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp = add_query_gradients(
                 q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_entries, 1, 0, whole, n_inner, count,
-                capacity * BM, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta, slope,
-                first, end, position, anchor, n_keys,
+                key_capacity, dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp, tau, delta, z_scale, beta,
+                slope, first, end, position, anchor, n_keys,
                 D, BD, BM, STEP, BIAS, False, PRECISION, POWER, DALPHA, True, STAGES,
             )  # fmt: skip
-            dq, entropy_sum, entropy_dp, slope_sum, slope_dp = add_query_gradients(
+            dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp = add_query_gradients(
                 q, do, p_k + o_k, p_v + o_v, stride_kt, stride_vt, p_entries, 1, whole, tl.cdiv(count, STEP), n_inner,
-                count, capacity * BM, dq, entropy_sum, entropy_dp, slope_sum, slope_dp, tau, delta, z_scale, beta,
-                slope, first, end, position, anchor, n_keys,
+                count, key_capacity, dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp, tau, delta, z_scale,
+                beta, slope, first, end, position, anchor, n_keys,
                 D, BD, BM, STEP, BIAS, True, PRECISION, POWER, DALPHA, True, STAGES,
             )  # fmt: skip
         o_d = head_offset(i_batch, i_head, stride_db, stride_dh)
-        dq = tl.where((tau != tau)[:, None], float("nan"), dq * scale)
+        total = tl.sum(slope_sum, 1)
+        shift = tl.sum(slope_dp, 1) / tl.where(total > 0, total, 1.0)  # to the mean with weights w
+        tl.store(p_delta + o_bh + row, delta + shift, mask=inside)
+        dq = (dq - shift[:, None] * slope_keys) * scale
+        dq = tl.where((tau != tau)[:, None], float("nan"), dq)
         store_rows(p_dq + o_d, dq, i_block * BM, stride_dt, n_queries, BM, D, BD)
         if DALPHA:
-            # taking out the weighted mean of dP makes the sum blind to rounding in delta: sum w (dP - delta) is 0
-            mean_dp = slope_dp / tl.where(slope_sum > 0, slope_sum, 1.0)
-            dalpha = beta * beta * tl.sum(entropy_dp - mean_dp * entropy_sum, 0)
+            dalpha = beta * beta * tl.sum(tl.sum(entropy_dp, 1) - shift * tl.sum(entropy_sum, 1), 0)
             dalpha = tl.where(tl.max((tau != tau).to(tl.int32), 0) > 0, float("nan"), dalpha)
             tl.store(p_dalpha + i_bh * n_blocks + i_block, dalpha)
         tl.debug_barrier()  # the next task overwrites the list
@@ -191,7 +196,7 @@ def list_column_tiles(
 
 @triton.jit
 def list_column_queries(
-    p_row_words, p_first, p_end, p_blocks, p_list, i_key_block, n_queries, n_blocks, capacity,
+    p_column_words, p_first, p_end, p_blocks, p_list, i_key_block, n_queries, n_blocks, capacity,
     BM: tl.constexpr, LIST_CHUNK: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Lists the queries that have weight on a key of one tile. Returns how many see it whole, how many in part."""
@@ -206,7 +211,7 @@ def list_column_queries(
     n_inner, n_edge = 0, 0
     for start in range(lo * BM, tl.minimum(hi * BM, n_queries), CHUNK):
         row = start + tl.arange(0, CHUNK)
-        word = tl.load(p_row_words + row, mask=row < n_queries, other=0)
+        word = tl.load(p_column_words + row, mask=row < n_queries, other=0)
         live = ((word >> (i_key_block % 32)) & 1) != 0
         first = tl.load(p_first + row, mask=live, other=0)
         end = tl.load(p_end + row, mask=live, other=0)
@@ -286,8 +291,8 @@ def entmax_backward_keys(
     p_entries, p_counter, p_dk, p_dv,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, stride_eb, stride_eh, stride_et,
-    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_key_blocks, n_words, capacity, query_capacity,
-    batch_step, stride_rows,
+    scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_key_blocks, n_words, capacity, key_capacity,
+    batch_step, stride_rows, stride_row_bits, triangular,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     STEP: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -297,7 +302,7 @@ def entmax_backward_keys(
     PARTS: tl.constexpr = BM // STEP
     p_list += tl.program_id(0) * capacity
     if KEYS:
-        p_entries += tl.program_id(0) * query_capacity
+        p_entries += tl.program_id(0) * key_capacity
     task = tl.atomic_add(p_counter, 1)
     while task < n_tasks:
         i_bg, i_key_block = task // n_key_blocks, task % n_key_blocks
@@ -323,9 +328,10 @@ def entmax_backward_keys(
             inner_queries, edge_queries = 0, 0
             if KEYS:  # noqa: SIM102 (one of the compiler, one of the device)
                 if n_sparse > 0:
+                    p_head_rows = p_row_bits + i_bh * stride_row_bits
                     inner_queries, edge_queries = list_column_queries(
-                        p_row_bits + (i_bh * n_words + i_key_block // 32) * n_queries, p_first, p_first + stride_rows,
-                        p_block, p_entries, i_key_block, n_queries, n_blocks, query_capacity,
+                        row_words(p_head_rows, i_key_block // 32, n_queries, triangular), p_first,
+                        p_first + stride_rows, p_block, p_entries, i_key_block, n_queries, n_blocks, key_capacity,
                         BM, LIST_CHUNK, KEY_CHUNK, FIELDS,
                     )  # fmt: skip
                     sparse = is_sparse(inner_queries + edge_queries, n_inner + n_edge)
@@ -351,13 +357,13 @@ def entmax_backward_keys(
                 dk, dv, broken = add_key_gradients(
                     k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                     p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_entries, 1, 0, whole, inner_queries,
-                    count, query_capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP,
+                    count, key_capacity, dk, dv, broken, z_scale, beta, slope, offset, n_queries, D, BD, BM, STEP,
                     TRANSPOSED, BIAS, False, PRECISION, POWER, True, STAGES,
                 )  # fmt: skip
                 dk, dv, broken = add_key_gradients(
                     k, v, key, p_q + o_q, p_do + o_o, stride_qt, stride_ot, p_tau + i_bh * n_queries,
                     p_delta + i_bh * n_queries, p_first, p_first + stride_rows, p_entries, 1, whole,
-                    tl.cdiv(count, STEP), inner_queries, count, query_capacity, dk, dv, broken, z_scale, beta, slope,
+                    tl.cdiv(count, STEP), inner_queries, count, key_capacity, dk, dv, broken, z_scale, beta, slope,
                     offset, n_queries, D, BD, BM, STEP, TRANSPOSED, BIAS, True, PRECISION, POWER, True, STAGES,
                 )  # fmt: skip
             tl.debug_barrier()  # the next head overwrites the list

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kernels.alpha_entmax.launches import MAX_STEPS, TOLERANCE
 from kernels.alpha_entmax.threshold import newton_step, norm_and_slope, step_limit, support_power
+from kernels.alpha_entmax.tuning import DECODING, decode_launch
 from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, padded_head_dim, strides, unit_stride
 from kernels.common.tiles import add_position_bias, head_offset, load_rows, nan_maximum
-from kernels.common.tuning import launch_for, program_count
+from kernels.common.tuning import program_count
 from kernels.common.visibility import TILE
 
 SOLVER_BLOCK = 8192  # scores that the solver takes at a time
@@ -206,7 +207,7 @@ def entmax_decode(
         return torch.zeros_like(q)
     repeat, n_tiles = heads // groups, ceil_div(n_keys, TILE)
     padded = padded_head_dim(head_dim)
-    launches = {name: launch_for(f"decode_{name}", padded, q.dtype, q.device) for name in ("scores", "solve", "values")}
+    launches = {name: decode_launch(name, padded, q.dtype, q.device) for name in DECODING}
     n_programs = program_count(launches["scores"], q.device, n_tiles * batch * groups)
     span = ceil_div(n_tiles, max(1, n_programs // (batch * groups)))
     parts = ceil_div(n_tiles, span)

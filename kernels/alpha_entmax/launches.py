@@ -9,7 +9,8 @@ from kernels.alpha_entmax.backward import entmax_backward_keys, entmax_backward_
 from kernels.alpha_entmax.refine import entmax_refine
 from kernels.alpha_entmax.scan import entmax_scan
 from kernels.alpha_entmax.sum import entmax_sum
-from kernels.common.key_lists import MARK_WORDS
+from kernels.alpha_entmax.tuning import pass_launch, scan_launch
+from kernels.common.key_lists import MARK_WORDS, SPARSE_PERCENT
 from kernels.common.launching import (
     bfloat16_as_float32,
     ceil_div,
@@ -20,32 +21,31 @@ from kernels.common.launching import (
     unit_stride,
 )
 from kernels.common.tiles import BLOCK_FIELDS, LIST_CHUNK, Intervals, write_intervals
-from kernels.common.tuning import Launch, launch_for, program_count
+from kernels.common.tuning import Launch, program_count
 from kernels.common.visibility import TILE
 
-# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made. Outputs in
-# 16 bits take the last step to first order; without gradients there is no such step, and float32 resolves more
-TOLERANCE = {"gradient": 0.05, "inference": 3e-3, "float32": 3e-4}
+# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made: the weighted
+# sum takes the next one to first order, which outputs in 16 bits do not show
+TOLERANCE = {"16 bits": 0.05, "float32": 3e-4}
 MAX_STEPS = 20  # a bound only, for rows at the limit of float32
 # The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they take a
-# fifth of what else is kept at head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192
-# tokens gained nothing, shorter ones have not been timed
+# eighth of what else is kept at head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192
+# tokens lost a tenth, shorter ones have not been timed
 LONGEST_KEY_LIST = 1 << 15
-SHORTEST_KEY_LIST = 4096
+SHORTEST_KEY_LIST = 8192
 
 POWERS = {1.5: "linear", 2.0: "constant"}
 
 
 class ForwardResults(NamedTuple):
-    """out: (B, H, Tq, D). slope_out: sum w v / sum w, its shape in float32 (delta, a difference of large sums where
-    keys have much in common, needs it). tau: float32 (B, H, Tq). bits: int32 (B, H, query tiles, words), one bit for
-    each tile of keys with weight. Empty unless `lists_keys`: key_bits, int32 (B, H, query tiles, words), one for each
-    key; row_bits, int32 (B, H, words, Tq), one for each query and tile of keys; sparse, uint8 (B, H, query tiles), 1
-    where passes follow key_bits, 0 where bits. support: int32 (B, H, Tq). live: tiles, int64 (B, H). passes: over
+    """out: (B, H, Tq, D), in memory (B, Tq, H, D), as the projection after it takes it: nothing is kept twice. tau:
+    float32 (B, H, Tq). bits: int32 (B, H, query tiles, words), one bit for each tile of keys with weight. Empty unless
+    `lists_keys`: key_bits, int32 (B, H, words), one for each key and tile of queries (key_lists.key_words); row_bits,
+    int32 (B, H, words), one for each query and tile of keys (key_lists.row_words); sparse, uint8 (B, H, query tiles),
+    1 where passes follow key_bits, 0 where bits. support: int32 (B, H, Tq). live: tiles, int64 (B, H). passes: over
     lists, int32 (B, H, query tiles). rows, blocks: of tiles.Intervals. What was not asked for is empty."""
 
     out: Tensor
-    slope_out: Tensor
     tau: Tensor
     bits: Tensor
     key_bits: Tensor
@@ -68,12 +68,9 @@ def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
     return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys > SHORTEST_KEY_LIST * n_documents
 
 
-def kept_bits(n_queries: int, n_keys: int, n_documents: int) -> float:
-    """Bits a query head that backward needs to know where weight is."""
-    bits = n_queries * n_keys / TILE**2
-    if lists_keys(n_queries, n_keys, n_documents):
-        bits += 2 * n_queries * n_keys / TILE  # of keys and tiles of queries, of queries and tiles of keys
-    return bits
+def is_triangular(n_queries: int, n_keys: int, causal: bool, kv_lens: Tensor | None) -> bool:
+    """Whether query i sees no key after i, so that bits of later ones need no memory."""
+    return causal and n_queries == n_keys and kv_lens is None
 
 
 def tile_words(n_keys: int) -> int:
@@ -81,28 +78,50 @@ def tile_words(n_keys: int) -> int:
     return ceil_div(n_keys, 32 * TILE)
 
 
-def key_words(n_keys: int) -> int:
-    """int32 words of one bit a key of whole tiles."""
-    return ceil_div(n_keys, TILE) * (TILE // 32)
+def list_words(n_queries: int, n_keys: int, triangular: bool) -> tuple[int, int]:
+    """int32 words a head of key bits and of row bits."""
+    n_blocks, n_words = ceil_div(n_queries, TILE), tile_words(n_keys)
+    if triangular:
+        return n_blocks * (n_blocks + 1), n_words * n_queries - 16 * TILE * n_words * (n_words - 1)
+    return n_blocks * ceil_div(n_keys, TILE) * (TILE // 32), n_words * n_queries
+
+
+def kept_bits(n_tokens: int, n_documents: int) -> int:
+    """Bits a query head that backward of causal self-attention needs to know where weight is."""
+    words = ceil_div(n_tokens, TILE) * tile_words(n_tokens)
+    if lists_keys(n_tokens, n_tokens, n_documents):
+        words += sum(list_words(n_tokens, n_tokens, True))
+    return 32 * words
+
+
+def listed_entries(n_tiles: int) -> int:
+    """Most single entries of a list in place of n_tiles tiles (key_lists.is_sparse), whole steps."""
+    return ceil_div(n_tiles * TILE * SPARSE_PERCENT.value, 100 * TILE) * TILE
 
 
 def forward_outputs(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, kv_lens: Tensor | None, gradient: bool, stats: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    kv_lens: Tensor | None,
+    gradient: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ForwardResults, allocated."""
-    batch, heads, n_queries, _ = q.shape
+    batch, heads, n_queries, head_dim = q.shape
     n_keys = k.shape[2]
     n_blocks = ceil_div(n_queries, TILE)
     n_documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     keys = not stats and lists_keys(n_queries, n_keys, n_documents)  # statistics count tiles
+    n_key_words, n_row_words = list_words(n_queries, n_keys, is_triangular(n_queries, n_keys, causal, kv_lens))
     interval_batch = 1 if kv_lens is None else batch
     return (
-        torch.empty_like(q),
-        torch.empty_like(q, dtype=torch.float32) if gradient else q.new_empty(0, dtype=torch.float32),
+        q.new_empty((batch, n_queries, heads, head_dim)).transpose(1, 2),
         q.new_empty((batch, heads, n_queries), dtype=torch.float32),
         q.new_empty((batch, heads, n_blocks, tile_words(n_keys)), dtype=torch.int32),
-        q.new_zeros((batch, heads, n_blocks, key_words(n_keys)) if keys else 0, dtype=torch.int32),
-        q.new_zeros((batch, heads, tile_words(n_keys), n_queries) if keys else 0, dtype=torch.int32),
+        q.new_zeros((batch, heads, n_key_words) if keys else 0, dtype=torch.int32),
+        q.new_zeros((batch, heads, n_row_words) if keys and gradient else 0, dtype=torch.int32),
         q.new_empty((batch, heads, n_blocks) if keys else 0, dtype=torch.uint8),
         q.new_empty((batch, heads, n_queries) if stats else 0, dtype=torch.int32),
         q.new_zeros((batch, heads) if stats else 0, dtype=torch.int64),
@@ -149,7 +168,7 @@ def _shared(
         FIELDS=BLOCK_FIELDS,
         BIAS=alibi_slopes is not None,
         POWER=power,
-        PRECISION=dot_precision(q),
+        PRECISION=dot_precision(head_dim, q.dtype, q.device),
         **strides("q", q),
         **strides("k", k),
     )
@@ -158,19 +177,18 @@ def _shared(
 class _Forward:
     """The three passes of a forward: scan, refine and sum run one after another. shared: arguments of all of them."""
 
-    def __init__(self, q: Tensor, k: Tensor, results: ForwardResults, shared: dict[str, Any]) -> None:
-        self.q, self.k, self.results, self.shared = q, k, results, shared
+    def __init__(self, q: Tensor, k: Tensor, results: ForwardResults, triangular: bool, shared: dict[str, Any]) -> None:
+        self.q, self.k, self.results, self.triangular, self.shared = q, k, results, triangular, shared
         self.stats = results.passes.numel() > 0
         self.keys = results.sparse.numel() > 0
         self.capacity = ceil_div(ceil_div(k.shape[2], TILE), 32) * 32  # tiles of a list
         self.last = torch.empty(2, *results.tau.shape, dtype=torch.float32, device=q.device)
         self.counters = torch.zeros(3, dtype=torch.int32, device=q.device)
 
-    def _programs(self, name: str) -> tuple[Launch, int, int]:
-        launch = launch_for(name, self.shared["BD"], self.q.dtype, self.q.device)
-        tiles = launch.tiles if name == "scan" else 1
+    def _programs(self, launch: Launch, tiles: int) -> tuple[int, int]:
+        """Programs, and tasks of `tiles` query tiles."""
         n_tasks = ceil_div(self.shared["n_blocks"], tiles) * self.q.shape[0] * self.q.shape[1]
-        return launch, program_count(launch, self.q.device, n_tasks), n_tasks
+        return program_count(launch, self.q.device, n_tasks), n_tasks
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -179,7 +197,8 @@ class _Forward:
         return torch.zeros(count, dtype=torch.uint8, device=self.q.device)
 
     def scan(self, skip_far: bool) -> None:
-        launch, n_programs, n_tasks = self._programs("scan")
+        launch = scan_launch(self.shared["BD"], self.q.dtype, self.q.device)
+        n_programs, n_tasks = self._programs(launch, launch.tiles)
         norms = torch.linalg.vector_norm(self.k, dim=-1, dtype=torch.float32).amax(-1) if skip_far else None
         entmax_scan[(n_programs,)](
             p_key_norms=norms,
@@ -200,20 +219,25 @@ class _Forward:
 
     def _over_lists(self, name: str, counter: Tensor) -> tuple[int, dict[str, Any]]:
         """Programs and arguments of a pass over what the scan marked."""
-        launch, n_programs, n_tasks = self._programs(name)
-        entries = n_programs * self.capacity * TILE if self.keys else 0
+        launch = pass_launch(name, self.shared["BD"], self.q.dtype, self.q.device)
+        n_programs, n_tasks = self._programs(launch, 1)
+        entries = listed_entries(self.capacity)
         return n_programs, dict(
             p_list=self._empty(n_programs, self.capacity),
-            p_keys=self._empty(entries, dtype=torch.uint16),
+            p_keys=self._empty(n_programs * entries if self.keys else 0, dtype=torch.uint16),
+            key_capacity=entries,
+            stride_key_bits=self.results.key_bits.stride(1) if self.keys else 0,
+            triangular=int(self.triangular),
             p_counter=counter,
             p_key_bits=self.results.key_bits,
             p_sparse=self.results.sparse,
             p_last=self.last,
             stride_last=self.last.stride(0),
             n_tasks=n_tasks,
-            n_key_words=key_words(self.k.shape[2]),
+            n_key_words=ceil_div(self.k.shape[2], TILE) * (TILE // 32),
             capacity=self.capacity,
             BM=TILE,
+            STEP=launch.step,
             STATS=self.stats,
             KEYS=self.keys,
             STAGES=launch.stages,
@@ -223,18 +247,21 @@ class _Forward:
 
     def refine(self, tolerance: float) -> None:
         n_programs, arguments = self._over_lists("refine", self.counters[1:])
+        rows = self.results.row_bits.numel() > 0
         marks = self.capacity * MARK_WORDS.value if self.keys else self.capacity // 32 + 2
         entmax_refine[(n_programs,)](
             p_flags=self._flags(n_programs * self.capacity),
             p_marks=self._empty(n_programs, marks),
             p_row_bits=self.results.row_bits,
+            stride_row_bits=self.results.row_bits.stride(1) if rows else 0,
             p_passes=self.results.passes,
             tolerance=tolerance,
             MAX_STEPS=MAX_STEPS,
+            ROWS=rows,
             **arguments,
         )
 
-    def sum(self, v: Tensor, gradient: bool) -> None:
+    def sum(self, v: Tensor) -> None:
         results = self.results
         n_programs, arguments = self._over_lists("sum", self.counters[2:])
         entmax_sum[(n_programs,)](
@@ -242,13 +269,10 @@ class _Forward:
             p_flags=self._flags(n_programs * self.capacity if self.stats else 0),
             p_marks=self._empty(n_programs, self.capacity // 32 + 2 if self.stats else 0),
             p_out=results.out,
-            p_slope_out=results.slope_out,
             p_support=results.support,
             p_live=results.live,
-            GRADIENT=gradient,
             **strides("v", v),
             **strides("o", results.out),
-            **strides("s", results.slope_out if gradient else results.out),
             **arguments,
         )
 
@@ -269,28 +293,28 @@ def forward(
     gradient: bool,
     stats: bool,
     skip_far: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments as in `kernels.entmax_attention`; alpha float32 (H,). Returns ForwardResults.
 
     power: from `power_of`. gradient: keep what backward needs. skip_far: leave out tiles that position bias rules out.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    outputs = forward_outputs(q, k, cu_seqlens, kv_lens, gradient, stats)
+    outputs = forward_outputs(q, k, causal, cu_seqlens, kv_lens, gradient, stats)
     results = ForwardResults(*outputs)
     if results.out.numel() == 0 or k.shape[2] == 0:
-        for output in (results.out, results.slope_out, results.support, results.passes):
+        for output in (results.out, results.support, results.passes):
             output.zero_()
         results.tau.fill_(torch.inf)
         return outputs
     intervals = Intervals(results.rows, results.blocks)
     shared = _shared(q, k, alpha, scale, alibi_slopes, results.tau, results.bits, intervals, power)
-    passes = _Forward(q, k, results, shared)
+    passes = _Forward(q, k, results, is_triangular(q.shape[2], k.shape[2], causal, kv_lens), shared)
     exact = stats or q.dtype == torch.float32
     with on_device(q):
         write_intervals(intervals, k.shape[2], causal, cu_seqlens, kv_lens, window)
         passes.scan(skip_far and alibi_slopes is not None)
-        passes.refine(TOLERANCE["float32" if exact else "gradient" if gradient else "inference"])
-        passes.sum(v, gradient)
+        passes.refine(TOLERANCE["float32" if exact else "16 bits"])
+        passes.sum(v)
     return outputs
 
 
@@ -301,7 +325,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     alpha: Tensor,
-    slope_out: Tensor,
+    out: Tensor,
     tau: Tensor,
     bits: Tensor,
     key_bits: Tensor,
@@ -316,20 +340,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v; dalpha float32 (H,), 0 unless with_dalpha."""
     q, k, v, grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(grad)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(alpha)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(alpha)
     batch, heads, n_queries, _ = q.shape
     keys = row_bits.numel() > 0
     shared = _shared(q, k, alpha, scale, alibi_slopes, tau, bits, Intervals(rows, blocks), power)
     n_blocks, n_key_blocks = shared["n_blocks"], ceil_div(k.shape[2], TILE)
-    delta = torch.empty_like(tau)
+    dq, delta = torch.empty_like(q), torch.empty_like(tau)
+    same_length = q.shape[2] == k.shape[2]
+    triangular = same_length and key_bits.shape[-1] == list_words(q.shape[2], k.shape[2], True)[0]
     dalpha = tau.new_empty((batch, heads, n_blocks) if with_dalpha else 0)
     counters = torch.zeros(2, dtype=torch.int32, device=q.device)
     same = dict(
         p_v=v,
         p_do=grad,
         p_delta=delta,
+        p_sparse=sparse,
+        triangular=int(triangular),
         KEYS=keys,
         BM=TILE,
         **strides("v", v),
@@ -338,15 +365,16 @@ def backward(
     )
 
     def run(kernel: Any, name: str, n_tasks: int, tiles: int, counter: Tensor, **arguments: Any) -> None:
-        launch = launch_for(name, shared["BD"], q.dtype, q.device)
+        launch = pass_launch(name, shared["BD"], q.dtype, q.device)
         n_programs = program_count(launch, q.device, n_tasks)
-        entries = n_programs * tiles * TILE if keys else 0
+        entries = listed_entries(tiles)
         kernel[(n_programs,)](
             p_list=torch.empty(n_programs * tiles, dtype=torch.int32, device=q.device),
-            p_entries=torch.empty(entries, dtype=torch.uint16, device=q.device),
+            p_entries=torch.empty(n_programs * entries if keys else 0, dtype=torch.uint16, device=q.device),
             p_counter=counter,
             n_tasks=n_tasks,
             capacity=tiles,
+            key_capacity=entries,
             STEP=launch.step,
             STAGES=launch.stages,
             **launch.options,
@@ -361,16 +389,17 @@ def backward(
             batch * heads * n_blocks,
             n_key_blocks,
             counters,
-            p_slope_out=slope_out,
+            p_out=out,
             p_key_bits=key_bits,
-            p_sparse=sparse,
-            n_key_words=key_words(k.shape[2]),
+            stride_key_bits=key_bits.stride(1) if keys else 0,
+            n_key_words=n_key_blocks * (TILE // 32),
             p_dq=dq,
             p_dalpha=dalpha,
             DALPHA=with_dalpha,
-            **strides("s", slope_out),
+            **strides("s", out),
             **strides("d", dq),
         )
+        dk, dv = torch.empty_like(k), torch.empty_like(v)  # into the memory of the lists before, where that fits
         run(
             entmax_backward_keys,
             "backward_keys",
@@ -378,12 +407,11 @@ def backward(
             n_blocks,
             counters[1:],
             p_row_bits=row_bits,
-            p_sparse=sparse,
+            stride_row_bits=row_bits.stride(1) if keys else 0,
             p_dk=dk,
             p_dv=dv,
             n_key_blocks=n_key_blocks,
-            query_capacity=n_blocks * TILE,
-            TRANSPOSED=launch_for("backward_keys", shared["BD"], q.dtype, q.device).transposed,
+            TRANSPOSED=pass_launch("backward_keys", shared["BD"], q.dtype, q.device).transposed,
             **strides("d", dk),
             **strides("e", dv),
         )

@@ -17,7 +17,7 @@ backward_operator = torch.library.custom_op("longsplash::entmax_triton_backward"
 
 @entmax_attention_triton.register_fake
 def _(q, k, v, alpha, scale, power, causal, cu_seqlens, kv_lens, alibi_slopes, window, gradient, stats, skip_far):
-    return forward_outputs(unit_stride(q), k, cu_seqlens, kv_lens, gradient, stats)
+    return forward_outputs(unit_stride(q), k, causal, cu_seqlens, kv_lens, gradient, stats)
 
 
 @backward_operator.register_fake
@@ -34,7 +34,7 @@ def _setup_context(ctx, inputs, output):
         k,
         v,
         alpha,
-        kept.slope_out,
+        kept.out,
         kept.tau,
         kept.bits,
         kept.key_bits,
@@ -46,7 +46,7 @@ def _setup_context(ctx, inputs, output):
     )
     ctx.scale, ctx.power, ctx.gradient = scale, power, gradient
     ctx.mark_non_differentiable(*kept[1:])
-    ctx.set_materialize_grads(False)  # or zeros as large as slope_out are made for backward
+    ctx.set_materialize_grads(False)  # or zeros are made for what has no gradient
 
 
 def _gradients(run_backward, ctx, grad):

@@ -18,6 +18,7 @@ from kernels.common.key_lists import (
     fill_rows,
     is_sparse,
     key_scores,
+    key_words,
     list_keys_of_tiles,
     mark_rows,
     step_entries,
@@ -59,7 +60,7 @@ def sum_powers(
         power_sum += tl.sum(w * u, 1)
         tile_slope_sum = tl.sum(w, 1)
         slope_sum += tile_slope_sum
-        marks = mark_listed(p_marks, marks, tile_slope_sum > 0, n, count)
+        marks = mark_listed(p_marks, marks, tile_slope_sum > 0, n, count, 1)
     return power_sum, slope_sum
 
 
@@ -73,13 +74,13 @@ def raise_by_newton(tau, power_sum, slope_sum, alpha, POWER: tl.constexpr):
 
 @triton.jit
 def mark_tiles(
-    q, p_k, stride_k, p_list, list_step, first_tile, count, p_marks, p_row_words, limit, slope, first, end, row, inside,
-    position, n_queries, n_keys,
+    q, p_k, stride_k, p_list, list_step, first_tile, count, p_marks, p_row_bits, limit, slope, first, end, row, inside,
+    position, n_queries, n_keys, triangular,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Marks the keys and the (query, tile) pairs of listed tiles [first_tile, count) with a score above the row's
-    limit. A limit of NaN marks all: such a row spoils what it sees."""
+    """Marks the keys and (if ROWS) the (query, tile) pairs of listed tiles [first_tile, count) with a score above the
+    row's limit. A limit of NaN marks all: such a row spoils what it sees."""
     rows = tl.zeros([BM, 4], tl.int32)  # for each of the four lanes that share a row
     for n in tl.range(first_tile, count, num_stages=STAGES):
         tile = tl.load(p_list + n * list_step)
@@ -88,10 +89,13 @@ def mark_tiles(
         )
         excess = x - limit[:, None]
         store_marks(p_marks, n, excess)
-        excess = tl.reduce(tl.reshape(excess, (BM, BM // 8, 4, 2)), 3, nan_maximum)
-        excess = tl.reduce(excess, 1, nan_maximum)  # [BM, 4]
-        next_tile = tl.load(p_list + tl.minimum(n + 1, count - 1) * list_step)
-        rows = mark_rows(p_row_words, rows, ~(excess <= 0), row, inside, tile, next_tile, n == count - 1, n_queries)
+        if ROWS:
+            excess = tl.reduce(tl.reshape(excess, (BM, BM // 8, 4, 2)), 3, nan_maximum)
+            excess = tl.reduce(excess, 1, nan_maximum)  # [BM, 4]
+            next_tile = tl.load(p_list + tl.minimum(n + 1, count - 1) * list_step)
+            rows = mark_rows(
+                p_row_bits, rows, ~(excess <= 0), row, inside, tile, next_tile, n == count - 1, n_queries, triangular
+            )
 
 
 @triton.jit
@@ -190,26 +194,27 @@ def keep_listed(
 def entmax_refine(
     p_q, p_k, p_alpha, p_slopes, p_rows, p_blocks, p_flags, p_list, p_keys, p_marks, p_counter, p_tau, p_bits,
     p_key_bits, p_row_bits, p_sparse, p_last, p_passes,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_last,
-    scale, tolerance, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, capacity, batch_step,
-    stride_rows,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
-    MAX_STEPS: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr, STATS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_last, stride_key_bits, stride_row_bits,
+    scale, tolerance, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, triangular, capacity,
+    key_capacity, batch_step, stride_rows,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, LIST_CHUNK: tl.constexpr,
+    FIELDS: tl.constexpr, MAX_STEPS: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
+    STATS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
     hold the scan's and get better ones.
 
     KEYS: go over single keys where they are few. p_sparse: uint8 (B, H, query tiles), where that is so. p_key_bits:
-        int32 (B, H, query tiles, key words), zeros before, gets one bit for each key that can have weight for any query
-        of the tile. p_row_bits: int32 (B, H, n_words, Tq), zeros before, one for each (query, tile of keys).
+        int32 (B, H, words), zeros before, gets one bit for each key that can have weight for any query of a tile
+        (key_lists.key_words). p_row_bits: int32 (B, H, words), zeros before, one for each (query, tile of keys) if ROWS
+        (key_lists.row_words).
     p_last: float32 (2, B, H, Tq), slope of N where the last step was taken from, and that step (see threshold.py).
     """
     i_program = tl.program_id(0)
     p_flags += i_program * capacity
     p_list += i_program * capacity
     if KEYS:
-        p_keys += i_program * capacity * BM
+        p_keys += i_program * key_capacity
         p_marks += i_program * capacity * MARK_WORDS
     else:
         p_marks += i_program * (capacity // 32 + 2)
@@ -239,23 +244,25 @@ def entmax_refine(
             limit = tau / z_scale
             # covers the rounding of this and of the products compared; rows that see nothing keep +inf
             limit -= tl.where(tau < float("inf"), tl.abs(limit) * 5e-7, 0.0)
-            p_row_words = p_row_bits + i_bh.to(tl.int64) * n_words * n_queries
+            p_head_rows = p_row_bits + i_bh.to(tl.int64) * stride_row_bits
             p_edge_marks = p_marks + n_inner * MARK_WORDS
             p_edges = p_list + capacity - 1
-            p_key_words = p_key_bits + i_tile * n_key_words
+            p_key_words = key_words(p_key_bits, i_bh, i_block, stride_key_bits, n_key_words, triangular)
             count, marked, goal = 0, 0, tl.minimum(n_inner, FIRST_TILES)
             while marked < goal:
                 mark_tiles(
-                    q, p_k_head, stride_kt, p_list, 1, marked, goal, p_marks, p_row_words, limit, slope, first, end,
-                    row, inside, position, n_queries, n_keys, D, BD, BM, BIAS, False, PRECISION, STAGES,
+                    q, p_k_head, stride_kt, p_list, 1, marked, goal, p_marks, p_head_rows, limit, slope, first, end,
+                    row, inside, position, n_queries, n_keys, triangular, D, BD, BM, BIAS, False, ROWS, PRECISION,
+                    STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()  # all warps have written their marks and row bits
                 count += write_key_bits(p_marks, p_list, 1, marked, goal, p_key_words)
                 marked, goal = goal, tl.where(is_sparse(count, goal), n_inner, goal)
             n_edge_marked = tl.where(marked < n_inner, 0, n_edge)
             mark_tiles(
-                q, p_k_head, stride_kt, p_edges, -1, 0, n_edge_marked, p_edge_marks, p_row_words, limit, slope, first,
-                end, row, inside, position, n_queries, n_keys, D, BD, BM, BIAS, True, PRECISION, STAGES,
+                q, p_k_head, stride_kt, p_edges, -1, 0, n_edge_marked, p_edge_marks, p_head_rows, limit, slope, first,
+                end, row, inside, position, n_queries, n_keys, triangular, D, BD, BM, BIAS, True, ROWS, PRECISION,
+                STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # all warps have written their marks
             count += write_key_bits(p_edge_marks, p_edges, -1, 0, n_edge_marked, p_key_words)
@@ -263,15 +270,16 @@ def entmax_refine(
             tl.store(p_sparse + i_tile, sparse.to(tl.uint8))
             if sparse:
                 inner_keys, edge_keys = list_keys_of_tiles(
-                    p_key_words, p_list, capacity, p_keys, n_inner, n_edge, n_keys, capacity * BM
+                    p_key_words, p_list, capacity, p_keys, n_inner, n_edge, n_keys, key_capacity
                 )
                 tau, step, norm_slope = refine_over_keys(
-                    q, p_k_head, stride_kt, p_keys, inner_keys, edge_keys, capacity * BM, tau, alpha, beta, z_scale,
+                    q, p_k_head, stride_kt, p_keys, inner_keys, edge_keys, key_capacity, tau, alpha, beta, z_scale,
                     slope, largest, first, end, position, i_block * BM + tl.load(p_block + 4),
                     D, BD, BM, MAX_STEPS, BIAS, PRECISION, POWER, STAGES,
                 )  # fmt: skip
             else:
-                fill_rows(p_row_words, p_words, tile_lo, tile_hi, row, inside, n_queries)
+                if ROWS:
+                    fill_rows(p_head_rows, p_words, tile_lo, tile_hi, row, inside, n_queries, triangular)
                 tau, step, norm_slope, _, n_inner, n_edge = refine_over_tiles(
                     q, p_k_head, stride_kt, p_list, n_inner, n_edge, capacity, p_marks, tau, alpha, beta, z_scale,
                     slope, largest, first, end, position, n_keys,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import curved_step, lane_sums, norm_and_slope, support_distance, support_power
-from kernels.common.key_lists import KEY_CHUNK, gather_rows, key_scores, step_entries
+from kernels.common.key_lists import KEY_CHUNK, gather_rows, key_scores, key_words, step_entries
 from kernels.common.tiles import (
     LENGTHS,
     flag_listed,
@@ -23,11 +23,10 @@ from kernels.common.tiles import (
 
 @triton.jit
 def add_values(
-    x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta,
-    PRECISION: tl.constexpr, POWER: tl.constexpr, GRADIENT: tl.constexpr,
+    x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION: tl.constexpr, POWER: tl.constexpr
 ):  # fmt: skip
-    """Adds sum u ** beta, sum u ** (beta - 1), and with the same weights sum u ** beta v and (if GRADIENT)
-    sum u ** (beta - 1) v of one step. Returns them, u and the step's sum u ** (beta - 1)."""
+    """Adds sum u ** beta, sum u ** (beta - 1), and with the same weights sum u ** beta v and sum u ** (beta - 1) v of
+    one step. Returns them, u and the step's sum u ** (beta - 1)."""
     u = support_distance(x, z_scale, tau[:, None])
     w = support_power(u, beta, POWER)
     p = w * u
@@ -35,8 +34,7 @@ def add_values(
     step_slope_sum = lane_sums(w)
     slope_sum += step_slope_sum
     out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
-    if GRADIENT:
-        slope_out = tl.dot(w.to(v.dtype), v, slope_out, input_precision=PRECISION)
+    slope_out = tl.dot(w.to(v.dtype), v, slope_out, input_precision=PRECISION)
     return power_sum, slope_sum, out, slope_out, u, step_slope_sum
 
 
@@ -44,23 +42,24 @@ def add_values(
 def sum_tiles(
     q, p_k, p_v, stride_k, stride_v, p_list, list_step, count, p_marks,
     power_sum, slope_sum, out, slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, POWER: tl.constexpr,
-    GRADIENT: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
+    STATS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """add_values over a list of tiles; counts support and marks tiles with weight if STATS."""
+    """add_values over a list of tiles, STEP keys at a time; counts support and marks tiles with weight if STATS."""
+    PARTS: tl.constexpr = BM // STEP
     marks = tl.zeros([BM], tl.int32)
-    for n in tl.range(0, count, num_stages=STAGES):
-        tile = tl.load(p_list + n * list_step)
+    for n in tl.range(0, count * PARTS, num_stages=STAGES):
+        part = tl.load(p_list + n // PARTS * list_step) * PARTS + n % PARTS
         x = listed_scores(
-            q, p_k, stride_k, tile, slope, first, end, position, n_keys, D, BD, BM, BIAS, MASKED, PRECISION
+            q, p_k, stride_k, part, slope, first, end, position, n_keys, D, BD, STEP, BIAS, MASKED, PRECISION
         )
-        v = load_rows(p_v, tile * BM, stride_v, n_keys, BM, D, BD, MASKED)
-        power_sum, slope_sum, out, slope_out, u, tile_slope_sum = add_values(
-            x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION, POWER, GRADIENT
+        v = load_rows(p_v, part * STEP, stride_v, n_keys, STEP, D, BD, MASKED)
+        power_sum, slope_sum, out, slope_out, u, step_slope_sum = add_values(
+            x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION, POWER
         )
         if STATS:
-            marks = mark_listed(p_marks, marks, tl.sum(tile_slope_sum, 1) > 0, n, count)
+            marks = mark_listed(p_marks, marks, tl.sum(step_slope_sum, 1) > 0, n, count * PARTS, PARTS)
             support += tl.sum((u > 0).to(tl.int32), 1)
     return power_sum, slope_sum, out, slope_out, support
 
@@ -69,16 +68,16 @@ def sum_tiles(
 def sum_keys(
     q, p_k, p_v, stride_k, stride_v, p_list, first_step, last_step, n_inner, count, capacity,
     power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end, position, anchor,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, POWER: tl.constexpr, GRADIENT: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """add_values over steps of a list of keys."""
     for n in tl.range(first_step, last_step, num_stages=STAGES):
-        key = step_entries(p_list, n, n_inner, count, capacity, BM, MASKED)
+        key = step_entries(p_list, n, n_inner, count, capacity, STEP, MASKED)
         x, _ = key_scores(q, p_k, stride_k, key, slope, first, end, position, anchor, D, BD, BIAS, MASKED, PRECISION)
         v = gather_rows(p_v, key, stride_v, D, BD, MASKED)
         power_sum, slope_sum, out, slope_out, _, _ = add_values(
-            x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION, POWER, GRADIENT
+            x, v, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, PRECISION, POWER
         )
     return power_sum, slope_sum, out, slope_out
 
@@ -86,14 +85,15 @@ def sum_keys(
 @triton.jit(do_not_specialize=LENGTHS)
 def entmax_sum(
     p_q, p_k, p_v, p_alpha, p_slopes, p_rows, p_blocks, p_flags, p_list, p_keys, p_marks, p_counter, p_tau, p_bits,
-    p_key_bits, p_sparse, p_last, p_out, p_slope_out, p_support, p_live,
+    p_key_bits, p_sparse, p_last, p_out, p_support, p_live,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, stride_sb, stride_sh, stride_st,
-    stride_last, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, capacity,
-    batch_step, stride_rows,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    stride_ob, stride_oh, stride_ot,
+    stride_last, stride_key_bits, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words,
+    triangular, capacity, key_capacity, batch_step, stride_rows,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, LIST_CHUNK: tl.constexpr,
+    FIELDS: tl.constexpr,
     BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
-    GRADIENT: tl.constexpr, STATS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    STATS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
     hold the refinement's and get the final ones (bits only if STATS: else a tile may be marked whose best key lies in
@@ -101,7 +101,7 @@ def entmax_sum(
     i_program = tl.program_id(0)
     p_list += i_program * capacity
     if KEYS:
-        p_keys += i_program * capacity * BM
+        p_keys += i_program * key_capacity
     if STATS:
         p_flags += i_program * capacity
         p_marks += i_program * (capacity // 32 + 2)
@@ -136,21 +136,22 @@ def entmax_sum(
         if KEYS:
             whole_tiles = tl.load(p_sparse + i_tile) == 0
             if not whole_tiles:
+                p_key_words = key_words(p_key_bits, i_bh, i_block, stride_key_bits, n_key_words, triangular)
                 n_inner, n_edge = list_row_entries(
-                    p_key_bits + i_tile * n_key_words, p_keys, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM,
-                    capacity * BM, KEY_CHUNK,
+                    p_key_words, p_keys, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM, key_capacity,
+                    KEY_CHUNK,
                 )  # fmt: skip
-                whole, count = n_inner // BM, n_inner + n_edge
+                whole, count = n_inner // STEP, n_inner + n_edge
                 anchor = i_block * BM + tl.load(p_block + 4)
                 power_sum, slope_sum, out, slope_out = sum_keys(
-                    q, p_k_head, p_v_head, stride_kt, stride_vt, p_keys, 0, whole, n_inner, count, capacity * BM,
+                    q, p_k_head, p_v_head, stride_kt, stride_vt, p_keys, 0, whole, n_inner, count, key_capacity,
                     power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end, position, anchor,
-                    D, BD, BM, BIAS, False, PRECISION, POWER, GRADIENT, STAGES,
+                    D, BD, STEP, BIAS, False, PRECISION, POWER, STAGES,
                 )  # fmt: skip
                 power_sum, slope_sum, out, slope_out = sum_keys(
-                    q, p_k_head, p_v_head, stride_kt, stride_vt, p_keys, whole, tl.cdiv(count, BM), n_inner, count,
-                    capacity * BM, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end,
-                    position, anchor, D, BD, BM, BIAS, True, PRECISION, POWER, GRADIENT, STAGES,
+                    q, p_k_head, p_v_head, stride_kt, stride_vt, p_keys, whole, tl.cdiv(count, STEP), n_inner, count,
+                    key_capacity, power_sum, slope_sum, out, slope_out, tau, z_scale, beta, slope, first, end,
+                    position, anchor, D, BD, STEP, BIAS, True, PRECISION, POWER, STAGES,
                 )  # fmt: skip
         n_inner, n_edge = 0, 0
         if whole_tiles:
@@ -162,13 +163,13 @@ def entmax_sum(
             p_edge_marks += tl.cdiv(n_inner, 32)
         power_sum, slope_sum, out, slope_out, support = sum_tiles(
             q, p_k_head, p_v_head, stride_kt, stride_vt, p_list, 1, n_inner, p_marks, power_sum, slope_sum, out,
-            slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM, BIAS, False,
-            PRECISION, POWER, GRADIENT, STATS, STAGES,
+            slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM, STEP, BIAS, False,
+            PRECISION, POWER, STATS, STAGES,
         )  # fmt: skip
         power_sum, slope_sum, out, slope_out, support = sum_tiles(
             q, p_k_head, p_v_head, stride_kt, stride_vt, p_list + capacity - 1, -1, n_edge, p_edge_marks, power_sum,
             slope_sum, out, slope_out, support, tau, z_scale, beta, slope, first, end, position, n_keys, D, BD, BM,
-            BIAS, True, PRECISION, POWER, GRADIENT, STATS, STAGES,
+            STEP, BIAS, True, PRECISION, POWER, STATS, STAGES,
         )  # fmt: skip
         total, slope_total = tl.sum(power_sum, 1), tl.sum(slope_sum, 1)
         norm, last_slope = norm_and_slope(total, slope_total, alpha, POWER)
@@ -177,12 +178,8 @@ def entmax_sum(
         step = curved_step(norm, last_slope, earlier_slope, earlier_step, alpha)
         tau += step
         tl.store(p_tau + o_bh + row, tau, mask=inside)
-        if GRADIENT:
-            out -= (beta * step)[:, None] * slope_out
-            total -= beta * step * slope_total
-            slope_out = slope_out / tl.where(slope_total > 0, slope_total, 1.0)[:, None]
-            o_s = head_offset(i_batch, i_head, stride_sb, stride_sh)
-            store_rows(p_slope_out + o_s, slope_out, i_block * BM, stride_st, n_queries, BM, D, BD)
+        out -= (beta * step)[:, None] * slope_out
+        total -= beta * step * slope_total
         if STATS:
             n_inner, n_edge = (
                 keep_marked(p_list, 1, p_marks, n_inner, LIST_CHUNK),

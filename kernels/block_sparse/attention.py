@@ -15,6 +15,7 @@ from kernels.block_sparse.reference import (
     grid_of_blocks,
     visible_blocks,
 )
+from kernels.block_sparse.tuning import widest_head_dim
 from kernels.common.arguments import check_flag, check_tensor, readable
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import refuse_transforms
@@ -143,4 +144,4 @@ def _unsupported(q: Tensor) -> str | None:
     """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
     if q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM:
         return f"takes float32 with head dims up to {FLOAT32_HEAD_DIM}, got {q.shape[3]}"
-    return unsupported_by_triton(q.dtype, q.shape[3], q.device)
+    return unsupported_by_triton(q.dtype, q.shape[3], q.device, widest_head_dim)

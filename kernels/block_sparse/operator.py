@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.block_sparse.passes import attend, list_given, list_off_diagonal
 from kernels.block_sparse.reference import KEY_BLOCK, diagonal_blocks, grid_of_blocks, visible_blocks
+from kernels.block_sparse.tuning import block_sparse_launch
 from kernels.common.launching import (
     bfloat16_as_float32,
     ceil_div,
@@ -24,7 +25,7 @@ from kernels.common.launching import (
     unit_stride,
 )
 from kernels.common.tiles import LIST_CHUNK
-from kernels.common.tuning import launch_for, program_count
+from kernels.common.tuning import program_count
 
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_tasks", "n_blocks", "first_block", "offset", "n_words", "capacity", "n_positions"]
@@ -172,11 +173,9 @@ def block_sparse_triton(
         return out.zero_(), kept
     n_blocks, n_key_blocks = grid_of_blocks(n_queries, n_keys, query_block)
     gated, padded_dim = thresholds is not None, padded_head_dim(head_dim)
-    kernel = "block_sparse" if gated else "block_sparse_ungated"
-    if blocks is not None:
-        kernel = f"block_sparse_given_{query_block}"
+    design = f"given_{query_block}" if blocks is not None else "gated" if gated else "ungated"
     descriptors = all(describable(x) for x in (q, k, v))
-    launch = launch_for(kernel, padded_dim, q.dtype, q.device, descriptors=descriptors)
+    launch = block_sparse_launch(design, padded_dim, q.dtype, q.device, descriptors)
     n_tasks, n_words = batch * heads * n_blocks, ceil_div(n_key_blocks, 32)
     n_programs = program_count(launch, q.device, n_tasks)
     fused, stats = gated and launch.fused, gated and with_kept
@@ -218,7 +217,7 @@ def block_sparse_triton(
             GIVEN=given is not None,
             FUSED=fused,
             STATS=stats,
-            PRECISION=dot_precision(q),
+            PRECISION=dot_precision(head_dim, q.dtype, q.device),
             SCAN_STAGES=launch.scan_stages,
             STAGES=launch.stages,
             CHUNK=LIST_CHUNK,

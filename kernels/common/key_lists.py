@@ -14,6 +14,7 @@ from kernels.common.tiles import add_position_bias, append_entries, bit_or, nan_
 KEY_CHUNK = tl.constexpr(4096)  # keys examined at once when a list is built
 MARKED_TILES = tl.constexpr(128)  # tiles whose marks become key bits at once
 FIRST_TILES = tl.constexpr(32)  # tiles of a list after which marking stops if most of their keys are marked
+SPARSE_PERCENT = tl.constexpr(70)  # of the tiles' entries, below which passes follow single ones
 MARK_WORDS = tl.constexpr(16)  # int32 of marks for 64 entries: four lanes of each of four warps hold 16 bits
 
 
@@ -21,6 +22,22 @@ MARK_WORDS = tl.constexpr(16)  # int32 of marks for 64 entries: four lanes of ea
 def entry_slot(i, n_inner, capacity):
     """Where entry i of a two-ended list stands."""
     return tl.where(i < n_inner, i, capacity - 1 - (i - n_inner))
+
+
+@triton.jit
+def key_words(p_key_bits, i_bh, i_block, stride_head, n_key_words, triangular):
+    """Where the key bits of a query tile stand: words of as many key tiles as it can see if triangular, n_key_words
+    each if not."""
+    before = tl.where(triangular != 0, i_block * (i_block + 1), i_block * n_key_words)
+    return p_key_bits + i_bh.to(tl.int64) * stride_head + before
+
+
+@triton.jit
+def row_words(p_row_bits, i_word, n_queries, triangular):
+    """Where the bits of a head's queries for key tiles [32 i_word, 32 (i_word + 1)) stand, from query 0, though the
+    words of those that see none of these tiles (queries below 2048 i_word) are left out if triangular."""
+    i_word = tl.cast(i_word, tl.int64)
+    return p_row_bits + i_word * n_queries - tl.where(triangular != 0, 1024 * i_word * (i_word + 1), 0)
 
 
 @triton.jit
@@ -131,11 +148,11 @@ def list_keys_of_tiles(p_words, p_tiles, tiles, p_list, n_tiles, n_edge_tiles, n
 def is_sparse(count, n_tiles):
     """Whether `count` single entries are under 70 % of the tiles'. With all keys live, on an H100 at head dim 64,
     passes that gather took 1.15 to 1.4 times as long as those over tiles."""
-    return count * 10 < n_tiles * (7 * 64)
+    return count * 100 < n_tiles * (SPARSE_PERCENT * 64)
 
 
 @triton.jit
-def mark_rows(p_row_words, rows, live, row, inside, tile, next_tile, last, n_queries):
+def mark_rows(p_row_bits, rows, live, row, inside, tile, next_tile, last, n_queries, triangular):
     """Sets a bit for every (query, tile of keys) that is live, in words of 32 tiles: [words, queries].
 
     rows: int32 [rows, 4], bits of the present word for each of four lanes, kept in registers until the next tile stands
@@ -143,18 +160,19 @@ def mark_rows(p_row_words, rows, live, row, inside, tile, next_tile, last, n_que
     """
     rows |= live.to(tl.int32) << (tile % 32)
     if last | (next_tile // 32 != tile // 32):
-        p = p_row_words + (tile // 32).to(tl.int64) * n_queries + row
+        p = row_words(p_row_bits, tile // 32, n_queries, triangular) + row
         tl.store(p, tl.load(p, mask=inside, other=0) | tl.reduce(rows, 1, bit_or), mask=inside)
         rows = tl.zeros_like(rows)
     return rows
 
 
 @triton.jit
-def fill_rows(p_row_words, p_words, tile_lo, tile_hi, row, inside, n_queries):
+def fill_rows(p_row_bits, p_words, tile_lo, tile_hi, row, inside, n_queries, triangular):
     """Row bits of whole tiles: those of the query tile's for each of its rows."""
     for i_word in range(tile_lo // 32, tl.cdiv(tile_hi, 32)):
         word = tl.load(p_words + i_word)
-        tl.store(p_row_words + tl.cast(i_word, tl.int64) * n_queries + row, tl.zeros_like(row) + word, mask=inside)
+        p = row_words(p_row_bits, i_word, n_queries, triangular) + row
+        tl.store(p, tl.zeros_like(row) + word, mask=inside)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.backends import INTERPRETED
+from kernels.common.tuning import LARGE_SHARED_MEMORY, shared_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,12 +64,13 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
 
 
-def dot_precision(q: Tensor) -> str:
-    """Precision of tl.dot. float32: three TF32 products, about float32's own accuracy, where their operands fit on the
-    chip, else plain float32 units, which compile slowly."""
-    if q.dtype != torch.float32:
+def dot_precision(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Precision of tl.dot. float32: three TF32 products, about float32's own accuracy, where their operands, each in
+    two parts, fit on the chip, else plain float32 units, which compile slowly."""
+    if dtype != torch.float32:
         return "tf32"
-    return "tf32x3" if q.shape[3] <= 128 else "ieee"
+    large = device.type == "cpu" or shared_memory(device) >= LARGE_SHARED_MEMORY
+    return "tf32x3" if head_dim <= (128 if large else 64) else "ieee"
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

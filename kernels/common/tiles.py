@@ -14,7 +14,18 @@ from kernels.common.visibility import TILE
 
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_tasks", "n_blocks", "n_key_blocks", "n_words", "capacity", "batch_step"]
-LENGTHS += ["n_key_words", "query_capacity", "stride_rows", "stride_last", "n_documents", "search_steps", "window"]
+LENGTHS += [
+    "n_key_words",
+    "triangular",
+    "key_capacity",
+    "stride_key_bits",
+    "stride_row_bits",
+    "stride_rows",
+    "stride_last",
+    "n_documents",
+    "search_steps",
+    "window",
+]
 LIST_CHUNK = 512  # tiles examined at once when a list is built
 BLOCK_FIELDS = 5  # of key_intervals' blocks: tile_lo, tile_hi, inner_lo, inner_hi, position of query 0
 
@@ -209,11 +220,11 @@ def add_position_bias(x, query_position, key, anchor, slope):
 @triton.jit
 def append_entries(p_list, index, live, inner, n_inner, n_edge, capacity):
     """Appends the live ones of `index` (tiles, or single keys or queries) to a list: inner ones from its front, edges
-    from its back."""
+    from its back. Counts go on where it is full."""
     count = (live & inner).to(tl.int32) + ((live & ~inner).to(tl.int32) << 16)
     before = tl.cumsum(count, 0) - count
     slot = tl.where(inner, n_inner + (before & 0xFFFF), capacity - 1 - n_edge - (before >> 16))
-    tl.store(p_list + slot, index, mask=live)
+    tl.store(p_list + slot, index, mask=live & (slot >= 0) & (slot < capacity))
     total = tl.sum(count, 0)
     return n_inner + (total & 0xFFFF), n_edge + (total >> 16)
 
@@ -261,14 +272,15 @@ def nan_maximum(a, b):
 
 
 @triton.jit
-def mark_listed(p_marks, marks, live, n, count):
-    """Sets bit n of the marks where `live` holds for any row; every 32 bits become a word in memory.
+def mark_listed(p_marks, marks, live, n, count, PARTS: tl.constexpr):
+    """Sets the bit of entry n // PARTS, the one that step n is a part of, where `live` holds for any row; every 32 bits
+    become a word in memory. count: of steps.
 
     marks, live: [rows]. Marks stay in registers in between: a store in every step would synchronise warps.
     """
-    marks |= live.to(tl.int32) << (n % 32)
-    if (n % 32 == 31) | (n == count - 1):
-        tl.store(p_marks + n // 32, tl.reduce(marks, 0, bit_or))
+    marks |= live.to(tl.int32) << (n // PARTS % 32)
+    if (n % (32 * PARTS) == 32 * PARTS - 1) | (n == count - 1):
+        tl.store(p_marks + n // PARTS // 32, tl.reduce(marks, 0, bit_or))
         marks = tl.zeros_like(marks)
     return marks
 

@@ -7,6 +7,7 @@ what it is for, the kernel's name and its shared memory in bytes.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,11 @@ import kernels.block_sparse.operator
 from kernels import block_sparse_softmax_attention, entmax, entmax_attention
 from kernels.block_sparse.reference import QUERY_BLOCKS
 
-LAUNCHING = (kernels.alpha_entmax.launches, kernels.alpha_entmax.decode, kernels.block_sparse.operator)
+LAUNCHING = {
+    kernels.alpha_entmax.launches: ("scan_launch", "pass_launch", "program_count", "dot_precision"),
+    kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
+    kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
+}
 CHOOSING = (kernels.alpha_entmax.attention, kernels.block_sparse.attention, kernels.alpha_entmax.rowwise)
 CUDA = torch.device("cuda", 0)
 doing: list[str] = []
@@ -58,6 +63,11 @@ class Properties:
     shared_memory_per_block_optin = 0
 
 
+def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with CUDA in place of the device that it is asked for."""
+    return lambda *given: function(*(CUDA if isinstance(x, torch.device) else x for x in given))
+
+
 def pretend(capability: str) -> None:
     """CPU tensors take the launches that they would take on that GPU, and launching is compiling."""
     major, minor = map(int, capability.split("."))
@@ -73,12 +83,9 @@ def pretend(capability: str) -> None:
         return compiled
 
     JITFunction.run = compile_only
-    for module in LAUNCHING:
-        launch_for, program_count = module.launch_for, module.program_count
-        module.launch_for = lambda kernel, head_dim, dtype, device, f=launch_for, **more: f(
-            kernel, head_dim, dtype, CUDA, **more
-        )
-        module.program_count = lambda launch, device, n_tasks, f=program_count: f(launch, CUDA, n_tasks)
+    for module, names in LAUNCHING.items():
+        for name in names:
+            setattr(module, name, on_cuda(getattr(module, name)))
     kernels.alpha_entmax.launches.SHORTEST_KEY_LIST = 0  # what long inputs take
     for module in CHOOSING:
         module.choose_backend = lambda *_: "triton"
@@ -98,7 +105,7 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
     with torch.no_grad():
         lengths = torch.tensor([100], dtype=torch.int32)
         entmax_attention(draw(1), k, v, alpha=alpha, kv_lens=lengths, alibi_slopes=slopes, backend="triton")
-        if dtype == torch.float32 and head_dim > kernels.block_sparse.attention.FLOAT32_HEAD_DIM:
+        if head_dim > kernels.block_sparse.tuning.widest_head_dim(dtype, Properties.shared_memory_per_block_optin):
             return
         block_sparse_softmax_attention(q, k, v, thresholds=torch.zeros(2, 1), alibi_slopes=slopes, backend="triton")
         block_sparse_softmax_attention(q, k, v, backend="triton")

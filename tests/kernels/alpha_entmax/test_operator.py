@@ -213,14 +213,15 @@ def test_auto_says_once_why_it_is_slow(monkeypatch) -> None:
     """And promises no launch that does not fit into the GPU's shared memory."""
     cuda, q = torch.device("cuda", 0), SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(kernels.alpha_entmax.attention, "shared_memory", lambda device: 99 * 1024)
-    fits = [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64)]
+    fits = [(torch.bfloat16, 256), (torch.float16, 64), (torch.float32, 128)]
     assert all(unsupported_by_triton(*kind, cuda) is None for kind in fits)
-    reason = unsupported_by_triton(torch.bfloat16, 256, cuda)
+    reason = unsupported_by_triton(torch.float32, 256, cuda)
     assert reason and "head dims up to 128 on a GPU with 99 KiB" in reason
-    assert "up to 64 on a GPU" in str(unsupported_by_triton(torch.float32, 128, cuda))
+    block_sparse = kernels.block_sparse.tuning.widest_head_dim
+    assert "up to 128 on a GPU" in str(unsupported_by_triton(torch.bfloat16, 256, cuda, block_sparse))
+    assert "up to 64 on a GPU" in str(unsupported_by_triton(torch.float32, 128, cuda, block_sparse))
     monkeypatch.setattr(kernels.alpha_entmax.attention, "shared_memory", lambda device: 163 * 1024)
-    assert all(unsupported_by_triton(*kind, cuda) is None for kind in [(torch.bfloat16, 256), (torch.float32, 128)])
-    assert "up to 128 on a GPU with 163 KiB" in str(unsupported_by_triton(torch.float32, 256, cuda))
+    assert all(unsupported_by_triton(*kind, cuda, block_sparse) is None for kind in fits)
     monkeypatch.setattr(kernels.alpha_entmax.attention, "shared_memory", lambda device: 99 * 1024)
     choices = kernels.alpha_entmax.attention.BACKENDS
     with pytest.warns(RuntimeWarning, match="slow PyTorch path on CUDA: the Triton one takes") as seen:

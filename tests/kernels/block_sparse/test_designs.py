@@ -12,8 +12,9 @@ import torch
 
 from kernels import block_sparse_softmax_attention
 from kernels.block_sparse import operator as block_sparse_triton
-from kernels.common import tuning
-from kernels.common.tuning import Launch
+from kernels.block_sparse import tuning
+from kernels.block_sparse.tuning import TABLES, BlockSparseLaunch
+from kernels.common.tuning import shared_memory
 from tests.kernels.block_sparse.test_attention import BACKENDS, SHAPES, Shape, check, run
 from tests.kernels.helpers import DEVICE
 
@@ -25,12 +26,11 @@ def use_design(monkeypatch: pytest.MonkeyPatch, fused: bool, descriptors: bool) 
     """Makes launches take this design. Returns a list that gets, for each launch, whether TMA could read its inputs."""
     seen = []
 
-    def launch_for(*arguments: Any, descriptors: bool) -> Launch:
-        seen.append(descriptors)
-        return replace(tuning.launch_for(*arguments, descriptors=descriptors), fused=fused, descriptors=tma)
+    def launch(*arguments: Any) -> BlockSparseLaunch:
+        seen.append(arguments[-1])
+        return replace(tuning.block_sparse_launch(*arguments), fused=fused, descriptors=descriptors)
 
-    tma = descriptors
-    monkeypatch.setattr(block_sparse_triton, "launch_for", launch_for)
+    monkeypatch.setattr(block_sparse_triton, "block_sparse_launch", launch)
     return seen
 
 
@@ -83,20 +83,20 @@ def test_what_tma_cannot_read_goes_by_pointers(backend: str, monkeypatch: pytest
     assert seen == [True, False, False, False]
 
 
-@pytest.mark.parametrize("table", [tuning.HEAD_DIM_64, tuning.HEAD_DIM_128], ids=["64", "128"])
-@pytest.mark.parametrize(
-    "kernel", ["block_sparse", "block_sparse_ungated", "block_sparse_given_64", "block_sparse_given_128"]
-)
+@pytest.mark.parametrize("head_dim", TABLES)
+@pytest.mark.parametrize("design", ["gated", "ungated", "given_64", "given_128"])
 @pytest.mark.parametrize(("readable", "generation"), [(True, 9), (False, 9), (True, 8)])
 def test_launches_use_tma_where_it_is(
-    table: dict[str, Launch], kernel: str, readable: bool, generation: int, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, design: str, readable: bool, generation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (generation, 0))
     properties = SimpleNamespace(shared_memory_per_block_optin=163 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    head_dim = 64 if table is tuning.HEAD_DIM_64 else 128
-    choose = tuning.launch_for.__wrapped__  # not its cache, which is of real devices
-    launch = choose(kernel, head_dim, torch.bfloat16, torch.device("cuda"), readable)
-    assert launch.descriptors == (table[kernel].descriptors and readable and generation == 9)
-    assert launch.fused == table[kernel].fused
+    shared_memory.cache_clear()
+    choose = tuning.block_sparse_launch.__wrapped__  # not its cache, which is of real devices
+    launch = choose(design, head_dim, torch.bfloat16, torch.device("cuda"), readable)
+    shared_memory.cache_clear()
+    table = TABLES[head_dim]
+    assert launch.descriptors == (table[design].descriptors and readable and generation == 9)
+    assert launch.fused == table[design].fused
     assert generation == 9 or launch.registers is None
