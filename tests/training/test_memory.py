@@ -19,11 +19,16 @@ from model.attention import make_metadata
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards
 from tests.training.conftest import ROOT
-from training import memory
-from training.memory import Setup, block_activations, estimate, parameter_count
+from training.distributed.config import BUCKET_ELEMENTS
+from training.memory import command, workspace
+from training.memory.activations import block_activations
+from training.memory.estimate import estimate
+from training.memory.setup import Setup
+from training.memory.states import parameter_count
 from training.module import LanguageModule
 from training.step.activations import KeepOnHost
 from training.step.optim import OptimizerConfig, parameter_groups
+from training.throughput import GIB
 
 TOKENS, LENGTH = 512, 256
 BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
@@ -207,7 +212,7 @@ def peak_of_two_steps(module: LanguageModule, precision: str, accumulation: int)
 def test_estimated_peak_is_within_a_tenth_of_the_measured(
     name: str, mode: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(memory.BLOCKWISE_BYTES, False, 0)  # temporaries inside a kernel are not seen here
+    monkeypatch.setitem(workspace.BLOCKWISE_BYTES, False, 0)  # temporaries inside a kernel are not seen here
     module, setup = make(MODELS[name], precision, **MODES[mode])
     for accumulation in (1, 2):
         found = peak_of_two_steps(module, precision, accumulation)
@@ -234,7 +239,7 @@ def test_zero_divides_states_by_stage() -> None:
     one, two, three = (estimate(replace(setup, zero_stage=stage)).lasting for stage in (1, 2, 3))
     assert one["parameters"].bytes == 2 * count and one["gradients"].bytes == 4 * count
     assert one["optimizer state"].bytes == 12 * count / 8
-    assert two["gradients"].bytes == 4 * count / 8 + 2 * 4 * memory.BUCKET_ELEMENTS
+    assert two["gradients"].bytes == 4 * count / 8 + 2 * 4 * BUCKET_ELEMENTS
     assert three["parameters"].bytes == 2 * (count / 8 + count)  # a small model is gathered whole
     offloaded = estimate(replace(setup, zero_stage=1, offload_optimizer=True))
     assert offloaded.lasting["optimizer state"].bytes == 0
@@ -267,7 +272,7 @@ def test_compiled_blocks_with_tiles_as_on_two_h200(tokens: int, measured: float)
         network_of("1b", "softmax"), tokens, tokens, ranks=2, sequence_parallel=2, precision="bf16-mixed",
         loss_backend="liger", activation_checkpointing="offload", mlp_tile_tokens=16384, compiled=True,
     )  # fmt: skip
-    assert estimate(setup).total / memory.GIB == pytest.approx(measured, rel=0.1)
+    assert estimate(setup).total / GIB == pytest.approx(measured, rel=0.1)
     untiled = replace(setup, mlp_tile_tokens=0)  # the feed-forward layer's part is the larger one
     assert estimate(untiled).total == estimate(replace(untiled, compiled=False)).total
 
@@ -276,7 +281,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
     monkeypatch.setattr(sys, "argv", ["memory", *map(str, options)])
     monkeypatch.chdir(ROOT)
     try:
-        memory.main()
+        command.main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
