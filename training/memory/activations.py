@@ -6,7 +6,10 @@ from training.memory.states import block_matrices
 
 
 def block_activations(setup: Setup) -> dict[str, float]:
-    """Bytes that one block keeps for backward, by part, for n tokens."""
+    """Bytes that one block keeps for backward, by part, for n tokens. A compiled block that is recomputed counts as an
+    eager one: one graph computes it again with its gradient (`workspace.compiled_backward`)."""
+    if setup.compiled and setup.activation_checkpointing == "none":
+        return _compiled_block(setup)
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     norm = norm_activations(setup, network.d_model)
     attention_weights, feed_forward_weights = block_matrices(network)
@@ -19,6 +22,33 @@ def block_activations(setup: Setup) -> dict[str, float]:
         "attention": _attention(setup),
         "attention's output": n * w * network.n_heads * network.head_size,  # wo's operand
         "feed-forward": n * feed_forward,
+        "cast weights": setup.casts * w * (attention_weights + (0 if setup.tiled else feed_forward_weights)),
+    }
+    return {name: float(size) for name, size in parts.items()}
+
+
+def _compiled_block(setup: Setup) -> dict[str, float]:
+    """As block_activations, where torch.compile divides forward from backward: that computes norms' outputs, the second
+    norm's input and what leads to queries again, so operands have one copy for all readers."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    width, heads, head_dim = network.d_model, network.n_heads, network.head_size
+    attention_weights, feed_forward_weights = block_matrices(network)
+    queries = 0
+    if network.attention.kind in ("ssmax", "asentmax"):  # rotated queries are float32, others what wq gives
+        queries += heads * (head_dim * (FLOAT32 if network.positions == "rope" else w) + FLOAT32)
+    if network.attention.kind == "asentmax":
+        queries += 2 * w * (heads - network.n_alibi_heads)  # beta(x), gamma(x)
+    if network.qk_norm:
+        queries += (heads + network.n_kv_heads) * (w * head_dim + FLOAT32)
+    out = w * heads * head_dim
+    parts = {
+        "norms": n * (setup.residual_bytes * width + w * width + 2 * FLOAT32),  # the block's input, wo's output
+        "attention's input": n * w * width,
+        "queries, temperatures": n * queries,
+        "attention": _attention(setup) + (0 if network.attention.is_entmax else n * out),  # in FlashAttention's layout
+        "attention's output": n * out,
+        # the norm's output, gate, up and their product; tiles compute the norm again
+        "feed-forward": 0 if setup.tiled else n * w * (width + 3 * network.d_ff),
         "cast weights": setup.casts * w * (attention_weights + (0 if setup.tiled else feed_forward_weights)),
     }
     return {name: float(size) for name, size in parts.items()}
@@ -68,10 +98,10 @@ def _attention(setup: Setup) -> float:
             return size + 8 * setup.tokens  # each row's first and last key
         return size + 3 * n * FLOAT32 * heads  # maximum, threshold, normaliser
     size += n * FLOAT32 * heads  # log-sum-exp
-    if setup.cuda and network.positions != "nape":
-        return size  # varlen_attn's output is wo's operand
+    if setup.cuda:
+        return size  # FlashAttention's output, and FlexAttention's, is wo's operand
     size += n * w * heads * head_dim  # the output, in another layout than wo's operand
-    if not setup.cuda and (network.positions == "nape" or network.window):
+    if network.positions == "nape" or network.window:
         size += n * w * heads * setup.sequence_length  # with a bias, the CPU keeps the weights of whole documents
     return size
 

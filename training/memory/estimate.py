@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from training.memory.activations import block_activations, outside_blocks
+from training.memory.activations import block_activations, norm_activations, outside_blocks
 from training.memory.setup import FLOAT32, Setup
 from training.memory.states import Part, block_matrices, states
 from training.memory.workspace import backward_workspace, compiled_backward, loss_workspace
@@ -48,22 +48,31 @@ def estimate(setup: Setup) -> Estimate:
     result.lasting["activations"] = Part(
         layers * per_layer + outside, f"{formula}, and n x (last norm, positions, token ids)"
     )
-    gradients = result.lasting["gradients"].bytes
+    gradients = 0 if setup.keeps_gradients else result.lasting["gradients"].bytes  # that are still to come
+    own = 0 if setup.keeps_gradients else FLOAT32 * sum(block_matrices(setup.network))
+    table = FLOAT32 * setup.network.vocab_size * setup.network.d_model
+    # the head's gradient: a tied one waits for the embedding's, another is where gradients are
+    head = table if setup.network.tie_embeddings else 0
     # a block that is recomputed: its input is there already, or comes back from the host
     again = {"none": 0, "full": block - block_input, "offload": block}[mode] + backward_workspace(setup)
     if setup.compiled and mode != "none":
         again = max(again, compiled_backward(setup) - (block_input if mode == "full" else 0))
-    embedding = block_input + FLOAT32 * setup.network.vocab_size * setup.network.d_model
+    if mode != "offload":
+        again -= setup.local_tokens * norm_activations(setup, setup.network.d_model)  # the last norm's are gone
     result.phases = {
         # in the last micro-batch of a step the gradients of the others are there; in the first, those of the last step
         "loss": Part(loss_workspace(setup), "chunk of logits, head in w bytes, gradients of hidden states and head"),
         "backward, last block": Part(
-            again - (0 if setup.keeps_gradients else gradients), "its activations where recomputed, and their gradients"
+            again - gradients + (table if gradients else head),
+            "its activations where recomputed, their gradients, and the head's where it waits",
         ),
         "backward, first block": Part(
-            again - (layers - 1) * per_layer - FLOAT32 * sum(block_matrices(setup.network)),
+            again - (layers - 1) * per_layer - own + (0 if gradients else head),
             "as above; other blocks' activations are gone, its own gradients to come",
         ),
-        "backward, embedding": Part(embedding - layers * per_layer, "n C r + 4 V C"),
+        "backward, embedding": Part(
+            block_input + table + (0 if gradients else head) - layers * per_layer,
+            "n C r, 4 V C, and the head's gradient",
+        ),
     }
     return result

@@ -22,7 +22,7 @@ class Setup:
         loss_backend: resolved: chunked or liger.
         keeps_gradients: gradients exist while a backward pass begins: with accumulation, or where an engine keeps them.
         cuda: with the kernels that run on CUDA, else those on CPU.
-        compiled: as model.compile. What blocks keep is estimated as without it, which is more than they do.
+        compiled: as model.compile.
     """
 
     network: ModelConfig

@@ -27,13 +27,17 @@ def _next_power_of_2(value: int) -> int:
 
 
 def backward_workspace(setup: Setup) -> float:
-    """What a block's backward has beside its activations: the residual stream's gradient, one matrix's gradient, and
-    either gradients of two inner values of the feed-forward layer (and a tile that is computed again), or gradients of
-    attention's operands, when the feed-forward layer's activations are gone already."""
+    """What a block's backward has beside its activations: the residual stream's gradient, and either gradients inside
+    the feed-forward layer, or those of a matrix and of attention's operands, when the feed-forward layer's activations
+    are gone already."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     width, inner_width, heads, head_dim = network.d_model, network.d_ff, network.n_heads, network.head_size
     tile = setup.mlp_tile_tokens if setup.tiled else n
-    inner = tile * (2 * w * inner_width + w * width + (feed_forward_activations(setup) if setup.tiled else 0))
+    matrix = width * inner_width * (FLOAT32 + (w if setup.casts else 0))
+    # gradients of gate and up, or w_down's weight, its operand's gradient and its output's
+    inner = max(2 * w * tile * inner_width, w * tile * (inner_width + width) + matrix)
+    if setup.tiled:  # what the tile has computed again; the gradients of all tiles' inputs
+        inner += tile * feed_forward_activations(setup) + n * setup.residual_bytes * width
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)
     scaled = network.attention.kind in ("ssmax", "asentmax")  # queries are float32 before they are scaled
     attention = float(n * head_dim * (heads * (2 * w + 2 * FLOAT32 * scaled) + 2 * kv_heads * w))
@@ -41,8 +45,7 @@ def backward_workspace(setup: Setup) -> float:
         attention += BLOCKWISE_BYTES[setup.cuda] + setup.casts * 2 * FLOAT32 * n * head_dim * kv_heads
     freed = setup.residual_bytes * width if setup.tiled else feed_forward_activations(setup)
     attention -= n * (norm_activations(setup, width) + freed)
-    matrix = width * inner_width * (FLOAT32 + (w if setup.casts else 0))
-    return n * setup.residual_bytes * width + max(inner, attention) + matrix
+    return n * setup.residual_bytes * width + max(inner, attention + matrix)
 
 
 def compiled_backward(setup: Setup) -> float:
