@@ -1,4 +1,4 @@
-"""Peak memory of training steps on a CUDA device beside the estimate of training/memory.py.
+"""Peak memory of training steps on a CUDA device beside the estimate of training/memory.
 
     python -m benchmarks.train_memory --models 125m 1b --tokens 8192 32768
     python -m benchmarks.train_memory --models 1b --tokens 131072 --sequence_parallel 4  # one rank of four, by itself
@@ -24,7 +24,8 @@ from benchmarks.loopback import first_rank
 from common.arguments import PlainParser
 from common.errors import UsageError, user_errors
 from model.config import ModelConfig, config_from_dict
-from training.memory import Setup, estimate
+from training.memory.estimate import estimate
+from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.loss import resolve_loss_backend
 from training.step.optim import OptimizerConfig, parameter_groups

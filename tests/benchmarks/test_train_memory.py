@@ -10,7 +10,7 @@ import torch
 from benchmarks import train_memory
 from benchmarks.train_memory import MODES, make_setup, network_of, train
 from common.errors import UsageError
-from training.memory import estimate
+from training.memory.estimate import estimate
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

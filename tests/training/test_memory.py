@@ -19,11 +19,16 @@ from model.attention import make_metadata
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards
 from tests.training.conftest import ROOT
-from training import memory
-from training.memory import Setup, block_activations, estimate, parameter_count
+from training.distributed.config import BUCKET_ELEMENTS
+from training.memory import command, workspace
+from training.memory.activations import block_activations
+from training.memory.estimate import estimate
+from training.memory.setup import Setup
+from training.memory.states import parameter_count
 from training.module import LanguageModule
 from training.step.activations import KeepOnHost
 from training.step.optim import OptimizerConfig, parameter_groups
+from training.throughput import GIB
 
 TOKENS, LENGTH = 512, 256
 BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
@@ -85,6 +90,12 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)
 
 
+def compile_without_inductor(module: LanguageModule) -> None:
+    """Divides forward from backward as for a GPU, without compiling C++."""
+    for block in module.model.blocks:
+        block.compile(backend="aot_eager_decomp_partition")
+
+
 def measured_activations(module: LanguageModule, setup: Setup) -> int:
     saved, data = Saved(module), batch(setup.sequence_parallel)
 
@@ -107,6 +118,15 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
     module, setup = make(MODELS[name], precision, **MODES[mode])
     found = measured_activations(module, setup)
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("name", "mode"), [("asentmax-nape", "none"), ("asentmax-nape", "tiled")])
+def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
+    module, setup = make(MODELS[name], precision, **MODES[mode])
+    compile_without_inductor(module)
+    found = measured_activations(module, setup)
+    assert estimate(replace(setup, compiled=True)).lasting["activations"].bytes == pytest.approx(found, rel=0.03)
 
 
 def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
@@ -143,8 +163,8 @@ def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int], mode
     """One rank of two, whose partner's part of each exchange is made up."""
     network = replace(MODELS["asentmax-nape"], n_heads=heads[0], n_kv_heads=heads[1])
     module, setup = make(network, **MODES[mode])
-    for block in module.model.blocks if compiled else ():
-        block.compile(backend="aot_eager_decomp_partition")  # divides the graph as for a GPU, without compiling C++
+    if compiled:
+        compile_without_inductor(module)
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         module.shards = SequenceShards(distributed.group.WORLD, 0, 2)  # type: ignore[arg-type]
@@ -204,15 +224,15 @@ def peak_of_two_steps(module: LanguageModule, precision: str, accumulation: int)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "offload"])
 @pytest.mark.parametrize("name", ["asentmax-nape", "softmax-rope", "ssmax-rope-untied"])
-def test_estimated_peak_is_within_a_tenth_of_the_measured(
+def test_estimated_peak_is_near_the_measured(
     name: str, mode: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(memory.BLOCKWISE_BYTES, False, 0)  # temporaries inside a kernel are not seen here
+    monkeypatch.setitem(workspace.BLOCKWISE_BYTES, False, 0)  # temporaries inside a kernel are not seen here
     module, setup = make(MODELS[name], precision, **MODES[mode])
     for accumulation in (1, 2):
         found = peak_of_two_steps(module, precision, accumulation)
         expected = estimate(replace(setup, keeps_gradients=accumulation > 1))
-        assert 0.9 * found < expected.total < 1.1 * found
+        assert expected.total == pytest.approx(found, rel=0.05)
 
 
 def test_states_are_exact() -> None:
@@ -234,7 +254,7 @@ def test_zero_divides_states_by_stage() -> None:
     one, two, three = (estimate(replace(setup, zero_stage=stage)).lasting for stage in (1, 2, 3))
     assert one["parameters"].bytes == 2 * count and one["gradients"].bytes == 4 * count
     assert one["optimizer state"].bytes == 12 * count / 8
-    assert two["gradients"].bytes == 4 * count / 8 + 2 * 4 * memory.BUCKET_ELEMENTS
+    assert two["gradients"].bytes == 4 * count / 8 + 2 * 4 * BUCKET_ELEMENTS
     assert three["parameters"].bytes == 2 * (count / 8 + count)  # a small model is gathered whole
     offloaded = estimate(replace(setup, zero_stage=1, offload_optimizer=True))
     assert offloaded.lasting["optimizer state"].bytes == 0
@@ -267,16 +287,52 @@ def test_compiled_blocks_with_tiles_as_on_two_h200(tokens: int, measured: float)
         network_of("1b", "softmax"), tokens, tokens, ranks=2, sequence_parallel=2, precision="bf16-mixed",
         loss_backend="liger", activation_checkpointing="offload", mlp_tile_tokens=16384, compiled=True,
     )  # fmt: skip
-    assert estimate(setup).total / memory.GIB == pytest.approx(measured, rel=0.1)
+    assert estimate(setup).total / GIB == pytest.approx(measured, rel=0.1)
     untiled = replace(setup, mlp_tile_tokens=0)  # the feed-forward layer's part is the larger one
     assert estimate(untiled).total == estimate(replace(untiled, compiled=False)).total
+
+
+FULL, OFFLOAD = MODES["full"], MODES["offload"]
+TILES = {"mlp_tile_tokens": 2048}
+COMPILED: dict[str, Any] = {"compiled": True, "keeps_gradients": False}
+PEAKS: list[tuple[str, int, dict[str, Any], float]] = [
+    # softmax: model, tokens, options, GiB on an H200 (results/training_speed)
+    ("125m", 8192, {}, 5.63),
+    ("125m", 8192, TILES, 4.03),
+    ("125m", 8192, FULL, 2.62),
+    ("125m", 8192, OFFLOAD, 2.36),
+    ("125m", 8192, OFFLOAD | TILES, 2.27),
+    ("125m", 32768, {}, 15.88),
+    ("125m", 32768, TILES, 9.78),
+    ("125m", 32768, FULL, 4.48),
+    ("125m", 32768, OFFLOAD, 3.45),
+    ("125m", 32768, OFFLOAD | TILES, 2.90),
+    ("30m", 8192, COMPILED, 1.70),
+    ("1b", 131072, FULL | COMPILED, 47.6),
+    ("1b", 262144, FULL | COMPILED, 82.5),
+    ("1b", 393216, FULL | COMPILED, 117.5),
+    ("1b", 32768, COMPILED, 61.0),
+]
+
+
+@pytest.mark.parametrize(("model", "tokens", "options", "measured"), PEAKS)
+def test_peaks_measured_on_a_gpu(model: str, tokens: int, options: dict[str, Any], measured: float) -> None:
+    setup = Setup(
+        network_of(model, "softmax"), tokens, tokens, precision="bf16-mixed", loss_backend="liger", **options
+    )  # fmt: skip
+    found = estimate(setup)
+    peak = found.total
+    if model == "1b":  # benchmarks/train_speed.py gives gradients back before the next step's forward pass
+        loss = found.during("loss") - found.lasting["gradients"].bytes
+        peak = max(loss, *(found.during(phase) for phase in found.phases if phase != "loss"))
+    assert peak / GIB == pytest.approx(measured, rel=0.055)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
     monkeypatch.setattr(sys, "argv", ["memory", *map(str, options)])
     monkeypatch.chdir(ROOT)
     try:
-        memory.main()
+        command.main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -1,0 +1,119 @@
+"""What the forward pass keeps for backward."""
+
+from model.attention import kept_bits
+from training.memory.setup import FLOAT32, Setup
+from training.memory.states import block_matrices
+
+
+def block_activations(setup: Setup) -> dict[str, float]:
+    """Bytes that one block keeps for backward, by part, for n tokens. A compiled block that is recomputed counts as an
+    eager one: one graph computes it again with its gradient (`workspace.compiled_backward`)."""
+    if setup.compiled and setup.activation_checkpointing == "none":
+        return _compiled_block(setup)
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    norm = norm_activations(setup, network.d_model)
+    attention_weights, feed_forward_weights = block_matrices(network)
+    feed_forward = setup.residual_bytes * network.d_model if setup.tiled else feed_forward_activations(setup)
+    readers = 3 + 2 * (network.attention.kind == "asentmax")  # wq, wk, wv; beta and gamma
+    parts = {
+        "norms": 2 * n * norm,
+        "attention's input": n * _product_input(setup, readers),
+        "queries, temperatures": n * _scaling(setup),
+        "attention": _attention(setup),
+        "attention's output": n * w * network.n_heads * network.head_size,  # wo's operand
+        "feed-forward": n * feed_forward,
+        "cast weights": setup.casts * w * (attention_weights + (0 if setup.tiled else feed_forward_weights)),
+    }
+    return {name: float(size) for name, size in parts.items()}
+
+
+def _compiled_block(setup: Setup) -> dict[str, float]:
+    """As block_activations, where torch.compile divides forward from backward: that computes norms' outputs, the second
+    norm's input and what leads to queries again, so operands have one copy for all readers."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    width, heads, head_dim = network.d_model, network.n_heads, network.head_size
+    attention_weights, feed_forward_weights = block_matrices(network)
+    queries = 0
+    if network.attention.kind in ("ssmax", "asentmax"):  # rotated queries are float32, others what wq gives
+        queries += heads * (head_dim * (FLOAT32 if network.positions == "rope" else w) + FLOAT32)
+    if network.attention.kind == "asentmax":
+        queries += 2 * w * (heads - network.n_alibi_heads)  # beta(x), gamma(x)
+    if network.qk_norm:
+        queries += (heads + network.n_kv_heads) * (w * head_dim + FLOAT32)
+    out = w * heads * head_dim
+    parts = {
+        "norms": n * (setup.residual_bytes * width + w * width + 2 * FLOAT32),  # the block's input, wo's output
+        "attention's input": n * w * width,
+        "queries, temperatures": n * queries,
+        "attention": _attention(setup) + (0 if network.attention.is_entmax else n * out),  # in FlashAttention's layout
+        "attention's output": n * out,
+        # the norm's output, gate, up and their product; tiles compute the norm again
+        "feed-forward": 0 if setup.tiled else n * w * (width + 3 * network.d_ff),
+        "cast weights": setup.casts * w * (attention_weights + (0 if setup.tiled else feed_forward_weights)),
+    }
+    return {name: float(size) for name, size in parts.items()}
+
+
+def norm_activations(setup: Setup, width: int, *, mixed: bool = False) -> int:
+    """RMSNorm a token: its input, 1 / rms in float32. Where it is a composite of simpler operations, on CPUs and for
+    operands of mixed dtypes, it computes in float32 and keeps x / rms too."""
+    fused = setup.cuda and not mixed
+    return (setup.residual_bytes if fused else 2 * FLOAT32) * width + FLOAT32
+
+
+def _product_input(setup: Setup, readers: int) -> int:
+    """The operand of `readers` matrix products a token: shared, or under autocast a copy for each (w C)."""
+    return setup.network.d_model * (readers * setup.product_bytes if setup.casts else setup.residual_bytes)
+
+
+def feed_forward_activations(setup: Setup) -> int:
+    """A token's copies of the norm's output, gate, up, silu(gate) and their product; tiles share the norm's output."""
+    return _product_input(setup, 2) + 4 * setup.product_bytes * setup.network.d_ff
+
+
+def _scaling(setup: Setup) -> int:
+    """A token's unscaled queries in float32, temperatures (asentmax: five values on the way), and qk_norm's inputs."""
+    network = setup.network
+    heads, kv_heads, head_dim = network.n_heads, network.n_kv_heads, network.head_size
+    size = 0
+    if network.attention.kind in ("ssmax", "asentmax"):
+        size += FLOAT32 * heads * (head_dim + 1)
+    if network.attention.kind == "asentmax":
+        size += 5 * FLOAT32 * (heads - network.n_alibi_heads)
+    if network.qk_norm:
+        size += (heads + kv_heads) * norm_activations(setup, head_dim, mixed=setup.casts)
+    return size
+
+
+def _attention(setup: Setup) -> float:
+    """What the attention operation keeps: q, k, v, and its own results."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    heads, head_dim = network.n_heads, network.head_size
+    kv_heads = max(network.n_kv_heads, setup.sequence_parallel)  # KV heads that several ranks need are repeated
+    size = float(n * w * head_dim * (heads + 2 * kv_heads))
+    if setup.sequence_parallel > 1:
+        size += n * w * heads * head_dim  # the output before ranks exchange it
+    if network.attention.is_entmax:
+        if uses_triton(setup):
+            size += n * FLOAT32 * heads  # the threshold; the output is wo's operand
+            size += heads * n * kept_bits(setup.tokens, setup.tokens // setup.sequence_length) / setup.tokens / 8
+            return size + 8 * setup.tokens  # each row's first and last key
+        return size + 3 * n * FLOAT32 * heads  # maximum, threshold, normaliser
+    size += n * FLOAT32 * heads  # log-sum-exp
+    if setup.cuda:
+        return size  # FlashAttention's output, and FlexAttention's, is wo's operand
+    size += n * w * heads * head_dim  # the output, in another layout than wo's operand
+    if network.positions == "nape" or network.window:
+        size += n * w * heads * setup.sequence_length  # with a bias, the CPU keeps the weights of whole documents
+    return size
+
+
+def uses_triton(setup: Setup) -> bool:
+    return setup.cuda and setup.network.attention.backend in ("auto", "triton")
+
+
+def outside_blocks(setup: Setup) -> float:
+    """The last norm, token ids, labels, and what layers share: rotary tables or positions' logarithms."""
+    network, n = setup.network, setup.local_tokens
+    shared = FLOAT32 + (FLOAT32 * network.head_size if network.positions == "rope" else 0)
+    return n * (norm_activations(setup, network.d_model) + 2 * 8 + shared)

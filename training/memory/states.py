@@ -1,0 +1,53 @@
+"""Parameters, gradients and optimizer state."""
+
+from dataclasses import dataclass
+
+import torch
+
+from model.config import ModelConfig
+from model.transformer import Block, Transformer
+from training.distributed.config import BUCKET_ELEMENTS
+from training.memory.setup import FLOAT32, Setup
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes, and where they come from."""
+
+    bytes: float
+    formula: str
+
+
+def parameter_count(network: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(network).parameters())
+
+
+def block_matrices(network: ModelConfig) -> tuple[int, int]:
+    """Elements of one block's matrices: attention with temperature, feed-forward."""
+    with torch.device("meta"):
+        block = Block(network)
+    counts = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (block.attention, block.feed_forward)]
+    return counts[0], counts[1]
+
+
+def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
+    """On the device and on the host. Parameters, gradients and AdamW's moments take 4 P, 4 P and 8 P bytes without
+    ZeRO; with it as in arXiv 1910.02054."""
+    count, ranks, stage = parameter_count(setup.network), setup.ranks, setup.zero_stage
+    width = setup.product_bytes if stage else FLOAT32
+    parameters, gradients = Part(width * count, f"{width} P"), Part(FLOAT32 * count, "4 P")
+    moments = Part(8 * count, "8 P")
+    if stage:
+        moments = Part(12 * count / ranks, "(8 + 4) P / W, with the float32 weights")
+    if stage >= 2:
+        buckets = 2 * FLOAT32 * BUCKET_ELEMENTS
+        gradients = Part(FLOAT32 * count / ranks + buckets, "4 P / W and two buckets")
+    if stage == 3:
+        largest = max(sum(block_matrices(setup.network)), setup.network.vocab_size * setup.network.d_model)
+        gathered = min(count, largest + BUCKET_ELEMENTS)
+        parameters = Part(width * (count / ranks + gathered), f"{width} P / W and what is gathered at a time")
+    host = {}
+    if setup.offload_optimizer:
+        host["optimizer state"], moments = moments, Part(0, "on the host")
+    return {"parameters": parameters, "gradients": gradients, "optimizer state": moments}, host
