@@ -101,7 +101,7 @@ class _LayerRecorder:
         """Mean and largest of each head, float32 (H,)."""
         if self.temperature is None:
             return None, None
-        unscaled, scaled = (self.attention.config.n_alibi_heads, 0), self.temperature
+        unscaled, scaled = (0, 0, self.attention.config.n_alibi_heads, 0), self.temperature
         self.temperature = None
-        mean, largest = scaled.mean((0, 2)), scaled.amax((0, 2))
-        return nn.functional.pad(mean, unscaled, value=1.0), nn.functional.pad(largest, unscaled, value=1.0)
+        heads = nn.functional.pad(scaled, unscaled, value=1.0)
+        return heads.mean((0, 2)), heads.amax((0, 2))
