@@ -13,18 +13,19 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
-import model.attention
 from common.arguments import PlainParser, a_path
 from common.errors import user_errors
 from data.store import TokenStore
+from model.attention import AttentionMetadata, AttentionOverride
+from model.kv_cache import Extension
+from model.layers import HeadAlpha
 from model.loading import load_model
+from model.override import override_attention
 from model.transformer import Transformer
 
 
@@ -51,20 +52,21 @@ def capture(network: Transformer, tokens: Tensor, layers: Sequence[int]) -> list
         if not -config.n_layers <= layer < config.n_layers:
             raise ValueError(f"--layer is {layer}, the checkpoint has {config.n_layers} layers")
     wanted = {layer % config.n_layers for layer in layers}
-    calls: list[dict[str, Any]] = []
+    found: dict[int, dict[str, Any]] = {}
 
-    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        if len(calls) in wanted:
-            kept = dict(q=q, k=k, v=v, alpha=options["alpha"], alibi_slopes=options["alibi_slopes"])
-            calls.append({name: None if x is None else x.detach().cpu() for name, x in kept.items()})
-        else:
-            calls.append({})
-        return kernels.entmax_attention(q, k, v, **options)
+    def observer(layer: int, heads: HeadAlpha | None) -> AttentionOverride:
+        def keep(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, _extension: Extension | None) -> None:
+            if layer in wanted and heads is not None:
+                alpha = heads(q.device, metadata.alpha_progress)
+                kept = dict(q=q, k=k, v=v, alpha=alpha, alibi_slopes=metadata.alibi_slopes)
+                found[layer] = {name: None if x is None else x.detach().cpu() for name, x in kept.items()}
 
-    autocast = torch.autocast(tokens.device.type, dtype=torch.bfloat16)
-    with mock.patch.object(model.attention, "entmax_attention", record), autocast:
+        return keep
+
+    observers = [observer(layer, block.attention.alpha) for layer, block in enumerate(network.layers())]
+    with override_attention(network, observers), torch.autocast(tokens.device.type, dtype=torch.bfloat16):
         network(tokens)
-    return [calls[layer] for layer in layers]
+    return [found[layer % config.n_layers] for layer in layers]
 
 
 def main() -> None:

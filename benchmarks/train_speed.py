@@ -37,6 +37,7 @@ import yaml
 from benchmarks.loopback import first_rank
 from common.arguments import PlainParser, a_path
 from common.errors import user_errors
+from model.attention_stats import attention_stats
 from model.config import AttentionConfig, ModelConfig
 from model.flops import peak_flops
 from training.distributed.engine import PlainEngine
@@ -132,7 +133,7 @@ class Trial:
             return None
         ids = torch.randint(self.config.vocab_size, (1, length), device=self.device)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            stats = self.module.model.attention_stats(ids)
+            stats = attention_stats(self.module.model, ids)
         return 100 * float(torch.stack([layer.live_share.mean() for layer in stats]).mean())
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+ROW = 1000  # characters of the longest row of a table in `to_rows`
+
 
 def flush(path: Path) -> None:
     """Return when a file or the entries of a folder are on disk. Raises OSError if the disk refuses."""
@@ -50,6 +52,24 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def to_json(value: Any, **options: Any) -> bytes:
     """UTF-8 with a line end; options: of json.dumps."""
     return (json.dumps(value, **{"indent": 1, **options}) + "\n").encode()
+
+
+def to_rows(value: Any) -> bytes:
+    """JSON for tables: an object or list of up to ROW characters stands on one line, as does a list of plain values; a
+    line end. Raises ValueError for NaN."""
+
+    def written(value: Any, indent: str) -> str:
+        line = json.dumps(value, allow_nan=False)
+        parts = list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list) else []
+        if len(line) <= ROW or not any(isinstance(part, dict | list) for part in parts):
+            return line
+        inner = [written(part, indent + " ") for part in parts]
+        if isinstance(value, dict):
+            inner = [f"{json.dumps(key)}: {part}" for key, part in zip(value, inner, strict=True)]
+        opening, closing = "{}" if isinstance(value, dict) else "[]"
+        return f"{opening}\n{indent} " + f",\n{indent} ".join(inner) + f"\n{indent}{closing}"
+
+    return (written(value, "") + "\n").encode()
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:

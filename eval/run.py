@@ -27,7 +27,6 @@ from eval.held_out.report import TITLE, Study, summary_lines, write_report
 from eval.held_out.tables import study_tables
 from eval.held_out.texts import open_held_out
 from eval.reporting.html_page import check_page
-from model.version import code_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,10 +96,7 @@ def evaluate(
         base_length=held_out.base_length,
         data=str(data),
         data_fingerprint=held_out.fingerprint,
-        code_version=code_version(),
-        command=provenance.command_line(arguments, module),
-        hardware=provenance.hardware(device),
-        date=provenance.now(),
+        **provenance.of_command(arguments, module, device).facts(),
         notes=[
             *held_out.plan.notes,
             *held_out.needle_notes,
@@ -109,8 +105,8 @@ def evaluate(
         seconds=time.monotonic() - started,
     )
     page, pictures = write_report(study, output)
-    facts = {name: getattr(study, name) for name in ("data", "code_version", "command", "hardware", "date", "notes")}
-    tracker.log(module, Records({**facts, **asdict(config)}, study_tables(study), pictures))
+    facts = {"data": study.data, **study.facts(), "notes": study.notes, **asdict(config)}
+    tracker.log(module, Records(facts, study_tables(study), pictures))
     return summary_lines(study, page)
 
 

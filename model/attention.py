@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +43,6 @@ class AttentionMetadata:
     block_mask: BlockMask | None
     alpha_progress: Tensor | None
     exchange: HeadExchange | None
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """Statistics of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of
-    live 64 x 64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one;
-    None for kinds without one)."""
-
-    support_mean: Tensor
-    live_share: Tensor
-    alpha: Tensor | None
-    temperature: Tensor | None
-    temperature_max: Tensor | None
 
 
 def make_metadata(
@@ -111,7 +97,7 @@ def _alibi_slopes(config: ModelConfig, device: torch.device) -> Tensor | None:
     return slopes * (rank < config.n_alibi_heads)
 
 
-# q, k, v, metadata, extension -> (B, H, T, D), or None for the layer's own attention
+# q, k, v, metadata, extension -> (B, H, T, D), or None for the layer's own attention: of policies and observers
 AttentionOverride = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, Extension | None], Tensor | None]
 
 
@@ -128,7 +114,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.alpha = HeadAlpha(config.attention, heads) if config.attention.is_entmax else None
         self.temperature = self._temperature()
-        self.policy: AttentionOverride | None = None  # set by model.policies.policy.use_policy, never in training
+        self.override: AttentionOverride | None = None  # set by model.override.override_attention for a while
 
     def _temperature(self) -> ScalableTemperature | AdaptiveTemperature | None:
         """Under nape only the position-free heads are scaled: ALiBi heads are local already."""
@@ -137,22 +123,18 @@ class Attention(nn.Module):
             return ScalableTemperature(n_scaled)
         return AdaptiveTemperature(self.config, n_scaled) if self.config.attention.kind == "asentmax" else None
 
-    def forward(
-        self,
-        x: Tensor,
-        metadata: AttentionMetadata,
-        stats: list[LayerStats] | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """x: normalised input (B, T, C) -> (B, T, C), T of this rank. With a list in `stats` (and no exchange), appends
-        what this layer's attention did. With a cache (and no exchange), x continues its rows."""
-        q, k, v, temperature = self.attended(x, metadata)
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: LayerCache | None = None) -> Tensor:
+        """x: normalised input (B, T, C) -> (B, T, C), T of this rank. With a cache (and no exchange), x continues its
+        rows."""
+        q, k, v, _ = self.attended(x, metadata)
         if metadata.exchange is not None:
             q, k, v = metadata.exchange.to_heads(q, k, v)
         if cache is not None:
             k, v = cache.append(k, v)
-        record = None if stats is None else (stats, temperature)
-        out = self._attend(q, k, v, metadata, record, None if cache is None else cache.extension)
+        extension = None if cache is None else cache.extension
+        out = None if self.override is None else self.override(q, k, v, metadata, extension)
+        if out is None:
+            out = self._attend(q, k, v, metadata, extension)
         if metadata.exchange is not None:
             out = metadata.exchange.to_tokens(out)
         return self.wo(out.transpose(1, 2).flatten(2))
@@ -183,49 +165,28 @@ class Attention(nn.Module):
         return nn.functional.pad(scaled, (0, 0, self.config.n_alibi_heads, 0), value=1.0)
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        metadata: AttentionMetadata,
-        record: tuple[list[LayerStats], Tensor | None] | None,
-        extension: Extension | None,
+        self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
     ) -> Tensor:
-        if self.policy is not None and (chosen := self.policy(q, k, v, metadata, extension)) is not None:
-            return chosen
-        shared: dict[str, Any] = dict(alibi_slopes=metadata.alibi_slopes, window=self.config.window)
-        if self.alpha is None:
-            if record is not None:
-                raise ValueError(
-                    f"attention kind {self.config.attention.kind!r} is dense: it has no support statistics"
-                )
-            shared["block_mask"] = metadata.block_mask
-            if extension is not None:
-                return cached_softmax_attention(q, k, v, extension=extension, **shared)
-            lengths: dict[str, Any] = dict(cu_seqlens=metadata.cu_seqlens, max_seqlen=metadata.max_seqlen)
-            return softmax_attention(q, k, v, **lengths, **shared)
-        alpha = self._own_alpha(self.alpha, q.device, metadata)
-        backend = self.config.attention.backend
-        shared["cu_seqlens"] = metadata.cu_seqlens
-        shared["kv_lens"] = None if extension is None else extension.kv_lens
-        result = entmax_attention(q, k, v, alpha=alpha, backend=backend, return_stats=record is not None, **shared)
-        if record is None:
-            assert isinstance(result, Tensor)
-            return result
-        out, measured = result
-        stats, temperature = record
-        stats.append(
-            LayerStats(
-                support_mean=measured.support.float().mean((0, 2)),
-                live_share=measured.live_share.mean(0),
-                alpha=self.alpha(q.device, metadata.alpha_progress),
-                temperature=None if temperature is None else temperature.mean((0, 2)),
-                temperature_max=None if temperature is None else temperature.amax((0, 2)),
+        """(B, H, T, D), of the heads in q."""
+        slopes, window, block_mask = metadata.alibi_slopes, self.config.window, metadata.block_mask
+        if self.alpha is not None:
+            out = entmax_attention(
+                q, k, v, alpha=self.kernel_alpha(self.alpha, q.device, metadata), cu_seqlens=metadata.cu_seqlens,
+                kv_lens=None if extension is None else extension.kv_lens, alibi_slopes=slopes, window=window,
+                backend=self.config.attention.backend,
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            return out
+        if extension is not None:
+            return cached_softmax_attention(
+                q, k, v, extension=extension, alibi_slopes=slopes, window=window, block_mask=block_mask
             )
-        )
-        return out
+        return softmax_attention(
+            q, k, v, cu_seqlens=metadata.cu_seqlens, max_seqlen=metadata.max_seqlen, alibi_slopes=slopes,
+            window=window, block_mask=block_mask,
+        )  # fmt: skip
 
-    def _own_alpha(self, heads: HeadAlpha, device: torch.device, metadata: AttentionMetadata) -> float | Tensor:
+    def kernel_alpha(self, heads: HeadAlpha, device: torch.device, metadata: AttentionMetadata) -> float | Tensor:
         """Alpha of the heads that this rank attends with."""
         if metadata.alpha_progress is None and not self.config.attention.learn_alpha:
             return self.config.attention.alpha  # a number: the kernels have faster instructions for 1.5 and 2

@@ -4,13 +4,15 @@ The attention paths never hold weights. Here they are computed once more, for so
 time, from the queries and keys that each layer attends with.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels import entmax
-from model.attention import Attention, AttentionMetadata, LayerStats, make_metadata
+from model.attention import Attention, AttentionMetadata, make_metadata
+from model.attention_stats import LayerStats, record_stats
 from model.transformer import Transformer
 
 WEIGHTS_AT_ONCE = 2**23  # float32 scores of one block of rows: 32 MiB, and a few temporaries of their size
@@ -52,12 +54,12 @@ def layer_profiles(
     progress = model.alpha_progress()
     metadata = make_metadata(model.config, tokens.shape[1], None, None, tokens.device, alpha_progress=progress)
     shapes: list[WeightShape] = []
-    stats: list[LayerStats] = []
-    x = model.embedding(tokens)
-    for block in model.layers():
-        shapes.append(weight_shape(block.attention, block.attention_norm(x), metadata, queries, sink_tokens))
-        # .forward: a compiled block would be traced once more for this rare call
-        x = block.forward(x, metadata, stats if model.config.attention.is_entmax else None)
+    none: list[LayerStats] = []
+    with record_stats(model) if model.config.attention.is_entmax else nullcontext(none) as stats:
+        x = model.embedding(tokens)
+        for block in model.layers():
+            shapes.append(weight_shape(block.attention, block.attention_norm(x), metadata, queries, sink_tokens))
+            x = block.forward(x, metadata)  # .forward: a compiled block would be traced once more for this rare call
     return shapes, stats
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, AttentionMetadata, LayerStats, make_metadata
+from model.attention import Attention, AttentionMetadata, make_metadata
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
 from model.layers import AdaptiveTemperature, FeedForward, ScalableTemperature
@@ -24,14 +24,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        metadata: AttentionMetadata,
-        stats: list[LayerStats] | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), metadata, stats, cache)
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), metadata, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -145,17 +139,3 @@ class Transformer(nn.Module):
         modules = [block.attention.temperature for block in self.layers()]
         scalars = [module.scalar.float() for module in modules if isinstance(module, ScalableTemperature)]
         return torch.stack(scalars) if scalars else None
-
-    @torch.no_grad()
-    def attention_stats(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
-        """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for softmax kinds."""
-        metadata = make_metadata(
-            self.config, tokens.shape[1], cu_seqlens, None, tokens.device, alpha_progress=self.alpha_progress()
-        )
-        stats: list[LayerStats] = []
-        x = self.embedding(tokens)
-        for block in self.layers():
-            x = block.forward(
-                x, metadata, stats
-            )  # .forward: a compiled block would be traced once more for this rare call
-        return stats

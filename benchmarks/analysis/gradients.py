@@ -29,6 +29,7 @@ from eval.common.subjects import choose_device
 from model.checkpoint import resolve_checkpoint
 from model.layers import AdaptiveTemperature
 from model.loading import load_model
+from model.override import override_attention
 from model.transformer import Transformer
 
 FIRST, STEP, DOCUMENTS, IN_A_BATCH = 11, 37, 6, 2  # which documents, as in results/temperatures
@@ -94,16 +95,13 @@ def layers(model: Transformer, tokens: Tensor, dtype: torch.dtype | None) -> lis
 
     own = [block.attention for block in model.layers()]
     hooks = [one.temperature.register_forward_hook(keep) for one in own if one.temperature is not None]
-    for one in own:
-        one.policy = watch
+    autocast = torch.autocast(tokens.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     try:
-        with torch.autocast(tokens.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with override_attention(model, [watch] * len(own)), autocast:
             model(tokens)
     finally:
         for hook in hooks:
             hook.remove()
-        for one in own:
-            one.policy = None
     return [
         Layer(found.mean((0, 2)).tolist(), found.amax((0, 2)).tolist(), largest)
         for found, largest in zip(temperatures, scores, strict=True)

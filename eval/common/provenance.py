@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,28 @@ import torch
 import yaml
 
 from common.redaction import redact
+from model.version import code_version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What every study says of its numbers. command: as typed, without secrets. date: ISO 8601, in UTC."""
+
+    code_version: str
+    command: str
+    hardware: str
+    date: str
+
+    def facts(self) -> dict[str, str]:
+        """These fields alone, of a study too."""
+        return {field.name: getattr(self, field.name) for field in fields(Provenance)}
+
+
+def of_command(arguments: list[str], module: str, device: torch.device) -> Provenance:
+    """Of numbers that this command has made just now."""
+    return Provenance(
+        code_version=code_version(), command=command_line(arguments, module), hardware=hardware(device), date=now()
+    )
 
 
 def hardware(device: torch.device) -> str:

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from eval.common.scoring import Runtime
 from eval.held_out.config import EvalConfig
 from eval.held_out.perplexity import Documents
+from model.attention_stats import LayerStats
 from model.attention_weights import WeightShape, layer_profiles
 from model.config import ModelConfig
-from model.transformer import LayerStats, Transformer
+from model.transformer import Transformer
 
 
 @dataclass(frozen=True)

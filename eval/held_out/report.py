@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.files import write_file, write_json
 from eval.common.metrics import Series
+from eval.common.provenance import Provenance
 from eval.held_out import figures as plots
 from eval.held_out.analysis import INTERVAL_METHODS, PairSummary, RunSummary, attention_kind
 from eval.held_out.attention_report import attention_blocks, head_mean
@@ -13,27 +13,15 @@ from eval.held_out.measurement import Measurement
 from eval.held_out.needle_report import needle_blocks
 from eval.held_out.settings_report import run_blocks
 from eval.held_out.verdict import verdict
-from eval.reporting.document import (
-    Block,
-    Code,
-    Details,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
-    Table,
-    Verdict,
-    pictures_of,
-    to_markdown,
-)
+from eval.reporting.document import Block, Details, Heading, Items, Paragraph, Picture, Table, Verdict, pictures_of
 from eval.reporting.formatting import count, interval_text
-from eval.reporting.html_page import write_page
+from eval.reporting.writing import made_by, write_documents
 
 TITLE = "LongSplash evaluation"
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Provenance):
     """All that a report is made of.
 
     Args:
@@ -53,10 +41,6 @@ class Study:
     base_length: int
     data: str
     data_fingerprint: str
-    code_version: str
-    command: str
-    hardware: str
-    date: str
     notes: list[str]
     seconds: float
 
@@ -75,9 +59,7 @@ def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
         *run_blocks(study.measurements, study.settings),
         *_method(study),
     ]
-    write_file(output / "report.md", to_markdown(blocks, output).encode())
-    page = write_page(output, TITLE, " and ".join(run.label for run in study.runs), blocks)
-    write_json(output / "report.json", asdict(study))
+    page = write_documents(output / "report.md", TITLE, [run.label for run in study.runs], blocks, asdict(study))
     return page, pictures_of(blocks)
 
 
@@ -235,7 +217,5 @@ def _method(study: Study) -> list[Block]:
             ]
         ),
         Details("Settings of the evaluation", [Table(["setting", "value"], settings, numeric=False)]),
-        Heading("Made by"),
-        Code(study.command),
-        Items(facts),
+        *made_by(study.command, facts),
     ]

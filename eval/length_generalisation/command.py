@@ -30,7 +30,6 @@ from eval.length_generalisation.measure import LengthConfig, LengthResult, lengt
 from eval.length_generalisation.report import TITLE, RunResult, Study, result_rows, summary_lines, write_report
 from eval.reporting.html_page import check_page
 from model.loading import LoadedModel, load_model
-from model.version import code_version
 
 MEASURING = ("eval.length_generalisation.measure",)  # with all that it imports: what decides the numbers
 
@@ -85,14 +84,10 @@ def evaluate(
     study = Study(
         runs=results,
         settings=asdict(config),
-        code_version=code_version(),
-        command=provenance.command_line(arguments, "eval.length_generalisation"),
-        hardware=provenance.hardware(device),
-        date=provenance.now(),
+        **provenance.of_command(arguments, "eval.length_generalisation", device).facts(),
     )
     page, picture = write_report(study, output)
-    facts = {name: getattr(study, name) for name in ("code_version", "command", "hardware", "date")}
-    records = Records({**facts, **study.settings}, {"exact_match": result_rows(study)}, [picture])
+    records = Records({**study.facts(), **study.settings}, {"exact_match": result_rows(study)}, [picture])
     tracker.log("eval.length_generalisation", records)
     return summary_lines(study, page)
 

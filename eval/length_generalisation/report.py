@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_file, write_json
+from common.files import write_file
 from data.length_generalisation import TaskConfig
+from eval.common.provenance import Provenance
 from eval.length_generalisation.figures import Curve, exact_match_over_length
 from eval.length_generalisation.measure import LengthResult
-from eval.reporting.document import Block, Code, Heading, Items, Paragraph, Picture, Table, Verdict, to_markdown
+from eval.reporting.document import Block, Heading, Paragraph, Picture, Table, Verdict
 from eval.reporting.formatting import count, fixed, percent_text
-from eval.reporting.html_page import write_page
 from eval.reporting.statistics import LEAST_UNITS, Interval
 from eval.reporting.tables import interval_columns
 from eval.reporting.verdict import sentence
+from eval.reporting.writing import made_by, write_documents
 
 TITLE = "LongSplash length generalisation"
 
@@ -71,15 +72,11 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Provenance):
     """All runs of one evaluation, and where the numbers come from."""
 
     runs: list[RunResult]
     settings: dict[str, Any]
-    code_version: str
-    command: str
-    hardware: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,7 @@ def write_report(study: Study, output: Path) -> tuple[Path, Picture]:
     alt = f"Exact match over length. {' '.join(f'{line}.' for line in group_lines(groups))}"
     picture = Picture(path, "Exact match over length; dashed: the paper's figures.", alt)
     blocks = _blocks(study, groups, picture)
-    write_file(tables, to_markdown(blocks, output).encode())
-    page = write_page(output, TITLE, " and ".join(run.label for run in study.runs), blocks)
-    write_json(tables.with_suffix(".json"), _as_json(study, groups))
+    page = write_documents(tables, TITLE, [run.label for run in study.runs], blocks, _as_json(study, groups))
     rows, table = result_rows(study), io.StringIO(newline="")
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
@@ -172,9 +167,9 @@ def _blocks(study: Study, groups: Sequence[Group], picture: Picture) -> list[Blo
     ]
     for task in tasks_of(groups):
         blocks += [Heading(title_of(task), 3), _task_table(task, [group for group in groups if group.task == task])]
-    blocks += [Heading("Runs"), _run_table(study.runs), Heading("Made by"), Code(study.command)]
+    blocks += [Heading("Runs"), _run_table(study.runs)]
     facts = [f"code {study.code_version}", study.hardware, study.date, f"evaluation seed {study.settings['seed']}"]
-    return [*blocks, Items(facts)]
+    return [*blocks, *made_by(study.command, facts)]
 
 
 def verdict(groups: Sequence[Group]) -> str:

@@ -31,7 +31,6 @@ from eval.sparse_frontier.measure import Measuring
 from eval.sparse_frontier.report import TITLE, summarise, summary_lines, write_report
 from eval.sparse_frontier.ruler_answers import open_sets
 from eval.sparse_frontier.tables import study_records
-from model.version import code_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,10 +107,7 @@ def evaluate(
         data_fingerprint=held_out.fingerprint,
         precision={one.subject.label: one.precision for one in measuring},
         notes=[*held_out.plan.notes, *held_out.needle_notes, *notes],
-        code_version=code_version(),
-        command=provenance.command_line(arguments, "eval.sparse_frontier"),
-        hardware=provenance.hardware(device),
-        date=provenance.now(),
+        **provenance.of_command(arguments, "eval.sparse_frontier", device).facts(),
     )
     summaries = summarise(study)
     page, pictures = write_report(study, summaries, output)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eval.common.options import check_least, check_most
+from eval.common.provenance import Provenance
 from eval.held_out.config import EvalConfig
 from eval.ruler.tasks import RULER_TASKS
 from model.policies.families import FAMILIES
@@ -52,14 +53,14 @@ class FrontierConfig:
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
-    max_documents: int = 12
+    max_documents: int = EvalConfig.max_documents
     decode_tokens: int = 16
-    needle_samples: int = 4
-    needle_tokens: int = 10240
-    needle_depths: int = 5
-    needle_digits: int = 6
-    needle_count: int = 4
-    row_tokens: int = 8192
+    needle_samples: int = EvalConfig.needle_samples
+    needle_tokens: int = EvalConfig.needle_tokens
+    needle_depths: int = EvalConfig.needle_depths
+    needle_digits: int = EvalConfig.needle_digits
+    needle_count: int = EvalConfig.needle_count
+    row_tokens: int = EvalConfig.row_tokens
     chunk_tokens: int = 8192
     timed_runs: int = 3
 
@@ -172,7 +173,7 @@ class PrefillTime:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Provenance):
     """All cells of one comparison, and where the numbers come from. settings: FrontierConfig as a mapping."""
 
     cells: list[Cell]
@@ -186,7 +187,3 @@ class Study:
     data_fingerprint: str
     precision: dict[str, str]
     notes: list[str]
-    code_version: str
-    command: str
-    hardware: str
-    date: str

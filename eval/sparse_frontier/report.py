@@ -8,24 +8,11 @@ from statistics import median
 
 import numpy as np
 
-from common.files import write_file, write_json
-from eval.reporting.document import (
-    Block,
-    Code,
-    Details,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
-    Table,
-    Verdict,
-    pictures_of,
-    to_markdown,
-)
+from eval.reporting.document import Block, Details, Heading, Items, Paragraph, Picture, Table, Verdict, pictures_of
 from eval.reporting.formatting import count, interval_text, percent_text
-from eval.reporting.html_page import write_page
 from eval.reporting.statistics import LEAST_UNITS, Interval, paired_sums, ratio_of_sums, share
 from eval.reporting.verdict import sentence, standing
+from eval.reporting.writing import made_by, write_documents
 from eval.sparse_frontier.config import PHASES, Cell, PrefillTime, Study
 from eval.sparse_frontier.names import AS_THEY_ARE, density_text, method_name
 from eval.sparse_frontier.plots import PANELS_IN_A_ROW, Panel, Point, density_maps, in_rows, over_density
@@ -110,9 +97,8 @@ def write_report(study: Study, summaries: Summaries, output: Path) -> tuple[Path
         of_phase = [one for one in summaries.cells if one.cell.phase == phase]
         blocks += _phase(of_phase, [one for one in summaries.ruler if one.phase == phase], phase, output)
     blocks += [*_times(study.times), *_method(study)]
-    write_file(output / "sparse_frontier.md", to_markdown(blocks, output).encode())
-    write_json(output / "sparse_frontier.json", _as_json(study, summaries))
-    return write_page(output, TITLE, " and ".join(study.subjects), blocks), pictures_of(blocks)
+    page = write_documents(output / "sparse_frontier.md", TITLE, study.subjects, blocks, _as_json(study, summaries))
+    return page, pictures_of(blocks)
 
 
 def _as_json(study: Study, summaries: Summaries) -> dict[str, object]:
@@ -243,9 +229,7 @@ def _method(study: Study) -> list[Block]:
         Heading("Method and limits"),
         Paragraph(method),
         Details("Settings found", [Items(settings)]),
-        Heading("Made by"),
-        Code(study.command),
-        Items(facts + study.notes),
+        *made_by(study.command, facts + study.notes),
     ]
 
 

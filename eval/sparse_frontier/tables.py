@@ -14,9 +14,8 @@ from eval.sparse_frontier.ruler_report import RulerSummary
 
 def study_records(study: Study, summaries: Summaries, pictures: Sequence[Picture]) -> Records:
     """The tables and plots, and what they were made of and with."""
-    names = ("data", "code_version", "command", "hardware", "date", "notes")
-    facts = {name: getattr(study, name) for name in names}
-    return Records({**facts, **study.settings}, study_tables(study, summaries), list(pictures))
+    facts = {"data": study.data, **study.facts(), "notes": study.notes, **study.settings}
+    return Records(facts, study_tables(study, summaries), list(pictures))
 
 
 def study_tables(study: Study, summaries: Summaries) -> dict[str, list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from eval.common.scoring import Context, Runtime, Scores, score, shifted
 from eval.held_out.needle import context_of
 from eval.held_out.perplexity import length_windows
 from eval.held_out.texts import HeldOut
+from model.attention_stats import attention_stats
 from model.inference.incremental import extend, make_cache, prefill
 from model.policies.policy import Phase, PolicyRecord, SparsePolicy, use_policy
 from model.transformer import Transformer
@@ -134,8 +135,8 @@ def entmax_density(model: Transformer, tasks: Tasks, runtime: Runtime) -> tuple[
         first = int(np.flatnonzero(windows[0].targets >= 0)[0])
         with runtime.precision():
             # causal: what the queries before the scored ones do, a pass over them alone does too
-            whole = model.attention_stats(tokens)
-            before = model.attention_stats(tokens[:, :first]) if first else []
+            whole = attention_stats(model, tokens)
+            before = attention_stats(model, tokens[:, :first]) if first else []
         kept = torch.stack([one.support_mean.double() * tokens.shape[1] for one in whole])
         kept -= torch.stack([one.support_mean.double() * first for one in before]) if before else 0
         pairs.append(kept.cpu())

@@ -30,7 +30,6 @@ from eval.tasks.results import MEASURING, TaskResult, TaskSettings, measure
 from eval.tasks.study import RunResult, Study
 from eval.tasks.tables import study_records
 from model.loading import load_model
-from model.version import code_version
 
 
 def evaluate(
@@ -66,10 +65,7 @@ def evaluate(
     study = Study(
         runs=results,
         settings=asdict(config),
-        code_version=code_version(),
-        command=provenance.command_line(arguments, "eval.tasks"),
-        hardware=provenance.hardware(device),
-        date=provenance.now(),
+        **provenance.of_command(arguments, "eval.tasks", device).facts(),
         seconds=round(time.monotonic() - started, 1),
     )
     rows = score_rows(study)

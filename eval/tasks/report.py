@@ -6,23 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.files import write_file, write_json
 from eval.held_out.analysis import attention_kind, choose_baseline
-from eval.reporting.document import (
-    Block,
-    Code,
-    Details,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
-    Table,
-    Verdict,
-    pictures_of,
-    to_markdown,
-)
+from eval.reporting.document import Block, Details, Heading, Items, Paragraph, Picture, Table, Verdict, pictures_of
 from eval.reporting.formatting import count, number_text, percent_text, significant
-from eval.reporting.html_page import write_page
+from eval.reporting.writing import made_by, write_documents
 from eval.tasks.figures import scores_by_task
 from eval.tasks.results import TaskResult
 from eval.tasks.scores import METHODS, Difference, Score, compare, merge, score_metric
@@ -78,9 +65,8 @@ def write_report(study: Study, rows: Rows, output: Path) -> tuple[Path, list[Pic
     there."""
     output.mkdir(parents=True, exist_ok=True)
     blocks = _blocks(study, rows, output)
-    write_file(output / "tasks.md", to_markdown(blocks, output).encode())
-    page = write_page(output, TITLE, " and ".join(run.label for run in study.runs), blocks)
-    write_json(output / "tasks.json", _as_json(study, [*rows.groups, *rows.single]))
+    numbers = _as_json(study, [*rows.groups, *rows.single])
+    page = write_documents(output / "tasks.md", TITLE, [run.label for run in study.runs], blocks, numbers)
     return page, pictures_of(blocks)
 
 
@@ -106,7 +92,7 @@ def _blocks(study: Study, rows: Rows, output: Path) -> list[Block]:
     blocks += [Heading("Samples that do not fit"), Items(left_out(study))]
     blocks += [Heading("Runs"), _run_table(study), Details("Data", [_data_table(study)])]
     facts = [f"code {study.code_version}", f"lm_eval {version('lm_eval')}", study.hardware, study.date]
-    return [*blocks, Heading("Made by"), Code(study.command), Items([*facts, f"seed {study.settings['seed']}"])]
+    return [*blocks, *made_by(study.command, [*facts, f"seed {study.settings['seed']}"])]
 
 
 def _picture(study: Study, rows: Sequence[Row], output: Path) -> list[Block]:

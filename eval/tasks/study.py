@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from eval.common.provenance import Provenance
 from eval.tasks.results import TaskResult
 from eval.tasks.scores import Difference, Score
 
@@ -23,15 +24,11 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Provenance):
     """All that the tables are made of. settings: of the evaluation. seconds: reused results not counted."""
 
     runs: list[RunResult]
     settings: dict[str, Any]
-    code_version: str
-    command: str
-    hardware: str
-    date: str
     seconds: float
 
 

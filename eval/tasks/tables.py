@@ -13,9 +13,10 @@ from eval.tasks.study import Row, Rows, Study
 
 def study_records(study: Study, rows: Rows, pictures: Sequence[Picture]) -> Records:
     """The tables and the plot, and what they were made of and with."""
-    facts = {name: getattr(study, name) for name in ("code_version", "command", "hardware", "date")}
     return Records(
-        {**facts, "lm_eval": version("lm_eval"), **study.settings}, study_tables(study, rows), list(pictures)
+        {**study.facts(), "lm_eval": version("lm_eval"), **study.settings},
+        study_tables(study, rows),
+        list(pictures),
     )
 
 

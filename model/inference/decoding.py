@@ -73,7 +73,7 @@ def obstacle_to_graphs(model: Transformer, dtype: torch.dtype) -> str | None:
     unsupported = unsupported_by_triton(dtype, model.config.head_size, device) if attention.is_entmax else None
     if unsupported is not None:
         return f"which needs the Triton backend, but that {unsupported}"
-    if any(block.attention.policy is not None for block in model.layers()):
+    if any(block.attention.override is not None for block in model.layers()):
         return "but the model attends by a policy of model.policies"
     if device.type != "cuda":
         return f"which needs a CUDA device, but the model is on {device}"

@@ -44,7 +44,7 @@ def cached_pass(model: Transformer, tokens: Tensor, extension: Extension, layers
     metadata = cached_metadata(model.config, extension, model.alpha_progress())
     x = model.embedding(tokens)  # [b, n, C]
     for block, layer in zip(model.layers(), layers, strict=True):
-        x = block.forward(x, metadata, None, layer)  # .forward: a compiled block would be traced anew for each length
+        x = block.forward(x, metadata, layer)  # .forward: a compiled block would be traced anew for each length
     return model.norm(x)
 
 

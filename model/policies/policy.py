@@ -24,6 +24,7 @@ from kernels.common.visibility import TILE
 from model.attention import AttentionMetadata
 from model.config import ModelConfig
 from model.kv_cache import Extension
+from model.override import override_attention
 from model.transformer import Transformer
 
 Phase = Literal["prefill", "decode"]
@@ -247,17 +248,11 @@ def use_policy(
     kind = model.config.attention.kind
     if model.config.attention.is_entmax:
         raise ValueError(f"policies prune softmax attention, and this model's kind is {kind!r}: give its softmax twin")
-    layers = [block.attention for block in model.layers()]
-    if any(layer.policy is not None for layer in layers):
-        raise ValueError("the model is under a policy already: leave that one's with block first")
     record = PolicyRecord(model.config.n_layers, model.config.n_heads)
-    for index, layer in enumerate(layers):
-        layer.policy = _LayerPolicy(policy, index, model.config.window, policy.phases & (phases or PHASES), record)
-    try:
+    active = policy.phases & (phases or PHASES)
+    layers = range(model.config.n_layers)
+    with override_attention(model, [_LayerPolicy(policy, i, model.config.window, active, record) for i in layers]):
         yield record
-    finally:
-        for layer in layers:
-            layer.policy = None
 
 
 class _LayerPolicy:

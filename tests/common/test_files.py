@@ -1,11 +1,12 @@
 """Files that are whole or absent; JSON that is what it should be, or an error that names file and key."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from common.errors import error_line
-from common.files import read_json, write_file, write_json
+from common.files import read_json, to_rows, write_file, write_json
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +20,17 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})
     assert read_json(path, "") == {"a": 1}
+
+
+def test_a_table_has_a_line_for_each_row() -> None:
+    row = {"label": "a", "values": [1.5, None, True], "none": {}}
+    table = {"name": "é", "rows": [row] * 20, "loss": list(range(500)), "empty": []}
+    lines = to_rows(table).decode().splitlines()
+    assert json.loads(to_rows(table)) == table
+    assert len(lines) == 2 + 3 + 22 and lines[3] == f"  {json.dumps(row)}," and len(lines[-3]) > 1000
+    assert to_rows(row).decode() == f"{json.dumps(row)}\n"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_rows([float("nan")])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
 
 BASE_LENGTH = 128
+Command = Callable[[list[str]], int]  # main of a program
 WORDS = ["def", "return", "value", "import", "class", "index", "for", "range", "if", "else", "self", "items", "path"]
 
 
@@ -37,6 +38,16 @@ def no_wandb_left() -> Iterator[None]:
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
+
+
+def failing_line(capsys: pytest.CaptureFixture[str], command: Command, *arguments: object) -> str:
+    """The one line on stderr that a command ends with, exit code 2 and nothing on stdout."""
+    capsys.readouterr()
+    assert command([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
+    return lines[0]
 
 
 class ListStore:

@@ -156,7 +156,7 @@ def test_generation_prefills_under_the_thresholds(
     original = eval.generate.stream
 
     def record(model: Transformer, prompts: Sequence[Sequence[int]], chosen: eval.generate.GenerationOptions):
-        seen.append([block.attention.policy is not None for block in model.layers()])
+        seen.append([block.attention.override is not None for block in model.layers()])
         return original(model, prompts, chosen)
 
     monkeypatch.setattr(eval.generate, "stream", record)

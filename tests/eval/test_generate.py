@@ -18,21 +18,12 @@ from eval.generate import main
 from eval.generation import Piece, generate
 from model.export import export
 from model.loading import load_model
-from tests.eval.conftest import MakeRun
+from tests.eval.conftest import MakeRun, failing_line
 
 
 @pytest.fixture(scope="module")
 def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("generate") / "run", "asentmax")
-
-
-def failing_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
-    return lines[0]
 
 
 def expected_text(run: Path, prompt: str, **options: Any) -> str:
@@ -102,17 +93,19 @@ def test_characters_of_several_tokens_are_written_whole(
 
 def test_errors_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = ("--checkpoint", run, "--device", "cpu")
-    assert "either --prompt or --prompt_file" in failing_line(capsys, *checkpoint)
-    assert "either --prompt or" in failing_line(capsys, *checkpoint, "--prompt", "a", "--prompt_file", "b")
-    assert "no such folder" in failing_line(capsys, "--checkpoint", tmp_path / "x", "--prompt", "a", "--device", "cpu")
-    assert "nothing.txt" in failing_line(capsys, *checkpoint, "--prompt_file", tmp_path / "nothing.txt")
+    assert "either --prompt or --prompt_file" in failing_line(capsys, main, *checkpoint)
+    assert "either --prompt or" in failing_line(capsys, main, *checkpoint, "--prompt", "a", "--prompt_file", "b")
+    assert "no such folder" in failing_line(
+        capsys, main, "--checkpoint", tmp_path / "x", "--prompt", "a", "--device", "cpu"
+    )
+    assert "nothing.txt" in failing_line(capsys, main, *checkpoint, "--prompt_file", tmp_path / "nothing.txt")
     (tmp_path / "latin").write_bytes(b"\xe9")
-    assert "latin is not UTF-8" in failing_line(capsys, *checkpoint, "--prompt_file", tmp_path / "latin")
-    assert "temperature is -1.0" in failing_line(capsys, *checkpoint, "--prompt", "a", "--temperature=-1")
-    long = failing_line(capsys, *checkpoint, "--prompt", "#" * 50, "--max_prompt_tokens", 10)
+    assert "latin is not UTF-8" in failing_line(capsys, main, *checkpoint, "--prompt_file", tmp_path / "latin")
+    assert "temperature is -1.0" in failing_line(capsys, main, *checkpoint, "--prompt", "a", "--temperature=-1")
+    long = failing_line(capsys, main, *checkpoint, "--prompt", "#" * 50, "--max_prompt_tokens", 10)
     assert re.search(r"prompt 0 has \d+ tokens, max_prompt_tokens is 10", long)
-    assert "device is 'tpu'" in failing_line(capsys, "--checkpoint", run, "--prompt", "a", "--device", "tpu")
-    assert "temprature" in failing_line(capsys, *checkpoint, "--prompt", "a", "--temprature", "1")
+    assert "device is 'tpu'" in failing_line(capsys, main, "--checkpoint", run, "--prompt", "a", "--device", "tpu")
+    assert "temprature" in failing_line(capsys, main, *checkpoint, "--prompt", "a", "--temprature", "1")
 
 
 def test_the_tokenizer_must_be_the_models(
@@ -121,13 +114,13 @@ def test_the_tokenizer_must_be_the_models(
     loaded = load_model(run)
     arguments = ("--prompt", "a", "--max_new_tokens", 2, "--device", "cpu")
     other = make_run(tmp_path / "other", "softmax", fingerprint="0" * 64)
-    assert "was trained with 000000000000" in failing_line(capsys, "--checkpoint", other, *arguments)
+    assert "was trained with 000000000000" in failing_line(capsys, main, "--checkpoint", other, *arguments)
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     marker = moved / "checkpoints/step-00000007/complete.json"
     content = json.loads(marker.read_text().replace(loaded.tokenizer_path, str(tmp_path / "gone.model")))
     del content["checksum"]  # as the error line says of a change by hand
     marker.write_text(json.dumps(content))
-    line = failing_line(capsys, "--checkpoint", moved, *arguments)
+    line = failing_line(capsys, main, "--checkpoint", moved, *arguments)
     assert "gone.model" in line and "say where it is with --tokenizer" in line
     assert main(["--checkpoint", str(moved), "--tokenizer", loaded.tokenizer_path, *map(str, arguments)]) == 0

@@ -20,7 +20,7 @@ from eval.reporting.html_page import write_page
 from eval.run import main
 from model.checkpoint import resolve_checkpoint
 from model.loading import load_model
-from tests.eval.conftest import BASE_LENGTH, MakeRun
+from tests.eval.conftest import BASE_LENGTH, MakeRun, failing_line
 
 QUICK = ["--headline_tokens", "600", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
 QUICK += ["--lengths", "1", "2"]
@@ -34,15 +34,6 @@ def runs(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> list[st
 
 def options(corpus: Path, output: Path) -> list[str]:
     return ["--data", str(corpus), "--output", str(output), "--device", "cpu", *QUICK]
-
-
-def failing_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
-    return lines[0]
 
 
 def test_twins_are_compared_and_a_second_run_reuses_every_result(
@@ -93,28 +84,28 @@ def test_a_changed_checkpoint_is_measured_again_and_the_same_one_gives_the_same_
 
 def test_a_missing_run_and_one_without_a_checkpoint(corpus: Path, tmp_path: Path, capsys: Any) -> None:
     assert "absent: no such folder" in failing_line(
-        capsys, [str(tmp_path / "absent"), *options(corpus, tmp_path / "out")]
+        capsys, main, tmp_path / "absent", *options(corpus, tmp_path / "out")
     )
     (tmp_path / "empty/checkpoints/step-00000003").mkdir(parents=True)
-    line = failing_line(capsys, [str(tmp_path / "empty"), *options(corpus, tmp_path / "out")])
+    line = failing_line(capsys, main, str(tmp_path / "empty"), *options(corpus, tmp_path / "out"))
     assert "no complete checkpoint" in line and "step-00000003" in line
 
 
 def test_a_tokenizer_that_does_not_match_the_data(corpus: Path, make_run: MakeRun, tmp_path: Path, capsys: Any) -> None:
     run = make_run(tmp_path / "other", "softmax", fingerprint="0" * 64)
-    line = failing_line(capsys, [str(run), *options(corpus, tmp_path / "out")])
+    line = failing_line(capsys, main, str(run), *options(corpus, tmp_path / "out"))
     assert "was trained with tokenizer 000000000000" in line and "pass the --data folder" in line
 
 
 def test_data_that_is_not_there(corpus: Path, runs: list[str], tmp_path: Path, capsys: Any) -> None:
     arguments = options(corpus, tmp_path)
     arguments[1] = str(tmp_path / "nothing")
-    assert "nothing/manifest.json does not exist" in failing_line(capsys, [runs[0], *arguments])
+    assert "nothing/manifest.json does not exist" in failing_line(capsys, main, runs[0], *arguments)
 
 
 def test_documents_too_short_for_every_length(corpus: Path, runs: list[str], tmp_path: Path, capsys: Any) -> None:
     longest = int(TokenStore(corpus / "heldout").lengths.max())
-    line = failing_line(capsys, [runs[0], *options(corpus, tmp_path), "--base_length", "100000"])
+    line = failing_line(capsys, main, runs[0], *options(corpus, tmp_path), "--base_length", "100000")
     assert f"the longest document has {longest}" in line
 
 
@@ -138,7 +129,7 @@ def test_documents_too_short_for_some_lengths_are_noted(corpus: Path, runs: list
     ],
 )
 def test_bad_options(extra: list[str], wanted: str, corpus: Path, runs: list[str], tmp_path: Path, capsys: Any) -> None:
-    line = failing_line(capsys, [runs[0], *options(corpus, tmp_path), *extra])
+    line = failing_line(capsys, main, runs[0], *options(corpus, tmp_path), *extra)
     assert re.search(wanted, line), line
 
 
@@ -150,7 +141,7 @@ def test_runs_of_different_training_lengths_need_a_base_length(
     content = json.loads(marker.read_text()) | {"sequence_length": 64}
     del content["checksum"]
     marker.write_text(json.dumps(content))
-    line = failing_line(capsys, [*map(str, runs), *options(corpus, tmp_path / "out")])
+    line = failing_line(capsys, main, *map(str, runs), *options(corpus, tmp_path / "out"))
     assert "(a 128, b 64): say which is 1x with --base_length" in line
     assert main([*map(str, runs), *options(corpus, tmp_path / "out"), "--base_length", "128"]) == 0
 
@@ -208,6 +199,6 @@ def test_the_page_of_another_report_is_not_written_over(
     write_page(tmp_path, "LongSplash tasks", "x", [Heading("x", 1)])
     before = (tmp_path / "report.html").read_bytes()
     assert "has the page of another report, LongSplash tasks" in failing_line(
-        capsys, [*runs, *options(corpus, tmp_path)]
+        capsys, main, *runs, *options(corpus, tmp_path)
     )
     assert (tmp_path / "report.html").read_bytes() == before and not (tmp_path / "results").exists()

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from model.attention import make_metadata
+from model.attention_stats import attention_stats
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions, config_from_dict
 from model.layers import HeadAlpha, rotary_tables, rotate
 from model.transformer import Transformer
@@ -171,13 +172,13 @@ def test_meta_model_initialises_like_a_real_one() -> None:
 
 def test_attention_stats() -> None:
     model = make(tiny("asentmax"))
-    stats = model.attention_stats(tokens(), DOCUMENTS)
+    stats = attention_stats(model, tokens(), DOCUMENTS)
     assert len(stats) == 2
     for layer in stats:
         assert (layer.support_mean >= 1).all() and (layer.live_share > 0).all() and (layer.live_share <= 1).all()
         assert torch.equal(layer.temperature[:2], torch.ones(2)) and (layer.temperature[2:] > 1).all()
     with pytest.raises(ValueError, match="dense"):
-        make(tiny("softmax")).attention_stats(tokens())
+        attention_stats(make(tiny("softmax")), tokens())
 
 
 def test_config_round_trip() -> None:

@@ -102,6 +102,15 @@ def train(tiny_config: Path) -> TrainProcess:
     return run
 
 
+@pytest.fixture(scope="session")
+def undisturbed(train: TrainProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps, to compare with; tests copy what they change."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = train("--run_dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
 def run_train(*options: object, quick: bool = False, **environment: str) -> Ended:
     """Run train.py from the repository's root in a process of its own, with more environment variables; quick: as in
     WarmInterpreter."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from common.checks import check_number, check_numbers
 from data.datamodule import PackedDataModule
+from model.attention_stats import attention_stats
 from model.flops import peak_flops
 from training.distributed.engine import engine_of
 from training.faults.step_guard import StepGuard
@@ -213,7 +214,7 @@ class AttentionStats(Callback):
         part all the same: an engine that divides weights gathers them on all ranks together.
         """
         tokens, cu_seqlens = first_tokens(batch["tokens"], batch["cu_seqlens"], self.config.tokens)
-        stats = module.model.attention_stats(tokens, cu_seqlens)
+        stats = attention_stats(module.model, tokens, cu_seqlens)
         metrics: dict[str, float] = {}
         for layer in spread(len(stats), self.config.layers):
             metrics[f"support/layer_{layer:02d}"] = float(stats[layer].support_mean.mean())

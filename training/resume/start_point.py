@@ -15,6 +15,7 @@ from model.checkpoint import (
     TRAINER_STATE,
     WAY_OUT,
     CheckpointInfo,
+    RunCheckpoints,
     UnknownFormat,
     check_marker,
     list_checkpoints,
@@ -98,25 +99,7 @@ def choose_start(run_dir: Path, resume: str, verify: Verify = "size", *, alone: 
             raise ValueError(f"--run_dir {run_dir} already has checkpoints: {lost[-1]}; choose another --run_dir")
         return StartPoint()
     if resume == "auto":
-        if lost and (newest is None or isinstance(lost[-1], UnknownFormat)):
-            raise ValueError(
-                f"--resume auto: {lost[-1]}; starting from {newest.path if newest else 'step 0'} instead takes "
-                f"{f'--resume {newest.path}' if newest else 'another --run_dir'}"
-            )
-        for line in found.others.values():
-            say(f"passing over: {line}")
-        if newest is None:
-            say(f"--resume auto: {run_dir} has no complete checkpoint, starting from step 0")
-            return StartPoint()
-        whole, damaged = _newest_whole(found.complete, verify, alone)
-        if whole is None:
-            raise ValueError(
-                f"--resume auto: {damaged[0][1]}, and {run_dir} has no other complete checkpoint; "
-                "starting from step 0 takes another --run_dir"
-            )
-        for folder, error in damaged:
-            say(f"warning: {error}; {_set_aside(folder)}, and the run goes on from {whole.path.name}")
-        return replace(_start_of(whole), by_auto=True, verified=alone and verify == "checksum")
+        return _newest_start(run_dir, found, verify, alone)
     chosen = resolve_checkpoint(resume)
     if not (chosen.path / TRAINER_STATE).is_file():
         raise ValueError(
@@ -130,6 +113,30 @@ def choose_start(run_dir: Path, resume: str, verify: Verify = "size", *, alone: 
     if lost and newest is None:
         raise ValueError(f"--run_dir {run_dir} already has checkpoints: {lost[-1]}; choose another --run_dir")
     return _start_of(chosen)
+
+
+def _newest_start(run_dir: Path, found: RunCheckpoints, verify: Verify, alone: bool) -> StartPoint:
+    """What --resume auto takes of those found in run_dir. Arguments and errors as of choose_start."""
+    newest, lost = found.newest, found.lost
+    if lost and (newest is None or isinstance(lost[-1], UnknownFormat)):
+        raise ValueError(
+            f"--resume auto: {lost[-1]}; starting from {newest.path if newest else 'step 0'} instead takes "
+            f"{f'--resume {newest.path}' if newest else 'another --run_dir'}"
+        )
+    for line in found.others.values():
+        say(f"passing over: {line}")
+    if newest is None:
+        say(f"--resume auto: {run_dir} has no complete checkpoint, starting from step 0")
+        return StartPoint()
+    whole, damaged = _newest_whole(found.complete, verify, alone)
+    if whole is None:
+        raise ValueError(
+            f"--resume auto: {damaged[0][1]}, and {run_dir} has no other complete checkpoint; "
+            "starting from step 0 takes another --run_dir"
+        )
+    for folder, error in damaged:
+        say(f"warning: {error}; {_set_aside(folder)}, and the run goes on from {whole.path.name}")
+    return replace(_start_of(whole), by_auto=True, verified=alone and verify == "checksum")
 
 
 def _newest_whole(

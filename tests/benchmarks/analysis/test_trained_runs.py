@@ -101,7 +101,7 @@ def test_gradients_against_the_exact_ones(corpus: Path, run: Path, capsys: pytes
 def test_temperatures_and_scores_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny("asentmax"), torch.randint(32, (2, 130))
     found = gradients.layers(model, tokens, None)
-    assert len(found) == 2 and all(block.attention.policy is None for block in model.layers())
+    assert len(found) == 2 and all(block.attention.override is None for block in model.layers())
     attention = model.blocks[0].attention
     metadata = make_metadata(model.config, 130, None, None, tokens.device)
     x = model.blocks[0].attention_norm(model.embedding(tokens))

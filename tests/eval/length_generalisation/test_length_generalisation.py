@@ -24,6 +24,7 @@ from eval.reporting.statistics import share
 from model.checkpoint import checkpoint_folder, write_complete
 from model.config import AttentionConfig, ModelConfig
 from model.transformer import Transformer
+from tests.eval.conftest import failing_line
 from tests.eval.reporting.pages import check_html
 
 CPU = Runtime(torch.device("cpu"), None, 512)
@@ -208,15 +209,6 @@ def test_lengths_are_multiples_of_the_longest_training_length() -> None:
         length_of(TaskConfig("reverse", 32, 64), 1e9)
 
 
-def failing_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
-    return lines[0]
-
-
 def test_mistakes_are_one_line(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run("run", "softmax")
     for options, message in {
@@ -226,11 +218,11 @@ def test_mistakes_are_one_line(make_run: MakeRun, tmp_path: Path, capsys: pytest
         ("--device", "tpu"): "device is 'tpu'",
         ("--sampels", "3"): "--sampels",
     }.items():
-        assert message in failing_line(capsys, run, "--output", tmp_path / "out", *options)
-    assert "no such folder" in failing_line(capsys, tmp_path / "absent")
+        assert message in failing_line(capsys, main, run, "--output", tmp_path / "out", *options)
+    assert "no such folder" in failing_line(capsys, main, tmp_path / "absent")
     stale = make_run("stale", "softmax", fingerprint="0" * 64)
-    assert "was trained on task flip_flop as of 000000000000" in failing_line(capsys, stale)
+    assert "was trained on task flip_flop as of 000000000000" in failing_line(capsys, main, stale)
     (run / "config.yaml").write_text("data: {sources: [{path: x}], task: {name: null}}")
-    assert "was not trained on a task of configs/length_generalisation" in failing_line(capsys, run)
+    assert "was not trained on a task of configs/length_generalisation" in failing_line(capsys, main, run)
     (run / "config.yaml").unlink()
-    assert "does not lie in its run folder" in failing_line(capsys, run)
+    assert "does not lie in its run folder" in failing_line(capsys, main, run)

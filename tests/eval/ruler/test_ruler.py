@@ -16,6 +16,7 @@ from eval.ruler.command import RulerConfig, build, fit, gather, main, read_essay
 from eval.ruler.files import FORMAT, MANIFEST, PARTIAL, open_frozen, read_manifest, write_manifest, write_samples
 from eval.ruler.tasks import RULER_TASKS, Draft, Material, Recipe, match
 from tests.eval.common.olmo import needs_olmo
+from tests.eval.conftest import failing_line
 
 ESSAY = " ".join(f"On day {day} we walked {day % 7} miles. Was it far? It was {day % 11} miles!" for day in range(600))
 OFFLINE = [name for name in RULER_TASKS if name != "qa_squad"]
@@ -268,15 +269,6 @@ def test_the_command(corpus: Path, essays: Path, tmp_path: Path, capsys: pytest.
     assert json.loads((tmp_path / "out/manifest.json").read_text())["tokenizer"]["vocab_size"] == 420
 
 
-def failing_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
-    return lines[0]
-
-
 def test_mistakes_are_one_line(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,10 +280,10 @@ def test_mistakes_are_one_line(
         ("--tasks", "niah_single_2", "--essays", str(tmp_path / "x")): "expected a text file, a folder of .txt files",
     }
     for options, message in cases.items():
-        assert message in failing_line(capsys, *out, *options)
-    assert "holds no complete checkpoint" in failing_line(capsys, "--tokenizer", tmp_path)
+        assert message in failing_line(capsys, main, *out, *options)
+    assert "holds no complete checkpoint" in failing_line(capsys, main, "--tokenizer", tmp_path)
     monkeypatch.setitem(sys.modules, "wonderwords", None)
-    assert "pip install -r requirements-eval.txt" in failing_line(capsys, *out, "--tasks", "vt")
+    assert "pip install -r requirements-eval.txt" in failing_line(capsys, main, *out, "--tasks", "vt")
 
 
 def test_needs_are_fields_of_material() -> None:

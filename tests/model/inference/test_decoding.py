@@ -194,7 +194,7 @@ def test_graphs_need_kernels_that_do_not_wait_for_the_host() -> None:
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
     assert not Decoder(network, make_cache(network, 1, 8)).cuda_graphs
     network = make(tiny("softmax", "nape"))
-    network.layers()[1].attention.policy = lambda *_: None
+    network.layers()[1].attention.override = lambda *_: None
     with pytest.raises(ValueError, match="attends by a policy"):
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
 

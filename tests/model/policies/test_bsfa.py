@@ -176,9 +176,9 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
     policy = load_policy(path, 8, model)
     assert torch.equal(policy.thresholds, thresholds[1]) and "k=8" in str(policy)
     with use_thresholds(model, str(path), 4) as record:
-        assert record is not None and model.layers()[0].attention.policy is not None
+        assert record is not None and model.layers()[0].attention.override is not None
     with use_thresholds(model, None, None) as record:
-        assert record is None and model.layers()[0].attention.policy is None
+        assert record is None and model.layers()[0].attention.override is None
     with pytest.raises(ValueError, match=r"for k of \[4, 8\], not 5"):
         load_policy(path, 5, model)
     with pytest.raises(ValueError, match=r"belongs to model .* \(runs/x\), this one is"):

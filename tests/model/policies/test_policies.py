@@ -180,7 +180,7 @@ def test_what_cannot_run_is_an_error() -> None:
         use_policy(model, SlidingWindow(3)),
     ):
         pass
-    assert all(block.attention.policy is None for block in model.layers())
+    assert all(block.attention.override is None for block in model.layers())
     for wrong in (lambda: SlidingWindow(0), lambda: StreamingLLM(-1, 4)):
         with pytest.raises(ValueError, match="expected"):
             wrong()

@@ -12,14 +12,6 @@ from tests.training.conftest import TrainProcess, assert_same_weights
 DAMAGED = "step-00000020.damaged-1"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(train: TrainProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = train("--run_dir", run_dir)
-    assert done.returncode == 0, done.stderr
-    return run_dir
-
-
 @pytest.fixture
 def run_dir(undisturbed: Path, tmp_path: Path) -> Path:
     """A finished run with the checkpoints of steps 15 and 20."""

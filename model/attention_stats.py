@@ -1,0 +1,107 @@
+"""What entmax attention did: support, live tiles, alpha and temperature of every head."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import entmax_attention
+from model.attention import Attention, AttentionMetadata, make_metadata
+from model.kv_cache import Extension
+from model.layers import HeadAlpha
+from model.override import override_attention
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of
+    live 64 x 64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one;
+    None for kinds without one)."""
+
+    support_mean: Tensor
+    live_share: Tensor
+    alpha: Tensor | None
+    temperature: Tensor | None
+    temperature_max: Tensor | None
+
+
+@torch.no_grad()
+def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
+    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for softmax kinds."""
+    progress = model.alpha_progress()
+    metadata = make_metadata(model.config, tokens.shape[1], cu_seqlens, None, tokens.device, alpha_progress=progress)
+    with record_stats(model) as stats:
+        x = model.embedding(tokens)
+        for block in model.layers():
+            x = block.forward(x, metadata)  # .forward: a compiled block would be traced once more for this rare call
+    return stats
+
+
+@contextmanager
+def record_stats(model: Transformer) -> Iterator[list[LayerStats]]:
+    """Inside, each layer's attention appends its LayerStats, of whole sequences on one rank.
+
+    Raises: ValueError for softmax kinds, and where the model's attention is overridden already.
+    """
+    stats: list[LayerStats] = []
+    recorders, hooks = [], []
+    for block in model.layers():
+        attention = block.attention
+        if attention.alpha is None:
+            raise ValueError(f"attention kind {model.config.attention.kind!r} is dense: it has no support statistics")
+        recorder = _LayerRecorder(attention, attention.alpha, stats)
+        recorders.append(recorder)
+        if attention.temperature is not None:
+            hooks.append(attention.temperature.register_forward_hook(recorder.keep_temperature))
+    try:
+        with override_attention(model, recorders):
+            yield stats
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _LayerRecorder:
+    """Attends as one layer does, and appends what came of it."""
+
+    def __init__(self, attention: Attention, alpha: HeadAlpha, stats: list[LayerStats]) -> None:
+        self.attention, self.alpha, self.stats = attention, alpha, stats
+        self.temperature: Tensor | None = None  # float32 (B, H - unscaled, T)
+
+    def keep_temperature(self, _module: nn.Module, _inputs: Any, scaled: Tensor) -> None:
+        self.temperature = scaled
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
+    ) -> Tensor:
+        assert metadata.exchange is None and extension is None
+        config = self.attention.config
+        out, measured = entmax_attention(
+            q, k, v, alpha=self.attention.kernel_alpha(self.alpha, q.device, metadata), cu_seqlens=metadata.cu_seqlens,
+            alibi_slopes=metadata.alibi_slopes, window=config.window, backend=config.attention.backend,
+            return_stats=True,
+        )  # fmt: skip
+        mean, largest = self._temperatures()
+        self.stats.append(
+            LayerStats(
+                support_mean=measured.support.float().mean((0, 2)),
+                live_share=measured.live_share.mean(0),
+                alpha=self.alpha(q.device, metadata.alpha_progress),
+                temperature=mean,
+                temperature_max=largest,
+            )
+        )
+        return out
+
+    def _temperatures(self) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and largest of each head, float32 (H,)."""
+        if self.temperature is None:
+            return None, None
+        unscaled, scaled = (0, 0, self.attention.config.n_alibi_heads, 0), self.temperature
+        self.temperature = None
+        heads = nn.functional.pad(scaled, unscaled, value=1.0)
+        return heads.mean((0, 2)), heads.amax((0, 2))
