@@ -12,7 +12,7 @@ from benchmarks.oracle import attention_oracle
 from benchmarks.peers import OURS, call_operator
 from benchmarks.workloads import Workload, gaussian
 from kernels import entmax_attention
-from kernels.alpha_entmax.launches import ForwardResults
+from kernels.alpha_entmax.results import ForwardResults
 
 ALPHAS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0)
 NAMES = ("out", "dq", "dk", "dv", "dalpha")

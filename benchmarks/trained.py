@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.measure import Measurement, Timing
 from benchmarks.peers import call_operator
 from benchmarks.workloads import Workload
-from kernels.alpha_entmax.launches import ForwardResults
+from kernels.alpha_entmax.results import ForwardResults
 
 # (queries, keys) of granules: one is live if any of its queries weighs any of its keys
 GRANULES = {"64x64": (64, 64), "64x8": (64, 8), "64x1": (64, 1), "16x1": (16, 1), "pairs": (1, 1)}

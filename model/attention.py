@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from kernels import entmax_attention
-from kernels.alpha_entmax.launches import kept_bits as kept_bits  # for training.memory, which sees no kernels
+from kernels.alpha_entmax.results import kept_bits as kept_bits  # for training.memory, which sees no kernels
 from model.config import ModelConfig
 from model.kv_cache import Extension, LayerCache
 from model.layers import AdaptiveTemperature, HeadAlpha, ScalableTemperature, rotary_tables, rotate

@@ -13,7 +13,7 @@ from kernels.alpha_entmax.operator import intercepted, run_attention
 from kernels.alpha_entmax.reference import entmax_attention_reference
 from kernels.alpha_entmax.tuning import widest_head_dim
 from kernels.common.arguments import (
-    check_distance,
+    check_alpha,
     check_flag,
     check_integer,
     check_number,
@@ -186,22 +186,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _alpha_per_head(alpha: float | Tensor, heads: int, q: Tensor) -> Tensor:
     """alpha as (H,) in float32 (float64 for float64 input), on q's device."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    check_alpha(alpha, dtype, "scaled_dot_product_attention")
     if not isinstance(alpha, Tensor):
-        check_number("alpha", alpha)
-        if not 1 < alpha <= 2:
-            raise ValueError(f"alpha must lie in (1, 2], got {alpha}; for softmax use scaled_dot_product_attention")
-        check_distance(alpha, dtype)
         return torch.full((heads,), float(alpha), dtype=dtype, device=q.device)
     if alpha.shape not in ((), (heads,)):
         raise ValueError(f"alpha must be a number or a tensor ({heads},), one per query head, got {tuple(alpha.shape)}")
-    if not alpha.is_floating_point():
-        raise ValueError(f"alpha must be floating point, got {alpha.dtype}")
-    if readable(alpha):
-        outside = alpha.detach()[~((alpha > 1) & (alpha <= 2))]
-        if outside.numel():
-            raise ValueError(f"alpha must lie in (1, 2], got {outside.tolist()}; bound it, e.g. by a sigmoid")
-        if alpha.numel():
-            check_distance(float(alpha.detach().min()), dtype)
     return alpha.to(q.device, dtype).expand(heads)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.alpha_entmax.launches import ForwardResults, backward, forward, forward_outputs
+from kernels.alpha_entmax.launches import backward, forward
+from kernels.alpha_entmax.results import ForwardResults, forward_outputs
 from kernels.common.derivatives import once
 from kernels.common.launching import unit_stride
 

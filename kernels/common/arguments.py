@@ -63,7 +63,26 @@ def _kind(x: Any) -> str:
 NEAREST_TO_ONE = {torch.float32: 1e-4, torch.float64: 1e-12}
 
 
-def check_distance(alpha: float, dtype: torch.dtype) -> None:
+def check_alpha(alpha: Any, dtype: torch.dtype, softmax: str) -> None:
+    """Kind and values of alpha, in (1, 2]; its shape is the caller's. dtype: computed with. softmax: the function for
+    alpha 1. Raises TypeError or ValueError."""
+    if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
+        if not 1 < alpha <= 2:
+            raise ValueError(f"alpha must lie in (1, 2], got {alpha}; for softmax use {softmax}")
+        _check_distance(alpha, dtype)
+        return
+    if not alpha.is_floating_point():
+        raise ValueError(f"alpha must be floating point, got {alpha.dtype}")
+    if readable(alpha):
+        outside = alpha.detach()[~((alpha > 1) & (alpha <= 2))]
+        if outside.numel():
+            raise ValueError(f"alpha must lie in (1, 2], got {outside.tolist()}; bound it, e.g. by a sigmoid")
+        if alpha.numel():
+            _check_distance(float(alpha.detach().min()), dtype)
+
+
+def _check_distance(alpha: float, dtype: torch.dtype) -> None:
     """Raises ValueError for an alpha in (1, 2] that is nearer to 1 than the computing dtype resolves."""
     least = NEAREST_TO_ONE[dtype]
     if alpha - 1 < least * (1 - 1e-9):

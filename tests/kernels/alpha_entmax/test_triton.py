@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import kernels.alpha_entmax.launches
+import kernels.alpha_entmax.results
 from kernels import entmax_attention
 from tests.kernels.conftest import CASES, HEADS, SLOPES, Case
 from tests.kernels.helpers import (
@@ -184,7 +184,7 @@ def test_what_is_not_finite_spoils_the_rows_that_see_it(change: str, alpha: floa
 
 @pytest.mark.parametrize("longest", [0, 1 << 15], ids=["tiles", "keys"])
 def test_alpha_has_a_gradient_of_nan_where_a_score_is_nan(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.alpha_entmax.launches, "LONGEST_KEY_LIST", longest)
+    monkeypatch.setattr(kernels.alpha_entmax.results, "LONGEST_KEY_LIST", longest)
     q, k, v, weight = (x.detach() for x in draw_qkv(2, 2, 70, 70))
     expected = compute((q, k, v, weight), per_head(1.4, 2), "triton")[4]
     q[:, 0, 66, 3] = torch.nan

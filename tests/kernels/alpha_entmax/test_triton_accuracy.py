@@ -11,10 +11,11 @@ from torch import Tensor
 
 import kernels.alpha_entmax.attention
 import kernels.alpha_entmax.launches
+import kernels.alpha_entmax.results
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
-from kernels.alpha_entmax.launches import ForwardResults
 from kernels.alpha_entmax.reference import _bisect_threshold, entmax_reference
+from kernels.alpha_entmax.results import ForwardResults
 from tests.kernels.conftest import CASES, SLOPES, Case
 from tests.kernels.helpers import (
     CUDA,
@@ -106,7 +107,7 @@ def test_more_tiles_than_one_chunk_of_a_list(n_queries: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_lists_of_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lengths past LONGEST_KEY_LIST take."""
-    monkeypatch.setattr(kernels.alpha_entmax.launches, "LONGEST_KEY_LIST", 0)
+    monkeypatch.setattr(kernels.alpha_entmax.results, "LONGEST_KEY_LIST", 0)
     check_float32(tuple(x.to(DEVICE) for x in case.tensors(torch.float32)), MIXED, **options_of(case))
 
 

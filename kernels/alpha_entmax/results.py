@@ -1,0 +1,106 @@
+"""What a forward pass returns and keeps, and how large that is."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.common.key_lists import SPARSE_PERCENT
+from kernels.common.launching import ceil_div
+from kernels.common.tiles import BLOCK_FIELDS
+from kernels.common.visibility import TILE
+
+# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they take a
+# eighth of what else is kept at head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192
+# tokens lost a tenth, shorter ones have not been timed
+LONGEST_KEY_LIST = 1 << 15
+SHORTEST_KEY_LIST = 8192
+
+
+class ForwardResults(NamedTuple):
+    """out: (B, H, Tq, D), in memory (B, Tq, H, D), as the projection after it takes it: nothing is kept twice. tau:
+    float32 (B, H, Tq). bits: int32 (B, H, query tiles, words), one bit for each tile of keys with weight. Empty unless
+    `lists_keys`: key_bits, int32 (B, H, words), one for each key and tile of queries (key_lists.key_words); row_bits,
+    int32 (B, H, words), one for each query and tile of keys (key_lists.row_words); sparse, uint8 (B, H, query tiles),
+    1 where passes follow key_bits, 0 where bits. support: int32 (B, H, Tq). live: tiles, int64 (B, H). passes: over
+    lists, int32 (B, H, query tiles). rows, blocks: of tiles.Intervals. What was not asked for is empty."""
+
+    out: Tensor
+    tau: Tensor
+    bits: Tensor
+    key_bits: Tensor
+    row_bits: Tensor
+    sparse: Tensor
+    support: Tensor
+    live: Tensor
+    passes: Tensor
+    rows: Tensor
+    blocks: Tensor
+
+
+def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
+    """Whether lengths let passes after the scan follow single keys where these are few."""
+    return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys > SHORTEST_KEY_LIST * n_documents
+
+
+def is_triangular(n_queries: int, n_keys: int, causal: bool, kv_lens: Tensor | None) -> bool:
+    """Whether query i sees no key after i, so that bits of later ones need no memory."""
+    return causal and n_queries == n_keys and kv_lens is None
+
+
+def tile_words(n_keys: int) -> int:
+    """int32 words of one bit a tile of keys."""
+    return ceil_div(n_keys, 32 * TILE)
+
+
+def list_words(n_queries: int, n_keys: int, triangular: bool) -> tuple[int, int]:
+    """int32 words a head of key bits and of row bits."""
+    n_blocks, n_words = ceil_div(n_queries, TILE), tile_words(n_keys)
+    if triangular:
+        return n_blocks * (n_blocks + 1), n_words * n_queries - 16 * TILE * n_words * (n_words - 1)
+    return n_blocks * ceil_div(n_keys, TILE) * (TILE // 32), n_words * n_queries
+
+
+def kept_bits(n_tokens: int, n_documents: int) -> int:
+    """Bits a query head that backward of causal self-attention needs to know where weight is."""
+    words = ceil_div(n_tokens, TILE) * tile_words(n_tokens)
+    if lists_keys(n_tokens, n_tokens, n_documents):
+        words += sum(list_words(n_tokens, n_tokens, True))
+    return 32 * words
+
+
+def listed_entries(n_tiles: int) -> int:
+    """Most single entries of a list in place of n_tiles tiles (key_lists.is_sparse), whole steps."""
+    return ceil_div(n_tiles * TILE * SPARSE_PERCENT.value, 100 * TILE) * TILE
+
+
+def forward_outputs(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    kv_lens: Tensor | None,
+    gradient: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ForwardResults, allocated."""
+    batch, heads, n_queries, head_dim = q.shape
+    n_keys = k.shape[2]
+    n_blocks = ceil_div(n_queries, TILE)
+    n_documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    keys = not stats and lists_keys(n_queries, n_keys, n_documents)  # statistics count tiles
+    n_key_words, n_row_words = list_words(n_queries, n_keys, is_triangular(n_queries, n_keys, causal, kv_lens))
+    interval_batch = 1 if kv_lens is None else batch
+    return (
+        q.new_empty((batch, n_queries, heads, head_dim)).transpose(1, 2),
+        q.new_empty((batch, heads, n_queries), dtype=torch.float32),
+        q.new_empty((batch, heads, n_blocks, tile_words(n_keys)), dtype=torch.int32),
+        q.new_zeros((batch, heads, n_key_words) if keys else 0, dtype=torch.int32),
+        q.new_zeros((batch, heads, n_row_words) if keys and gradient else 0, dtype=torch.int32),
+        q.new_empty((batch, heads, n_blocks) if keys else 0, dtype=torch.uint8),
+        q.new_empty((batch, heads, n_queries) if stats else 0, dtype=torch.int32),
+        q.new_zeros((batch, heads) if stats else 0, dtype=torch.int64),
+        q.new_empty((batch, heads, n_blocks) if stats else 0, dtype=torch.int32),
+        q.new_empty((2, interval_batch, n_queries), dtype=torch.int32),
+        q.new_empty((interval_batch, n_blocks, BLOCK_FIELDS), dtype=torch.int32),
+    )
