@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.workloads import Workload
 from kernels import entmax_attention
-from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.operator import entmax_attention_triton
+from kernels.alpha_entmax.threshold import power_of
 
 Forward = Callable[[], Tensor]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kernels.alpha_entmax.blockwise import entmax_attention_blockwise
 from kernels.alpha_entmax.decode import entmax_decode
-from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.operator import intercepted, run_attention
 from kernels.alpha_entmax.reference import entmax_attention_reference
+from kernels.alpha_entmax.threshold import power_of
 from kernels.alpha_entmax.tuning import widest_head_dim
 from kernels.common.arguments import (
     check_alpha,

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.alpha_entmax.launches import MAX_STEPS, TOLERANCE
-from kernels.alpha_entmax.threshold import newton_step, norm_and_slope, step_limit, support_power
+from kernels.alpha_entmax.threshold import MAX_STEPS, TOLERANCE, newton_step, norm_and_slope, step_limit, support_power
 from kernels.alpha_entmax.tuning import DECODING, decode_launch
 from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, padded_head_dim, strides, unit_stride
 from kernels.common.tiles import add_position_bias, head_offset, load_rows, nan_maximum

@@ -10,6 +10,7 @@ from kernels.alpha_entmax.backward_queries import entmax_backward_queries
 from kernels.alpha_entmax.refine import entmax_refine
 from kernels.alpha_entmax.results import (
     ForwardResults,
+    ListBits,
     forward_outputs,
     is_triangular,
     list_words,
@@ -18,7 +19,8 @@ from kernels.alpha_entmax.results import (
 )
 from kernels.alpha_entmax.scan import entmax_scan
 from kernels.alpha_entmax.sum import entmax_sum
-from kernels.alpha_entmax.tuning import pass_launch, scan_launch
+from kernels.alpha_entmax.threshold import MAX_STEPS, TOLERANCE
+from kernels.alpha_entmax.tuning import PassLaunch, pass_launch, scan_launch
 from kernels.common.key_lists import MARK_WORDS
 from kernels.common.launching import (
     bfloat16_as_float32,
@@ -32,17 +34,6 @@ from kernels.common.launching import (
 from kernels.common.tiles import BLOCK_FIELDS, LIST_CHUNK, Intervals, write_intervals
 from kernels.common.tuning import Launch, program_count
 from kernels.common.visibility import TILE
-
-# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made: the weighted
-# sum takes the next one to first order, which outputs in 16 bits do not show
-TOLERANCE = {"16 bits": 0.05, "float32": 3e-4}
-MAX_STEPS = 20  # a bound only, for rows at the limit of float32
-POWERS = {1.5: "linear", 2.0: "constant"}
-
-
-def power_of(alpha: float | Tensor) -> str:
-    """How the kernels take powers: numbers known before the launch can have their own instructions."""
-    return "general" if isinstance(alpha, Tensor) else POWERS.get(float(alpha), "general")
 
 
 def _shared(
@@ -232,6 +223,93 @@ def forward(
     return outputs
 
 
+class _Backward:
+    """The two passes of a backward: queries, which finds delta, then keys. shared: arguments of all passes."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tau: Tensor, lists: ListBits, shared: dict[str, Any]
+    ) -> None:
+        self.q, self.k, self.v, self.lists, self.shared = q, k, v, lists, shared
+        self.listed = lists.row_bits.numel() > 0
+        self.n_key_blocks = ceil_div(k.shape[2], TILE)
+        triangular = list_words(q.shape[2], k.shape[2], True)[0] == lists.key_bits.shape[-1]
+        self.counters = torch.zeros(2, dtype=torch.int32, device=q.device)
+        self.shared |= dict(
+            p_v=v,
+            p_do=grad,
+            p_delta=torch.empty_like(tau),
+            p_sparse=lists.sparse,
+            triangular=int(triangular and q.shape[2] == k.shape[2]),
+            KEYS=self.listed,
+            BM=TILE,
+            **strides("v", v),
+            **strides("o", grad),
+        )
+
+    def _run(self, kernel: Any, launch: PassLaunch, n_tasks: int, tiles: int, **arguments: Any) -> None:
+        """Programs with lists of so many tiles each."""
+        n_programs, entries = program_count(launch, self.q.device, n_tasks), listed_entries(tiles)
+        kernel[(n_programs,)](
+            p_list=torch.empty(n_programs * tiles, dtype=torch.int32, device=self.q.device),
+            p_entries=torch.empty(n_programs * entries if self.listed else 0, dtype=torch.uint16, device=self.q.device),
+            n_tasks=n_tasks,
+            capacity=tiles,
+            key_capacity=entries,
+            STEP=launch.step,
+            STAGES=launch.stages,
+            **launch.options,
+            **self.shared,
+            **arguments,
+        )
+
+    def _launch(self, name: str) -> PassLaunch:
+        return pass_launch(name, self.shared["BD"], self.q.dtype, self.q.device)
+
+    def queries(self, out: Tensor, with_dalpha: bool) -> tuple[Tensor, Tensor]:
+        """dq, and dalpha's part of each query tile, float32 (B, H, query tiles), empty unless with_dalpha."""
+        batch, heads, n_blocks = *self.q.shape[:2], self.shared["n_blocks"]
+        dq, key_bits = torch.empty_like(self.q), self.lists.key_bits
+        dalpha = torch.empty((batch, heads, n_blocks) if with_dalpha else 0, dtype=torch.float32, device=self.q.device)
+        self._run(
+            entmax_backward_queries,
+            self._launch("backward_queries"),
+            batch * heads * n_blocks,
+            self.n_key_blocks,
+            p_counter=self.counters,
+            p_out=out,
+            p_key_bits=key_bits,
+            stride_key_bits=key_bits.stride(1) if self.listed else 0,
+            n_key_words=self.n_key_blocks * (TILE // 32),
+            p_dq=dq,
+            p_dalpha=dalpha,
+            DALPHA=with_dalpha,
+            **strides("s", out),
+            **strides("d", dq),
+        )
+        return dq, dalpha
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """dk and dv, in memory that the lists of the pass over queries had, where they fit."""
+        dk, dv, row_bits = torch.empty_like(self.k), torch.empty_like(self.v), self.lists.row_bits
+        launch = self._launch("backward_keys")
+        self._run(
+            entmax_backward_keys,
+            launch,
+            self.k.shape[0] * self.k.shape[1] * self.n_key_blocks,
+            self.shared["n_blocks"],
+            p_counter=self.counters[1:],
+            p_row_bits=row_bits,
+            stride_row_bits=row_bits.stride(1) if self.listed else 0,
+            p_dk=dk,
+            p_dv=dv,
+            n_key_blocks=self.n_key_blocks,
+            TRANSPOSED=launch.transposed,
+            **strides("d", dk),
+            **strides("e", dv),
+        )
+        return dk, dv
+
+
 @bfloat16_as_float32(n_outputs=3)
 def backward(
     grad: Tensor,
@@ -256,77 +334,12 @@ def backward(
     q, k, v, grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(grad)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(alpha)
-    batch, heads, n_queries, _ = q.shape
-    keys = row_bits.numel() > 0
+    keys = ListBits(key_bits, row_bits, sparse)
     shared = _shared(q, k, alpha, scale, alibi_slopes, tau, bits, Intervals(rows, blocks), power)
-    n_blocks, n_key_blocks = shared["n_blocks"], ceil_div(k.shape[2], TILE)
-    dq, delta = torch.empty_like(q), torch.empty_like(tau)
-    same_length = q.shape[2] == k.shape[2]
-    triangular = same_length and key_bits.shape[-1] == list_words(q.shape[2], k.shape[2], True)[0]
-    dalpha = tau.new_empty((batch, heads, n_blocks) if with_dalpha else 0)
-    counters = torch.zeros(2, dtype=torch.int32, device=q.device)
-    same = dict(
-        p_v=v,
-        p_do=grad,
-        p_delta=delta,
-        p_sparse=sparse,
-        triangular=int(triangular),
-        KEYS=keys,
-        BM=TILE,
-        **strides("v", v),
-        **strides("o", grad),
-        **shared,
-    )
-
-    def run(kernel: Any, name: str, n_tasks: int, tiles: int, counter: Tensor, **arguments: Any) -> None:
-        launch = pass_launch(name, shared["BD"], q.dtype, q.device)
-        n_programs = program_count(launch, q.device, n_tasks)
-        entries = listed_entries(tiles)
-        kernel[(n_programs,)](
-            p_list=torch.empty(n_programs * tiles, dtype=torch.int32, device=q.device),
-            p_entries=torch.empty(n_programs * entries if keys else 0, dtype=torch.uint16, device=q.device),
-            p_counter=counter,
-            n_tasks=n_tasks,
-            capacity=tiles,
-            key_capacity=entries,
-            STEP=launch.step,
-            STAGES=launch.stages,
-            **launch.options,
-            **same,
-            **arguments,
-        )
-
+    passes = _Backward(q, k, v, grad, tau, keys, shared)
+    dalpha = torch.zeros_like(alpha)
     with on_device(q):
-        run(
-            entmax_backward_queries,
-            "backward_queries",
-            batch * heads * n_blocks,
-            n_key_blocks,
-            counters,
-            p_out=out,
-            p_key_bits=key_bits,
-            stride_key_bits=key_bits.stride(1) if keys else 0,
-            n_key_words=n_key_blocks * (TILE // 32),
-            p_dq=dq,
-            p_dalpha=dalpha,
-            DALPHA=with_dalpha,
-            **strides("s", out),
-            **strides("d", dq),
-        )
-        dk, dv = torch.empty_like(k), torch.empty_like(v)  # into the memory of the lists before, where that fits
-        run(
-            entmax_backward_keys,
-            "backward_keys",
-            batch * k.shape[1] * n_key_blocks,
-            n_blocks,
-            counters[1:],
-            p_row_bits=row_bits,
-            stride_row_bits=row_bits.stride(1) if keys else 0,
-            p_dk=dk,
-            p_dv=dv,
-            n_key_blocks=n_key_blocks,
-            TRANSPOSED=pass_launch("backward_keys", shared["BD"], q.dtype, q.device).transposed,
-            **strides("d", dk),
-            **strides("e", dv),
-        )
-    return dq, dk, dv, dalpha.sum((0, 2)) if with_dalpha else torch.zeros_like(alpha)
+        dq, parts = passes.queries(out, with_dalpha)
+        if with_dalpha:
+            dalpha = parts.sum((0, 2))
+        return dq, *passes.keys(), dalpha

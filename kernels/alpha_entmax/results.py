@@ -38,6 +38,14 @@ class ForwardResults(NamedTuple):
     blocks: Tensor
 
 
+class ListBits(NamedTuple):
+    """Of ForwardResults: where single keys and queries have weight."""
+
+    key_bits: Tensor
+    row_bits: Tensor
+    sparse: Tensor
+
+
 def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
     """Whether lengths let passes after the scan follow single keys where these are few."""
     return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys > SHORTEST_KEY_LIST * n_documents

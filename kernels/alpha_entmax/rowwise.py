@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.reference import entmax_reference
 from kernels.alpha_entmax.rowwise_passes import (
     MAX_STEPS,
@@ -17,6 +16,7 @@ from kernels.alpha_entmax.rowwise_passes import (
     entmax_rows_backward,
     entmax_rows_forward,
 )
+from kernels.alpha_entmax.threshold import power_of
 from kernels.common.arguments import check_alpha, check_integer, check_tensor
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import once, refuse_transforms

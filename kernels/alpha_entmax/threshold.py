@@ -7,10 +7,23 @@ POWER says how u ** (beta - 1) is taken: "linear" where alpha is 1.5 throughout,
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 # libdevice's fast_log2f is one instruction (2 ** -22 absolute), tl.log2 about twenty; the interpreter has only tl.log2
 FAST_LOG2 = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made: the weighted
+# sum takes the next one to first order, which outputs in 16 bits do not show
+TOLERANCE = {"16 bits": 0.05, "float32": 3e-4}
+MAX_STEPS = 20  # a bound only, for rows at the limit of float32
+POWERS = {1.5: "linear", 2.0: "constant"}
+
+
+def power_of(alpha: float | Tensor) -> str:
+    """How the kernels take powers: numbers known before the launch can have their own instructions."""
+    return "general" if isinstance(alpha, Tensor) else POWERS.get(float(alpha), "general")
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import kernels.alpha_entmax.rowwise
 from kernels import entmax
-from kernels.alpha_entmax.launches import power_of
 from kernels.alpha_entmax.reference import entmax_reference
+from kernels.alpha_entmax.threshold import power_of
 from kernels.common.backends import INTERPRETED
 
 ALPHAS = (1.01, 1.05, 1.1, 1.25, 1.5, 1.75, 1.999, 2.0)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import kernels.alpha_entmax.attention
-import kernels.alpha_entmax.launches
 import kernels.alpha_entmax.results
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
 from kernels.alpha_entmax.reference import _bisect_threshold, entmax_reference
 from kernels.alpha_entmax.results import ForwardResults
+from kernels.alpha_entmax.threshold import power_of
 from tests.kernels.conftest import CASES, SLOPES, Case
 from tests.kernels.helpers import (
     CUDA,
@@ -248,7 +248,7 @@ def test_thresholds(alphas, dtype: torch.dtype, size: float) -> None:
     q, k, v, _ = draw_qkv(heads, heads, n_tokens, n_tokens, dtype=dtype)
     q, k, v = (q * size).detach(), k.detach(), v.detach()
     alpha = per_head(alphas, heads).detach()
-    power = kernels.alpha_entmax.launches.power_of(alphas if isinstance(alphas, float) else alpha)
+    power = power_of(alphas if isinstance(alphas, float) else alpha)
     tau = ForwardResults(*operator(q.requires_grad_(), k, v, alpha, power=power, gradient=True)).tau.detach()
     q = q.detach()
     hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=DEVICE).triu(1)
