@@ -147,7 +147,7 @@ def entmax_backward_keys(
     KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, summed over the query heads that share a key head. Programs take key tiles from a counter. KEYS: over
-    the queries of p_row_bits where they are few of those in the query tiles of p_bits."""
+    the queries of p_row_bits where they are few of those in the query tiles of p_bits. Long as entmax_scan is."""
     PARTS: tl.constexpr = BM // STEP
     p_list += tl.program_id(0) * capacity
     if KEYS:

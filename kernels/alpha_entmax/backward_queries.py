@@ -84,7 +84,7 @@ def entmax_backward_queries(
     KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and each query tile's part of dalpha. Programs take query tiles from a counter until none is left.
-    KEYS, p_key_bits, p_sparse: as in entmax_refine."""
+    KEYS, p_key_bits, p_sparse: as in entmax_refine. Long as entmax_scan is."""
     PARTS: tl.constexpr = BM // STEP
     p_list += tl.program_id(0) * capacity
     if KEYS:

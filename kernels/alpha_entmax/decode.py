@@ -195,7 +195,8 @@ def entmax_decode(
 ) -> Tensor:
     """Attention of one query per row, (B, H, 1, D), without gradients.
 
-    Arguments as in `kernels.entmax_attention`; alpha float32 (H,), power from `entmax_triton.power_of`.
+    Arguments as in `kernels.entmax_attention`; alpha float32 (H,), power from `threshold.power_of`. Three launches,
+    an argument a line.
 
     Memory: 4 bytes a key, batch row and query head for the scores.
     """

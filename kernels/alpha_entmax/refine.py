@@ -202,7 +202,7 @@ def entmax_refine(
     STATS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
-    hold the scan's and get better ones.
+    hold the scan's and get better ones. Long as entmax_scan is.
 
     KEYS: go over single keys where they are few. p_sparse: uint8 (B, H, query tiles), where that is so. p_key_bits:
         int32 (B, H, words), zeros before, gets one bit for each key that can have weight for any query of a tile

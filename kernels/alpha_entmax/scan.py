@@ -107,7 +107,8 @@ def entmax_scan(
     POWER: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs take blocks of ROWS queries from a counter until none is left, long ones first within a head.
+    """Programs take blocks of ROWS queries from a counter until none is left, long ones first within a head. Long,
+    since a task's values stay in registers from load to store; so are the other kernels of attention.
 
     p_tau: float32 (B, H, Tq), lower bounds of the thresholds; +inf for rows that see nothing, NaN for rows with a NaN
         or +inf score. p_bits: int32 (B, H, query tiles, words), the marked tiles. batch_step: 1 where batch rows have

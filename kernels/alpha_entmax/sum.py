@@ -97,7 +97,8 @@ def entmax_sum(
 ):  # fmt: skip
     """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
     hold the refinement's and get the final ones (bits only if STATS: else a tile may be marked whose best key lies in
-    the last step). KEYS, p_key_bits, p_sparse: as in entmax_refine; not with STATS."""
+    the last step). KEYS, p_key_bits, p_sparse: as in entmax_refine; not with STATS. Long as
+    entmax_scan is."""
     i_program = tl.program_id(0)
     p_list += i_program * capacity
     if KEYS:

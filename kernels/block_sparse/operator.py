@@ -48,7 +48,8 @@ def block_sparse_softmax(
     given blocks, the diagonal no exception. p_q, p_k, p_v: descriptors (if TMA). p_thresholds: float32 (H, n_positions)
     (if LISTED or FUSED, unless GIVEN). p_given: bytes (B, H, n_blocks, capacity), 1 or 0 (if GIVEN). p_list: int32
     (programs, capacity) (if LISTED). p_bits: int32 (B, H, n_blocks, n_words), zeros (if STATS). first_block: index, on
-    the grid of positions, of the block of the first query. offset: position of query 0.
+    the grid of positions, of the block of the first query. offset: position of query 0. Long, since a task's values
+    stay in registers from load to store.
     """
     p_list += tl.program_id(0) * capacity
     task = tl.atomic_add(p_counter, 1)
@@ -159,7 +160,7 @@ def block_sparse_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in `block_sparse_softmax_attention`; nothing is checked here.
 
-    Returns: out (B, H, Tq, D); kept as in BlockSparseStats, None unless with_kept.
+    Returns: out (B, H, Tq, D); kept as in BlockSparseStats, None unless with_kept. One launch, an argument a line.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, heads, n_queries, head_dim = q.shape
