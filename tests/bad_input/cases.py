@@ -57,7 +57,7 @@ class Case:
     damage: Callable[[Place], object] | None = None
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
-    timeout: float = 90.0
+    timeout: float = 200.0
 
 
 @dataclass(frozen=True)
