@@ -70,15 +70,14 @@ def entmax_attention(
         window: a query sees itself and the window - 1 keys before it; needs causal.
         backend: "triton" (CUDA, or CPU tensors under TRITON_INTERPRET=1; not float64, head dims to 256), "torch" (a
             block of rows at a time, O(Tq) memory), "reference" (dense, differentiable by autograd) or "auto": triton
-            on CUDA where it can, else torch,
-            with one warning. On GPUs with 99 KiB of shared memory (RTX 30 to 50) triton takes head dims to 128 in 16
-            bits and to 64 in float32.
+            on CUDA where it can, else torch, with one warning. On GPUs with 99 or 163 KiB of shared memory (RTX 30 to
+            50, A100) triton takes head dims to 128 in float32.
         return_stats: also return an AttentionStats.
 
     Returns: (B, H, Tq, D) in q's dtype, differentiable in q, k, v and alpha: twice by "reference", once by the others,
     which raise RuntimeError where a gradient is differentiated and NotImplementedError under torch.func's transforms
-    and forward mode; with return_stats a pair (output,
-    AttentionStats). A row that sees no key is 0. What is not finite spoils the rows that see it, as in softmax
+    and forward mode; with return_stats a pair (output, AttentionStats). By "triton" its memory is that of (B, Tq, H,
+    D), which a projection of all heads takes as it is. A row that sees no key is 0. What is not finite spoils the rows that see it, as in softmax
     attention; scores of -inf get weight 0.
 
     Raises: TypeError or ValueError naming the argument, its value and what was expected. The contents of cu_seqlens,

@@ -30,7 +30,7 @@ class Case:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    batch: int = 2
+    batch: int = 1
     n_queries: int = 111
     n_keys: int = 111
 
@@ -51,7 +51,7 @@ def _int32(*values: int) -> torch.Tensor:
 
 DOCUMENTS = _int32(0, 5, 5, 60, 61, 111)
 CASES = [
-    Case("causal"),
+    Case("causal", batch=2),
     Case("full", dict(causal=False)),
     Case("one token", n_queries=1, n_keys=1),
     Case("decode", n_queries=1, n_keys=63),
@@ -59,11 +59,11 @@ CASES = [
     Case("more queries than keys", n_queries=70, n_keys=33),
     Case("window", dict(window=7)),
     Case("window longer than the text", dict(window=500), n_keys=90, n_queries=30),
-    Case("alibi", dict(alibi_slopes=torch.tensor(SLOPES))),
+    Case("alibi", dict(alibi_slopes=torch.tensor(SLOPES)), batch=2),
     Case("alibi full", dict(alibi_slopes=torch.tensor(SLOPES), causal=False), n_queries=63),
-    Case("documents", dict(cu_seqlens=DOCUMENTS), batch=1),
-    Case("documents full", dict(cu_seqlens=DOCUMENTS, causal=False), batch=1),
-    Case("documents alibi window", dict(cu_seqlens=DOCUMENTS, alibi_slopes=torch.tensor(SLOPES), window=20), batch=1),
+    Case("documents", dict(cu_seqlens=DOCUMENTS)),
+    Case("documents full", dict(cu_seqlens=DOCUMENTS, causal=False)),
+    Case("documents alibi window", dict(cu_seqlens=DOCUMENTS, alibi_slopes=torch.tensor(SLOPES), window=20)),
     Case("key lengths", dict(kv_lens=_int32(33, 0, 111)), batch=3, n_queries=40),
     Case(
         "key lengths full alibi", dict(kv_lens=_int32(90, 1, 111), causal=False, alibi_slopes=torch.tensor(SLOPES)), 3

@@ -1,0 +1,50 @@
+"""All Triton kernels compile for other GPUs and fit on them: on any machine, without launching them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compile_for import SHARED_MEMORY
+from tests.kernels.helpers import CUDA
+
+ROOT = Path(__file__).parents[3]
+ATTENTION = {
+    "key_intervals",
+    "entmax_scan",
+    "entmax_refine",
+    "entmax_sum",
+    "entmax_backward_queries",
+    "entmax_backward_keys",
+    "decode_scores",
+    "decode_threshold",
+    "decode_values",
+}
+BLOCK_SPARSE, ROWS = {"block_sparse_softmax"}, {"entmax_rows_forward", "entmax_rows_backward"}
+# compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
+# each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
+EVERYWHERE = [
+    ("9.0", ("64-bfloat16", "128-bfloat16", "64-float32", "rows"), ATTENTION | BLOCK_SPARSE | ROWS),
+    ("8.6", ("256-bfloat16",), ATTENTION),
+]
+WITH_GPU = [
+    ("8.0", ("256-bfloat16",), ATTENTION | BLOCK_SPARSE),
+    ("8.6", ("128-float32",), ATTENTION),
+    ("8.9", ("128-bfloat16",), ATTENTION | BLOCK_SPARSE),
+    ("9.0", ("256-float32",), ATTENTION),
+    ("12.0", ("256-bfloat16",), ATTENTION),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("capability", "what", "kernels"), EVERYWHERE + WITH_GPU * CUDA, ids=lambda x: str(x)[:20])
+def test_kernels_compile_and_fit(capability: str, what: tuple[str, ...], kernels: set[str]) -> None:
+    command = [sys.executable, "-m", "tests.kernels.compile_for", capability, *what]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    memory = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert {name for name, _ in memory} == kernels
+    assert max(int(size) for _, size in memory) <= SHARED_MEMORY[capability]
