@@ -77,8 +77,8 @@ def entmax_attention(
     Returns: (B, H, Tq, D) in q's dtype, differentiable in q, k, v and alpha: twice by "reference", once by the others,
     which raise RuntimeError where a gradient is differentiated and NotImplementedError under torch.func's transforms
     and forward mode; with return_stats a pair (output, AttentionStats). By "triton" its memory is that of (B, Tq, H,
-    D), which a projection of all heads takes as it is. A row that sees no key is 0. What is not finite spoils the rows that see it, as in softmax
-    attention; scores of -inf get weight 0.
+    D), which a projection of all heads takes as it is. A row that sees no key is 0. What is not finite spoils the rows
+    that see it, as in softmax attention; scores of -inf get weight 0.
 
     Raises: TypeError or ValueError naming the argument, its value and what was expected. The contents of cu_seqlens,
     kv_lens, alibi_slopes and a tensor alpha are checked on CPU tensors only (on CUDA this would synchronise): there
