@@ -26,7 +26,7 @@ BLOCK_SPARSE, ROWS = {"block_sparse_softmax"}, {"entmax_rows_forward", "entmax_r
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
 EVERYWHERE = [
-    ("9.0", ("64-bfloat16", "128-bfloat16", "64-float32", "rows"), ATTENTION | BLOCK_SPARSE | ROWS),
+    ("9.0", ("64-bfloat16", "rows"), ATTENTION | BLOCK_SPARSE | ROWS),
     ("8.6", ("256-bfloat16",), ATTENTION),
 ]
 WITH_GPU = [
