@@ -18,6 +18,7 @@ from typing import Any
 from data import records
 from data.documents import Document, MissingText, TextField, documents_of_lines
 from data.files import NO_SOURCES, Undecodable, decode, each_once, files_below, find_files, identity_of
+from data.hub_formats import has_format, json_documents, reading_errors
 
 
 class Corpus(abc.ABC):
@@ -279,14 +280,15 @@ class Hub(Corpus):
         where = f"data set {self.path}"
         try:
             builder = datasets.load_dataset_builder(**self.arguments)
-            if isinstance(builder.config, _json_config()):
-                yield from itertools.islice(self._documents_of_json(builder), skip, None)
+            if has_format(builder, "json"):
+                documents = json_documents(builder, self.path, self.split, self.streaming, self.field)
+                yield from itertools.islice(documents, skip, None)
                 return
-            if isinstance(builder.config, _csv_config()):  # else numbers, dates and "NA" are no texts any more
+            if has_format(builder, "csv"):  # else numbers, dates and "NA" are no texts any more
                 as_text = {"converters": {self.field.name: str}, "keep_default_na": False}
                 builder = datasets.load_dataset_builder(**self.arguments, **as_text)
             data = self._open(builder)
-            if self.streaming and isinstance(builder.config, _parquet_config()):  # the files' other columns may differ
+            if self.streaming and has_format(builder, "parquet"):  # the files' other columns may differ
                 self.field.check_column(data.column_names, where)
                 data = self._open(datasets.load_dataset_builder(**self.arguments, columns=[self.field.name]))
             if data.column_names is not None:  # None: known only after the first record
@@ -296,7 +298,7 @@ class Hub(Corpus):
                 return
             for number, record in enumerate(data.skip(skip), start=skip):
                 yield self.field.document(record, f"{where} record {number}")
-        except (datasets.exceptions.DatasetsError, *_reading_errors()) as error:
+        except reading_errors() as error:
             cause = error.__cause__ or error
             raise ValueError(f"{where} cannot be read ({type(cause).__name__}: {cause}); mend or remove it") from error
 
@@ -305,49 +307,6 @@ class Hub(Corpus):
             return builder.as_streaming_dataset(split=self.split)
         builder.download_and_prepare()
         return builder.as_dataset(split=self.split)
-
-    def _documents_of_json(self, builder: Any) -> Iterator[Document]:
-        from datasets.download import DownloadConfig, DownloadManager, StreamingDownloadManager
-        from datasets.utils.file_utils import xopen
-
-        files = builder.config.data_files or {}
-        if self.split not in files:
-            raise ValueError(f"data set {self.path} has no split {self.split!r} (it has: {', '.join(map(str, files))})")
-        kind = StreamingDownloadManager if self.streaming else DownloadManager
-        config = DownloadConfig(token=builder.token, extract_on_the_fly=True)
-        manager = kind(dataset_name=builder.dataset_name, download_config=config, base_path=builder.base_path)
-        for origin in files[self.split]:
-            single = not str(origin).endswith((".tar.gz", ".tgz", ".zip", ".tar"))  # datasets unpacks archives only
-            names = manager.iter_files(manager.download(origin) if single else manager.download_and_extract(origin))
-            for name in names:
-                with xopen(name, "rb") as file, records.reading(str(origin)):
-                    content = records.decompressed(file, str(origin)) if single else file
-                    yield from documents_of_lines(content, str(origin), self.field, "error")
-
-
-def _parquet_config() -> type:
-    from datasets.packaged_modules.parquet.parquet import ParquetConfig
-
-    return ParquetConfig
-
-
-def _json_config() -> type:
-    from datasets.packaged_modules.json.json import JsonConfig
-
-    return JsonConfig
-
-
-def _csv_config() -> type:
-    from datasets.packaged_modules.csv.csv import CsvConfig
-
-    return CsvConfig
-
-
-def _reading_errors() -> tuple[type[Exception], ...]:
-    """What comes through datasets from damaged files."""
-    import pyarrow
-
-    return (pyarrow.ArrowException, EOFError, *records.DECOMPRESSION_ERRORS)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

@@ -91,8 +91,8 @@ def _attention(setup: Setup) -> float:
     heads, head_dim = network.n_heads, network.head_size
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)  # KV heads that several ranks need are repeated
     size = float(n * w * head_dim * (heads + 2 * kv_heads))
-    if setup.sequence_parallel > 1:
-        size += n * w * heads * head_dim  # the output before ranks exchange it
+    if setup.cuda and setup.sequence_parallel > 1:
+        size += n * w * heads * head_dim  # the kernel's output, before ranks exchange it into wo's operand
     if network.attention.is_entmax:
         if uses_triton(setup):
             size += n * FLOAT32 * heads  # the threshold; the output is wo's operand

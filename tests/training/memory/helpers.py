@@ -1,0 +1,50 @@
+"""Small models, and how they train, for the tests of the memory estimate."""
+
+from typing import Any
+
+import torch
+
+from model.config import AttentionConfig, ModelConfig
+from training.memory.setup import Setup
+from training.module import LanguageModule
+from training.step.optim import OptimizerConfig
+
+TOKENS, LENGTH = 512, 256
+BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
+MODELS = {
+    "asentmax-nape": ModelConfig(**BASE),
+    "entmax-nope-fixed-qk_norm": ModelConfig(
+        **BASE, positions="nope", qk_norm=True, attention=AttentionConfig(kind="entmax", learn_alpha=False)
+    ),
+    "softmax-rope": ModelConfig(**BASE, positions="rope", attention=AttentionConfig(kind="softmax")),
+    "ssmax-rope-untied": ModelConfig(
+        **BASE, positions="rope", tie_embeddings=False, attention=AttentionConfig(kind="ssmax")
+    ),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {"activation_checkpointing": "full"},
+    "offload": {"activation_checkpointing": "offload"},
+    "tiled": {"mlp_tile_tokens": 100},
+    "full-tiled": {"activation_checkpointing": "full", "mlp_tile_tokens": 100},
+}
+
+
+def make(network: ModelConfig, precision: str = "32-true", **options: Any) -> tuple[LanguageModule, Setup]:
+    torch.manual_seed(0)
+    options = {"loss_chunk_tokens": 128, **options}
+    module = LanguageModule(network, OptimizerConfig(), loss_backend="chunked", **options)
+    setup = Setup(
+        network=network, tokens=TOKENS, sequence_length=LENGTH, cuda=False, precision=precision, **options
+    )  # fmt: skip
+    return module, setup
+
+
+def batch(slices: int = 1) -> dict[str, Any]:
+    bounds = torch.tensor([0, LENGTH, TOKENS], dtype=torch.int32)
+    tokens = torch.randint(128, (1, TOKENS // slices))
+    return {"tokens": tokens, "labels": tokens.clone(), "cu_seqlens": bounds, "max_seqlen": LENGTH}
+
+
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)

@@ -1,0 +1,123 @@
+"""What the forward pass keeps for backward, against what training keeps."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import model.transformer
+import training.module
+from model.attention import make_metadata
+from model.sequence_parallel import SequenceShards
+from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make
+from training.memory.estimate import estimate
+from training.memory.setup import Setup
+from training.module import LanguageModule
+from training.step.activations import KeepOnHost
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages that are saved for backward, parameters excluded."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(self.pack, lambda x: x)
+        self.parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self.parameters:
+            self.storages[storage.data_ptr()] = storage
+        return x
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def compile_without_inductor(module: LanguageModule) -> None:
+    """Divides forward from backward as for a GPU, without compiling C++."""
+    for block in module.model.blocks:
+        block.compile(backend="aot_eager_decomp_partition")
+
+
+def measured_activations(module: LanguageModule, setup: Setup) -> int:
+    saved, data = Saved(module), batch(setup.sequence_parallel)
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:  # blocks that are checkpointed hold what all layers share
+        metadata = make_metadata(*args, **kwargs)
+        for x in (metadata.log_position, *(metadata.rotary or ())):
+            saved.pack(x)
+        return metadata
+
+    with saved, autocast(setup.precision), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.transformer, "make_metadata", recorded)
+        module.training_step(data, 0)
+    return saved.bytes + data["tokens"].nbytes + data["labels"].nbytes
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "offload"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> None:
+    module, setup = make(MODELS[name], precision, **MODES[mode])
+    found = measured_activations(module, setup)
+    assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("name", "mode"), [("asentmax-nape", "none"), ("asentmax-nape", "tiled")])
+def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
+    module, setup = make(MODELS[name], precision, **MODES[mode])
+    compile_without_inductor(module)
+    found = measured_activations(module, setup)
+    assert estimate(replace(setup, compiled=True)).lasting["activations"].bytes == pytest.approx(found, rel=0.03)
+
+
+def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
+    module, setup = make(replace(MODELS["softmax-rope"], positions="nape"))
+    found = measured_activations(module, setup)
+    assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.1)
+
+
+def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, moved = [], []
+
+    class Recorded(KeepOnHost):
+        def _pack(self, x: Tensor) -> Any:
+            packed = super()._pack(x)
+            (kept if isinstance(packed, Tensor) else moved).append(x.untyped_storage())
+            return packed
+
+    monkeypatch.setattr(training.module, "KeepOnHost", Recorded)
+    module, setup = make(MODELS["asentmax-nape"], **MODES["offload"])
+    module.training_step(data := batch(), 0)
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    device = {s.data_ptr(): s.nbytes() for s in kept if s.data_ptr() not in parameters}
+    found = estimate(setup)
+    labels = data["labels"].nbytes  # the embedding has saved the token ids
+    assert found.host["blocks' inputs (pinned)"].bytes == sum(s.nbytes() for s in moved)
+    shared = TOKENS * 4  # positions' logarithms, which the blocks hold
+    assert found.lasting["activations"].bytes == pytest.approx(sum(device.values()) + labels + shared, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("heads", "mode", "compiled"), [((4, 2), "none", False), ((4, 1), "none", False), ((4, 2), "full", True)]
+)
+def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int], mode: str, compiled: bool) -> None:
+    """One rank of two, whose partner's part of each exchange is made up."""
+    network = replace(MODELS["asentmax-nape"], n_heads=heads[0], n_kv_heads=heads[1])
+    module, setup = make(network, **MODES[mode])
+    if compiled:
+        compile_without_inductor(module)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        module.shards = SequenceShards(distributed.group.WORLD, 0, 2)  # type: ignore[arg-type]
+        setup = replace(setup, sequence_parallel=2, ranks=2)
+        found = measured_activations(module, setup)
+    finally:
+        distributed.destroy_process_group()
+    assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)

@@ -1,0 +1,59 @@
+"""The command, and what it prints."""
+
+import sys
+
+import pytest
+
+from tests.training.conftest import ROOT
+from training.memory import command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["memory", *map(str, options)])
+    monkeypatch.chdir(ROOT)
+    try:
+        command.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+CONFIGS = [
+    part for name in ("models/1b", "attention/asentmax", "stages/extend_128k", "cluster/ulysses")
+    for part in ("--config", f"configs/{name}.yaml")
+] + ["--data.sources", "[{path: not_needed}]"]  # fmt: skip
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, *CONFIGS, "--trainer.num_nodes", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1,102,934,080 parameters, 32,768 tokens a rank and micro-batch (16 ranks, 4 share")
+    assert any(line.split()[:3] == ["parameters", "4.11", "GiB"] for line in lines)
+    assert any("peak per device" in line for line in lines) and "blocks' inputs (pinned)" in lines[-1]
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "offload"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_part_is_negative_and_the_peak_is_the_largest_phase(
+    batch: int, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--data.sources", "[{path: not_needed}]", "--model.activation_checkpointing", mode)  # and no max_steps
+    for more in ((), ("--trainer.precision", "bf16"), ("--parallel.zero_stage", 3, "--trainer.devices", 4)):
+        sizes = ("--data.micro_batch_size", batch, "--data.global_batch_size", 8)
+        assert run(monkeypatch, *options, *sizes, "--trainer.accelerator", "gpu", *more) == 0
+        printed = capsys.readouterr().out
+        found = [line.split(" GiB")[0].rsplit(maxsplit=1) for line in printed.splitlines() if " GiB" in line]
+        parts = {name.strip(): float(size) for name, size in found}
+        assert all(size >= 0 and not str(size).startswith("-") for size in parts.values()), printed
+        phases = [size for name, size in parts.items() if name in ("loss",) or name.startswith("backward,")]
+        assert len(phases) == 4 and parts["peak per device"] == max(phases), printed
+
+
+def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, part in (
+        (("--trainer.devices", 6), "sequence_parallel is 4: expected a divisor of the 6 ranks"),
+        (("--trainer.precision", "16-mixed"), "trainer.precision is '16-mixed'"),
+        (("--model.network.n_layerz", 6), "model.network.n_layerz"),
+    ):
+        assert run(monkeypatch, *CONFIGS, *options) == 2
+        assert part in capsys.readouterr().err
