@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 	$(PY) -m mypy
 
 test: lint $(VENV)/.installed-eval
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile  # a third works while others wait
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder  # a third works while others wait
 
 # 200 SIGKILLs at random moments over one and two processes, the run resumed after each: half an hour
 test-faults: $(VENV)/.installed
