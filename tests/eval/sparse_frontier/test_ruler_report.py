@@ -14,6 +14,8 @@ from eval.sparse_frontier.report import summarise
 from eval.sparse_frontier.ruler_report import ruler_blocks, ruler_lines, ruler_panel, summarise_ruler
 from eval.sparse_frontier.tables import study_tables
 
+NOWHERE = {"code_version": "", "command": "", "hardware": "", "date": ""}
+
 
 def ruler_cell(method: str, task: str, scores: list[float], wanted: float | None = None) -> RulerCell:
     density = {"dense": 1.0, "entmax": 0.2, "window": 0.5 + 0.1 * (task == "vt")}[method]
@@ -27,7 +29,7 @@ def test_tasks_count_alike_and_differences_are_paired() -> None:
         ruler_cell("entmax", "vt", [1, 1, 1, 1]), ruler_cell("entmax", "cwe", [1, 1, 1, 1]),
     ]  # fmt: skip
     settings = {"seed": 3}
-    study = Study([], cells, [], settings, 128, 2, [], "", "", {}, [], "", "", "", "")
+    study = Study([], cells, [], settings, 128, 2, [], "", "", {}, [], **NOWHERE)
     dense, window, entmax = summarise_ruler(study)
     assert dense.accuracy == share((2.75 / 4 + 0.5) / 2, 8) and dense.tasks["cwe"] == share(0.5, 4)
     assert window.accuracy.value == pytest.approx((0.625 + 0) / 2) and window.samples == 8
@@ -59,7 +61,7 @@ def test_every_task_is_drawn_at_its_own_density(monkeypatch: pytest.MonkeyPatch,
     cells = [replace(one, wanted=0.5) if one.method == "window" else one for one in cells]
     longer = [replace(one, multiple=8, context=1024) for one in cells if one.task == "cwe"]
     settings = {"seed": 0}
-    study = Study([], [*cells, *longer], [], settings, 128, 2, [], "", "", {}, [], "", "", "", "")
+    study = Study([], [*cells, *longer], [], settings, 128, 2, [], "", "", {}, [], **NOWHERE)
     drawn: list[Any] = []
 
     def keep(rows: Any, path: Path) -> Path:

@@ -72,7 +72,7 @@ def test_a_group_and_its_tasks_are_each_tracked_once() -> None:
         for name, group in (("piqa", "piqa"), ("mmlu_a", "mmlu"), ("mmlu_b", "mmlu"))
     ]
     run = RunResult("x", "", 1, {"attention": {"kind": "softmax"}}, 128, "", 8, "", tasks)
-    study = Study([run], {"seed": 0}, "", "", "", "", 0.0)
+    study = Study([run], {"seed": 0}, 0.0, code_version="", command="", hardware="", date="")
     tables = study_tables(study, score_rows(study))
     assert [(row["task"], row["samples"], row["left_out"]) for row in tables["scores"]] == [
         ("piqa", 2, 1), ("mmlu (2 tasks together)", 4, 2), ("mmlu_a", 2, 1), ("mmlu_b", 2, 1),
