@@ -39,7 +39,10 @@ WITH_GPU = [
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("capability", "what", "kernels"), EVERYWHERE + WITH_GPU * CUDA, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(
+    ("capability", "what", "kernels"),
+    [pytest.param(*case, id=f"{case[0]}-{case[1][0]}") for case in EVERYWHERE + WITH_GPU * CUDA],
+)
 def test_kernels_compile_and_fit(capability: str, what: tuple[str, ...], kernels: set[str]) -> None:
     command = [sys.executable, "-m", "tests.kernels.compile_for", capability, *what]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
