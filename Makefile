@@ -5,6 +5,9 @@ PY := $(VENV)/bin/python
 RUNS := runs/smoke
 SMOKE := --config configs/models/smoke.yaml --config configs/data/stdlib.yaml --config configs/smoke.yaml
 
+# Containers set it; without bytecode each of the many processes compiles torch's sources anew, for 5 to 15 s
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-faults test-gpu lint bench clean
 
 $(VENV)/.installed: requirements.txt

@@ -16,6 +16,7 @@ from model.kv_cache import Extension
 
 # torch 2.11 takes grouped heads as they are, later releases want to be told
 VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+FLEX_KINDS = 256  # of inputs (dtype, heads, head dim, gradients or not, ...) for which one process compiles it
 FLEX_SCORES = 2**18  # scores of a head below which a mask costs less than compiling FlexAttention
 # without cuDNN's, which plans anew for each number of keys, and so for each decoded token
 CACHED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -183,7 +184,15 @@ def _alibi_score_mod(slopes: Tensor, query: Tensor | None = None) -> Callable[..
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    """FlexAttention, compiled for each kind of input that a process meets: past torch's limit of 8 it would compute all
+    scores, without a word."""
+    compiled = torch.compile(flex_attention, fullgraph=True)  # an error past the limit
+
+    def attend(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=FLEX_KINDS):
+            return compiled(*args, **options)
+
+    return attend
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:

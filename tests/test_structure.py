@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parents[1]
 ALLOWED = {  # folder -> own packages that it may import
     "kernels": {"kernels"},
@@ -110,3 +112,7 @@ def test_no_room_leads_back_to_itself() -> None:
 def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b": {"c"}, "c": {"b"}}
     assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_files_that_are_begun_first_exist() -> None:
+    assert [name for name in LONGEST if not (ROOT / name).is_file()] == []

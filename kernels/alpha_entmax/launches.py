@@ -13,7 +13,7 @@ from kernels.alpha_entmax.results import (
     ListBits,
     forward_outputs,
     is_triangular,
-    list_words,
+    kept_triangular,
     listed_entries,
     tile_words,
 )
@@ -122,9 +122,11 @@ class _Forward:
             **self.shared,
         )
 
-    def _over_lists(self, name: str, counter: Tensor) -> tuple[int, dict[str, Any]]:
+    def _launch(self, name: str) -> PassLaunch:
+        return pass_launch(name, self.shared["BD"], self.q.dtype, self.q.device)
+
+    def _over_lists(self, launch: PassLaunch, counter: Tensor) -> tuple[int, dict[str, Any]]:
         """Programs and arguments of a pass over what the scan marked."""
-        launch = pass_launch(name, self.shared["BD"], self.q.dtype, self.q.device)
         n_programs, n_tasks = self._programs(launch, 1)
         entries = listed_entries(self.capacity)
         return n_programs, dict(
@@ -142,7 +144,6 @@ class _Forward:
             n_key_words=ceil_div(self.k.shape[2], TILE) * (TILE // 32),
             capacity=self.capacity,
             BM=TILE,
-            STEP=launch.step,
             STATS=self.stats,
             KEYS=self.keys,
             STAGES=launch.stages,
@@ -151,7 +152,7 @@ class _Forward:
         )
 
     def refine(self, tolerance: float) -> None:
-        n_programs, arguments = self._over_lists("refine", self.counters[1:])
+        n_programs, arguments = self._over_lists(self._launch("refine"), self.counters[1:])
         rows = self.results.row_bits.numel() > 0
         marks = self.capacity * MARK_WORDS.value if self.keys else self.capacity // 32 + 2
         entmax_refine[(n_programs,)](
@@ -167,8 +168,8 @@ class _Forward:
         )
 
     def sum(self, v: Tensor) -> None:
-        results = self.results
-        n_programs, arguments = self._over_lists("sum", self.counters[2:])
+        results, launch = self.results, self._launch("sum")
+        n_programs, arguments = self._over_lists(launch, self.counters[2:])
         entmax_sum[(n_programs,)](
             p_v=v,
             p_flags=self._flags(n_programs * self.capacity if self.stats else 0),
@@ -176,6 +177,7 @@ class _Forward:
             p_out=results.out,
             p_support=results.support,
             p_live=results.live,
+            STEP=launch.step,
             **strides("v", v),
             **strides("o", results.out),
             **arguments,
@@ -232,14 +234,13 @@ class _Backward:
         self.q, self.k, self.v, self.lists, self.shared = q, k, v, lists, shared
         self.listed = lists.row_bits.numel() > 0
         self.n_key_blocks = ceil_div(k.shape[2], TILE)
-        triangular = list_words(q.shape[2], k.shape[2], True)[0] == lists.key_bits.shape[-1]
         self.counters = torch.zeros(2, dtype=torch.int32, device=q.device)
         self.shared |= dict(
             p_v=v,
             p_do=grad,
             p_delta=torch.empty_like(tau),
             p_sparse=lists.sparse,
-            triangular=int(triangular and q.shape[2] == k.shape[2]),
+            triangular=int(kept_triangular(lists.key_bits, q.shape[2], k.shape[2])),
             KEYS=self.listed,
             BM=TILE,
             **strides("v", v),

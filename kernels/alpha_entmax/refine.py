@@ -197,7 +197,7 @@ def entmax_refine(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_last, stride_key_bits, stride_row_bits,
     scale, tolerance, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words, triangular, capacity,
     key_capacity, batch_step, stride_rows,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, LIST_CHUNK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr,
     FIELDS: tl.constexpr, MAX_STEPS: tl.constexpr, BIAS: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
     STATS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

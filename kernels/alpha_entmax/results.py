@@ -10,7 +10,7 @@ from kernels.common.launching import ceil_div
 from kernels.common.tiles import BLOCK_FIELDS
 from kernels.common.visibility import TILE
 
-# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they take a
+# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they take an
 # eighth of what else is kept at head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192
 # tokens lost a tenth, shorter ones have not been timed
 LONGEST_KEY_LIST = 1 << 15
@@ -54,6 +54,11 @@ def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
 def is_triangular(n_queries: int, n_keys: int, causal: bool, kv_lens: Tensor | None) -> bool:
     """Whether query i sees no key after i, so that bits of later ones need no memory."""
     return causal and n_queries == n_keys and kv_lens is None
+
+
+def kept_triangular(key_bits: Tensor, n_queries: int, n_keys: int) -> bool:
+    """What is_triangular said when key_bits were allocated, which are shorter where it was true."""
+    return n_queries == n_keys and key_bits.shape[-1] == list_words(n_queries, n_keys, True)[0]
 
 
 def tile_words(n_keys: int) -> int:

@@ -19,7 +19,8 @@ class ScanLaunch(Launch):
 
 @dataclass(frozen=True)
 class PassLaunch(Launch):
-    """step: keys at a time (queries in the pass over keys). transposed: layout of the tiles in the pass over keys."""
+    """step: keys at a time (queries in the pass over keys); refine takes whole tiles. transposed: layout of the tiles
+    in the pass over keys."""
 
     step: int = 64
     transposed: bool = False
@@ -50,9 +51,9 @@ DECODING = {  # on an H200 with bfloat16, head dims 64 and 128, 4K to 128K keys;
 }
 # Steps of float32 and of heads past 128, where rows are long: the most that fits beside a tile of queries (of keys), as
 # tests.kernels.compile_for prints. small: on GPUs with 99 KiB of shared memory; longest: of float32 past 128
-WIDE_STEPS = {"refine": 64, "sum": 64, "backward_queries": 64, "backward_keys": 32}
-SMALL_STEPS = {"refine": 64, "sum": 32, "backward_queries": 16, "backward_keys": 16}
-LONGEST_STEPS = {"refine": 64, "sum": 64, "backward_queries": 32, "backward_keys": 32}
+WIDE_STEPS = {"sum": 64, "backward_queries": 64, "backward_keys": 32}
+SMALL_STEPS = {"sum": 32, "backward_queries": 16, "backward_keys": 16}
+LONGEST_STEPS = {"sum": 64, "backward_queries": 32, "backward_keys": 32}
 # Shared memory in bytes, and the widest heads in 16 bits and in float32 whose kernels take no more
 WIDEST_HEADS = ((200 * 1024, 256, 256), (0, 256, 128))
 
@@ -76,7 +77,7 @@ def pass_launch(name: str, head_dim: int, dtype: torch.dtype, device: torch.devi
     if is_wide(head_dim, dtype):
         row_bytes = head_dim * dtype.itemsize
         small = shared_memory(device) < LARGE_SHARED_MEMORY and row_bytes > 256
-        step = (SMALL_STEPS if small else LONGEST_STEPS if row_bytes > 512 else WIDE_STEPS)[name]
+        step = (SMALL_STEPS if small else LONGEST_STEPS if row_bytes > 512 else WIDE_STEPS).get(name, 64)
         return PassLaunch(warps=8, stages=_wide_stages(dtype, device), programs=1, step=step, transposed=True)
     launch = PASSES[128 if head_dim > 64 else 64][name]
     return launch if is_hopper(device) else before_hopper(launch, head_dim, device)

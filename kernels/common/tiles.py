@@ -209,12 +209,12 @@ def store_rows(p, value, start, stride, n_rows, ROWS: tl.constexpr, D: tl.conste
 
 @triton.jit
 def add_position_bias(x, query_position, key, anchor, slope):
-    """x - slope * (query position - key), through distances to an anchor key of the tile, which keep float32 exact
-    where scores matter.
+    """x - slope * (query position - key). Distances to an anchor key of the tile are whole numbers in float32, so that
+    only their product with the slope rounds; converting them is work for rows and columns, not for pairs.
 
     query_position, key: int32, broadcastable against x.
     """
-    return x + (slope * (key - anchor).to(tl.float32) - slope * (query_position - anchor).to(tl.float32))
+    return x - slope * ((query_position - anchor).to(tl.float32) - (key - anchor).to(tl.float32))
 
 
 @triton.jit

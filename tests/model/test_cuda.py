@@ -8,7 +8,7 @@ import torch
 
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions
 from model.inference.incremental import extend, make_cache, prefill
-from model.softmax import softmax_attention
+from model.softmax import document_block_mask, softmax_attention
 from model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -138,3 +138,19 @@ def test_cached_passes_agree_with_full_ones(kind, positions, window, dtype) -> N
             loss = torch.stack([half[row, n - 1 : n + 3] for row, n in enumerate(lengths)])
             allowed = 3 * relative(loss.float(), expected)
         assert relative(ours, expected) <= allowed
+
+
+def test_flex_attention_is_compiled_for_every_kind_of_input() -> None:
+    """torch compiles a function 8 times, and then computes FlexAttention with all scores in memory."""
+    n_tokens = 8192
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (16, 32, 64, 128):
+            q, k, v = torch.randn(3, 1, 2, n_tokens, head_dim, device="cuda", dtype=dtype)
+            mask = document_block_mask(n_tokens, None, None, q.device)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            softmax_attention(
+                q, k, v, cu_seqlens=None, max_seqlen=n_tokens, alibi_slopes=torch.ones(2, device="cuda"), window=None,
+                block_mask=mask,
+            )  # fmt: skip
+            assert torch.cuda.max_memory_allocated() - before < n_tokens**2

@@ -55,6 +55,12 @@ def test_float32_loses_what_plain_pytorch_loses(case: Case, alpha) -> None:
     check_float32(tuple(x.to(DEVICE) for x in case.tensors(torch.float32)), alpha, **options_of(case))
 
 
+def test_position_bias_rounds_once() -> None:
+    """slope / scale is no power of two, and equal scores leave weights to the bias alone."""
+    q, k, v, _ = draw_qkv(1, 1, 64, 64)
+    check_float32((torch.zeros_like(q), k, v, _), 1.5, alibi_slopes=torch.ones(1, device=DEVICE), scale=1.7)
+
+
 @needs_cuda
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
 @pytest.mark.parametrize("options", [{}, dict(window=300), dict(alibi_slopes=torch.tensor(SLOPES))], ids=str)

@@ -31,6 +31,7 @@ EVERYWHERE = [
 ]
 WITH_GPU = [
     ("8.0", ("256-bfloat16",), ATTENTION | BLOCK_SPARSE),
+    ("8.6", ("64-bfloat16",), ATTENTION | BLOCK_SPARSE),
     ("8.6", ("128-float32",), ATTENTION),
     ("8.9", ("128-bfloat16",), ATTENTION | BLOCK_SPARSE),
     ("9.0", ("256-float32",), ATTENTION),
