@@ -11,7 +11,8 @@ from kernels import entmax_attention
 from kernels.alpha_entmax.results import kept_bits as kept_bits  # for training.memory, which sees no kernels
 from model.config import ModelConfig
 from model.kv_cache import Extension, LayerCache
-from model.layers import AdaptiveTemperature, HeadAlpha, ScalableTemperature, rotary_tables, rotate
+from model.layers import AdaptiveTemperature, HeadAlpha, ScalableTemperature
+from model.rotary import rotary_tables, rotate
 from model.sequence_parallel import HeadExchange, SequenceShards
 from model.softmax import (
     cached_block_mask,
@@ -66,10 +67,11 @@ def make_metadata(
         block_mask = document_block_mask(n_tokens, cu_seqlens, config.window, device)
     max_seqlen = n_tokens if max_seqlen is None else max_seqlen
     exchange = HeadExchange(shards, config.n_heads, config.n_kv_heads) if shards else None
+    last = position.max()
     if shards and exchange:
         position = shards.local_tokens(position)
         slopes = None if slopes is None else exchange.local_heads(slopes)
-    rotary = rotary_tables(position, config.head_size, config.rope_base) if config.positions == "rope" else None
+    rotary = rotary_tables(position, config, last) if config.positions == "rope" else None
     log_position = torch.log(2 + position.float())
     return AttentionMetadata(cu_seqlens, max_seqlen, log_position, rotary, slopes, block_mask, alpha_progress, exchange)
 
@@ -80,7 +82,7 @@ def cached_metadata(config: ModelConfig, extension: Extension, alpha_progress: T
     slopes = _alibi_slopes(config, device)
     rotary = None
     if config.positions == "rope":
-        rotary = rotary_tables(position[:, None], config.head_size, config.rope_base)
+        rotary = rotary_tables(position[:, None], config, position.max())
     block_mask = None
     if not config.attention.is_entmax and cached_uses_flex(extension, slopes, config.window):
         block_mask = cached_block_mask(extension, config.window)
@@ -102,13 +104,15 @@ AttentionOverride = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, Extensi
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """layer: its index, which decides whether it rotates queries and keys (nope_layers)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config = config
+        self.config, self.rotates = config, layer not in config.nope_layers
         heads, kv_heads, head_dim, width = config.n_heads, config.n_kv_heads, config.head_size, config.d_model
-        self.wq = nn.Linear(width, heads * head_dim, bias=False)
-        self.wk = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.wv = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.wq = nn.Linear(width, heads * head_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(width, kv_heads * head_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(width, kv_heads * head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(heads * head_dim, width, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
@@ -153,7 +157,7 @@ class Attention(nn.Module):
         q, k, v = (w(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if metadata.rotary is not None:
+        if metadata.rotary is not None and self.rotates:
             q, k = rotate(q, *metadata.rotary), rotate(k, *metadata.rotary)
         return q, k, v
 

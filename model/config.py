@@ -8,6 +8,7 @@ from common.checks import check_number
 AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax"]
 Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
+RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
 NEAREST_TO_SOFTMAX = 1.0001  # nearer, float32 spoils the weights: kernels/common/arguments.py
@@ -101,6 +102,54 @@ class AttentionConfig:
 
 
 @dataclass
+class RopeScaling:
+    """Rotary frequencies for contexts longer than the original ones.
+
+    Attributes:
+        kind: linear (arXiv:2306.15595: all frequencies divided by factor); dynamic (the base grows with the length of
+            the input once it is past original_length; keys in a cache stay as they were); yarn (arXiv:2309.00071) and
+            llama3 (Llama 3.1): fast pairs keep their frequency, slow ones are divided by factor, those between are
+            interpolated.
+        factor: the new length over the original one.
+        original_length: tokens of the context that the model was trained for.
+        low_turns, high_turns: pairs that turn less often within original_length are slow, more often fast; None: 1
+            and, for yarn, 32, for llama3, 4.
+        attention_factor: multiplies queries and keys; yarn only. None: 0.1 ln(factor) + 1.
+        whole_pairs: yarn's bounds are rounded to whole pairs.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    original_length: int
+    low_turns: float = 1.0
+    high_turns: float | None = None
+    attention_factor: float | None = None
+    whole_pairs: bool = True
+
+    def __post_init__(self) -> None:
+        kinds = get_args(RopeScalingKind)
+        _expect(self.kind in kinds, "rope_scaling.kind", self.kind, f"one of {kinds}")
+        check_number("rope_scaling.factor", self.factor, least=1, most=1e4)
+        check_number("rope_scaling.original_length", self.original_length, least=1, whole=True)
+        check_number("rope_scaling.low_turns", self.low_turns, above=0)
+        check_number("rope_scaling.high_turns", self.fast_turns, above=self.low_turns)
+        check_number("rope_scaling.attention_factor", self.attention_factor, above=0, null="0.1 ln(factor) + 1")
+        _expect(
+            self.attention_factor is None or self.kind == "yarn",
+            "rope_scaling.attention_factor",
+            self.attention_factor,
+            f"none for kind {self.kind}: only yarn has one",
+        )
+
+    @property
+    def fast_turns(self) -> float:
+        """high_turns, or its default."""
+        if self.high_turns is not None:
+            return self.high_turns
+        return 32.0 if self.kind == "yarn" else 4.0
+
+
+@dataclass
 class ModelConfig:
     """A Llama-style decoder (RMSNorm, SwiGLU, grouped-query heads) with a choice of attention and positions.
 
@@ -111,7 +160,10 @@ class ModelConfig:
         head_dim: D; None is d_model / n_heads.
         positions: rope (rotary, rope_base), nape (ALiBi on the first half of the heads, none on the rest;
             arXiv:2506.16640) or nope (none).
+        rope_scaling: RopeScaling, None for the frequencies of rope_base as they are.
+        nope_layers: layers, counted from 0, without rotary positions though positions is rope (SmolLM3's).
         nape_slopes: ALiBi slopes of nape, linear: 1, 1/2, 1/3, ...; exp: 1, 1/2, 1/4, ...
+        qkv_bias: the projections to queries, keys and values have biases (Qwen2's).
         qk_norm: RMSNorm over each query and key head.
         tie_embeddings: the output head is the embedding.
         norm_eps: of every RMSNorm.
@@ -128,7 +180,10 @@ class ModelConfig:
     head_dim: int | None = None
     positions: Positions = "nape"
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    nope_layers: list[int] = field(default_factory=list)
     nape_slopes: NapeSlopes = "linear"
+    qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
@@ -159,6 +214,19 @@ class ModelConfig:
         )
         if self.positions == "rope":
             _expect(self.head_size % 2 == 0, "head_dim", self.head_size, "an even number, which rope pairs up")
+            dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
+            _expect(not dynamic or self.head_size > 2, "head_dim", self.head_size, "more than 2 for a dynamic scaling")
+        else:
+            none = f"none for positions {self.positions}"
+            _expect(self.rope_scaling is None, "rope_scaling", self.rope_scaling, none)
+            _expect(not self.nope_layers, "nope_layers", self.nope_layers, none)
+        _expect(
+            all(layer in range(self.n_layers) for layer in self.nope_layers)
+            and len(set(self.nope_layers)) == len(self.nope_layers),
+            "nope_layers",
+            self.nope_layers,
+            f"layers from 0 to {self.n_layers - 1}, each once",
+        )
         if self.positions == "nape":
             _expect(
                 self.n_heads % 2 == 0, "n_heads", self.n_heads, "an even number: nape gives ALiBi to half of the heads"
@@ -177,8 +245,13 @@ class ModelConfig:
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of dataclasses.asdict(ModelConfig). Raises ValueError on a key that this version does not know."""
     unknown = sorted(set(values) - {f.name for f in fields(ModelConfig)})
-    attention = dict(values.get("attention", {}))
+    attention, scaling = dict(values.get("attention", {})), values.get("rope_scaling")
     unknown += sorted(f"attention.{k}" for k in set(attention) - {f.name for f in fields(AttentionConfig)})
+    unknown += sorted(f"rope_scaling.{k}" for k in set(scaling or {}) - {f.name for f in fields(RopeScaling)})
     if unknown:
         raise ValueError(f"unknown model configuration keys {unknown}: written by another version of this code?")
-    return ModelConfig(**{**values, "attention": AttentionConfig(**attention)})
+    parts = {
+        "attention": AttentionConfig(**attention),
+        "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+    }
+    return ModelConfig(**{**values, **parts})

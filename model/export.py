@@ -12,8 +12,6 @@ from common.interrupts import end_on_ctrl_c
 if __name__ == "__main__":
     end_on_ctrl_c()  # the imports take seconds
 
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import SafetensorError
 
 from common.command_line import CommandParser
 from common.errors import UsageError, run_command
+from common.new_folder import check_new, written_aside
 from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, share, write_complete
 from model.loading import stored_weights
 
@@ -45,12 +44,7 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard
     """
     found, output = resolve_checkpoint(checkpoint), Path(output)
     check_output(found, output)
-    aside = output.resolve().with_name(f".export-{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"output {output} cannot be written ({error.strerror}): choose another folder") from error
-    try:
+    with written_aside(output) as aside:
         weights = {name: tensor.to(dtype) for name, tensor in stored_weights(found).items()}
         try:
             save_torch_state_dict(weights, aside, max_shard_size=shard_size)
@@ -60,10 +54,6 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard
             share(path)
         meta = {key: value for key, value in found.meta.items() if key not in WRITTEN}
         write_complete(aside, {**meta, "dtype": str(dtype).removeprefix("torch.")}, marker=EXPORT_CONFIG)
-        aside.replace(output.resolve())
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     numbers, files = sum(map(torch.numel, weights.values())), list(output.iterdir())
     return (
         f"{output}: {numbers:,} weights of {found.path} (step {found.step}) in {str(dtype).removeprefix('torch.')}, "
@@ -73,13 +63,7 @@ def export(checkpoint: str | Path, output: str | Path, dtype: torch.dtype, shard
 
 def check_output(checkpoint: CheckpointInfo, output: Path) -> None:
     """Raises UsageError for a folder that is not new, or inside the checkpoint or its run's checkpoints."""
-    try:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"output {output} is a file: expected a new folder")
-        if output.exists() and any(output.iterdir()):
-            raise UsageError(f"output {output} is not empty: expected a new folder")
-    except OSError as error:
-        raise UsageError(f"output {output} cannot be written ({error.strerror}): choose another folder") from error
+    check_new(output)
     folder = checkpoint.path.resolve()
     kept = folder.parent if folder.parent.name == "checkpoints" else folder
     if output.resolve().is_relative_to(kept):

@@ -1,4 +1,4 @@
-"""Small layers: feed-forward, rotary positions, learnable alpha, temperatures."""
+"""Small layers: feed-forward, learnable alpha, temperatures."""
 
 import math
 
@@ -37,20 +37,6 @@ class FeedForward(nn.Module):
 
     def _transform(self, x: Tensor) -> Tensor:
         return self.w_down(nn.functional.silu(self.w_gate(x)) * self.w_up(x))  # [B, T, C]
-
-
-def rotary_tables(position: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 (..., T, D / 2), of rotary positions (arXiv:2104.09864). position: (..., T)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    angle = position.float()[..., None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the halves of each head (Llama's pairing). x: (B, H, T, D) -> float32 (B, H, T, D). cos, sin: (T, D / 2)
-    or (B or 1, 1, T, D / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class HeadAlpha(nn.Module):

@@ -17,6 +17,8 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 
 FINGERPRINT_VALUES = 4096
+# Defaults of what architectures had no key for at first: fingerprints of older models stay what they are
+ADDED: dict[str, Any] = {"rope_scaling": None, "nope_layers": [], "qkv_bias": False}
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def stored_weights(checkpoint: CheckpointInfo, verify: Verify = "checksum") -> d
 def model_fingerprint(model: Transformer) -> str:
     """Identity of a model, wherever it lies: sha256 over its architecture and the first FINGERPRINT_VALUES values of
     each parameter, which every optimizer step and every change of dtype moves."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    architecture = {name: value for name, value in asdict(model.config).items() if ADDED.get(name, ...) != value}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         part = weight.detach().flatten()[:FINGERPRINT_VALUES].contiguous().view(torch.uint8)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + part.cpu().numpy().tobytes())

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from model.attention import make_metadata
 from model.attention_stats import attention_stats
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions, config_from_dict
-from model.layers import HeadAlpha, rotary_tables, rotate
+from model.layers import HeadAlpha
+from model.rotary import rotary_tables, rotate
 from model.transformer import Transformer
 
 DOCUMENTS = torch.tensor([0, 30, 30, 31, 100, 128], dtype=torch.int32)
@@ -109,7 +110,8 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(i: int, j: int) -> torch.Tensor:
-        tables = [rotary_tables(torch.tensor([position]), 8, 100.0) for position in (i, j)]
+        config = tiny(positions="rope", rope_base=100.0)
+        tables = [rotary_tables(torch.tensor([n]), config, torch.tensor(n)) for n in (i, j)]
         return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum()
 
     torch.testing.assert_close(score(7, 3), score(104, 100), atol=1e-4, rtol=1e-4)

@@ -26,7 +26,7 @@ def parameter_count(network: ModelConfig) -> int:
 def block_matrices(network: ModelConfig) -> tuple[int, int]:
     """Elements of one block's matrices: attention with temperature, feed-forward."""
     with torch.device("meta"):
-        block = Block(network)
+        block = Block(network, layer=0)
     counts = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (block.attention, block.feed_forward)]
     return counts[0], counts[1]
 

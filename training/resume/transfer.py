@@ -11,7 +11,7 @@ from model.transformer import Transformer
 from training.tracking import say
 
 # Keys of the model config that may differ from the checkpoint's: they change how the same weights are used.
-FREE_KEYS = {"rope_base", "window"} | {
+FREE_KEYS = {"rope_base", "rope_scaling", "window"} | {
     f"attention.{key}"
     for key in (
         "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
@@ -30,11 +30,11 @@ KIND_CHANGES = {
 def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
     """Raises ValueError that names what keeps a model of config `network` from starting with these weights."""
     saved, wanted = _architectures(checkpoint, network)
-    differing = sorted(key for key in wanted.keys() - FREE_KEYS if saved[key] != wanted[key])
+    differing = [key for key in _differing(saved, wanted) if not FREE_KEYS & {key, key.split(".")[0]}]
     if (saved["attention.kind"], wanted["attention.kind"]) in KIND_CHANGES:
         differing = [key for key in differing if key != "attention.kind"]
     if differing:
-        listed = ", ".join(f"{key} {saved[key]!r} (config: {wanted[key]!r})" for key in differing)
+        listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
         raise ValueError(
             f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}; only "
             f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to any or from "
@@ -56,7 +56,7 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
         if new.attention.alpha is not None and old.attention.alpha is not None:
             new.attention.alpha.take_over(old.attention.alpha)
     say(f"starting from the weights of {checkpoint.path} (its step {checkpoint.step}): step 0, new optimizer and data")
-    changed = [f"{key} {saved[key]} -> {wanted[key]}" for key in sorted(wanted) if saved[key] != wanted[key]]
+    changed = [f"{key} {saved.get(key)} -> {wanted.get(key)}" for key in _differing(saved, wanted)]
     for what, found in (
         ("changed", changed),
         ("new, with initial values", _names(missing)),
@@ -68,6 +68,11 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
 
 def _architectures(checkpoint: CheckpointInfo, network: ModelConfig) -> tuple[dict[str, object], dict[str, object]]:
     return flatten(asdict(checkpoint.architecture)), flatten(asdict(network))
+
+
+def _differing(saved: dict[str, object], wanted: dict[str, object]) -> list[str]:
+    """Keys, of which a mapping that only one has (rope_scaling) gives one each."""
+    return sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
 
 
 def _names(keys: list[str]) -> list[str]:

@@ -1,0 +1,39 @@
+"""Folders that are written aside and renamed: complete or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UsageError
+
+
+def check_new(output: Path, name: str = "output") -> None:
+    """Raises UsageError for a folder that is not new or empty. name: of the argument, for the message."""
+    try:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{name} {output} is a file: expected a new folder")
+        if output.exists() and any(output.iterdir()):
+            raise UsageError(f"{name} {output} is not empty: expected a new folder")
+    except OSError as error:
+        raise UsageError(f"{name} {output} cannot be written ({error.strerror}): choose another folder") from error
+
+
+@contextmanager
+def written_aside(output: Path, name: str = "output") -> Iterator[Path]:
+    """A folder to write, which becomes `output` (that check_new has passed) at the end, or is removed on an error.
+
+    Raises UsageError where the place cannot be written.
+    """
+    aside = output.resolve().with_name(f".{output.resolve().name}-{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{name} {output} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        yield aside
+        aside.replace(output.resolve())
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
