@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from eval.common.scoring import Runtime
 from eval.held_out.config import EvalConfig
 from eval.held_out.perplexity import (
@@ -90,7 +90,7 @@ def test_a_sample_of_windows_keeps_the_bound_and_the_bytes_of_what_it_scores() -
 
 
 def test_token_bytes_of_a_real_tokenizer_add_up_to_every_document(corpus) -> None:
-    store, tokenizer = TokenStore(corpus / "heldout"), Tokenizer(corpus / "tokenizer.model")
+    store, tokenizer = TokenStore(corpus / "heldout"), load_tokenizer(corpus / "tokenizer.model")
     table = bytes_of_tokens(tokenizer)
     assert table[[tokenizer.bos_id, tokenizer.eos_id]].tolist() == [0, 0]
     for index in range(store.num_documents):
