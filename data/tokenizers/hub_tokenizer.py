@@ -7,7 +7,6 @@ the tokens; it does not use the library's decoder, which drops a leading space a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +56,7 @@ class HubTokenizer(Tokenizer):
         content = read_json(self.path, NO_TOKENIZER, {"model": dict})
         self._library = self._open(content)
         ids = self._library.get_vocab(with_added_tokens=True)
+        self._check_added(content, ids)
         self.vocab_size = 1 + max(ids.values(), default=-1)
         self._special = special_contents(content)
         self.bos_id, self.bos = self._find("bos", bos, settings.bos, ids)
@@ -76,12 +76,21 @@ class HubTokenizer(Tokenizer):
                 f"{self.path} has model.dropout {content['model']['dropout']}, so it encodes at random; set it to null"
             )
         try:
-            library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            library = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises no narrower one
             raise ValueError(f"{self.path} is no tokenizer ({error}); {NO_TOKENIZER}") from error
         library.no_truncation()
         library.no_padding()
         return library
+
+    def _check_added(self, content: dict[str, Any], ids: dict[str, int]) -> None:
+        """The library numbers added tokens itself where the file's numbers do not follow the vocabulary."""
+        for token in content.get("added_tokens") or []:
+            if ids[token["content"]] != token["id"]:
+                raise ValueError(
+                    f"{self.path} has added token {token['content']!r} with id {token['id']}, where its vocabulary asks "
+                    f"for {ids[token['content']]}: it is damaged; {NO_TOKENIZER}"
+                )
 
     def _find(self, name: str, given: str | None, configured: str | None, ids: dict[str, int]) -> tuple[int, str]:
         """Id and content of bos or eos: the option's, else that of tokenizer_config.json."""
@@ -106,8 +115,16 @@ class HubTokenizer(Tokenizer):
     def _check_is_lossless(self, content: dict[str, Any]) -> None:
         """Raises ValueError when a probe is given back changed, an added token among text, or any character of the
         first two planes."""
-        added = [f"x {token['content']} y{token['content']}" for token in content.get("added_tokens") or []]
-        for probe in (*PROBES, *added, "\n".join(first_planes())):
+        probes = [
+            *PROBES,
+            *(f"x {token['content']} y{token['content']}" for token in content.get("added_tokens") or []),
+        ]
+        characters = "\n".join(first_planes())
+        normalizer = self._library.normalizer
+        spells_any = len({piece for piece in self._piece_bytes if len(piece) == 1}) == 256
+        if not spells_any or (normalizer is not None and normalizer.normalize_str(characters) != characters):
+            probes.append(characters)  # takes a second
+        for probe in probes:
             self.check_round_trip(probe, self._encode_whole([probe])[0], LOSSLESS)
 
     def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
