@@ -11,7 +11,7 @@ from typing import Any
 
 from data.packing import Packing
 from data.store import TokenStore, Verify, read_manifest
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Mixture:
         for source in self.sources:
             for split in self._splits_of(source):
                 store = TokenStore(Path(source.path) / split, verify=self.verify)
-            Tokenizer(store.tokenizer_path)  # refuses one that changes text
+            load_tokenizer(store.tokenizer_path)  # refuses one that changes text, where that was not allowed
 
     def open(self) -> None:
         """Open the corpora. Raises FileNotFoundError or ValueError for missing, damaged or mismatching ones."""

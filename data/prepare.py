@@ -27,24 +27,26 @@ from tqdm import tqdm
 
 from common.command_line import CommandParser
 from common.errors import user_errors, without_debug
-from common.files import check_keys, write_file, write_json
+from common.files import check_keys, write_json
 from common.locks import LOCK, folder_lock
 from common.nested import flatten
 from common.outputs import check_writable
 from data.encoding import map_groups, read_groups, shard_name
-from data.prepare_settings import PrepareConfig, check_heldout_groups, is_heldout, read_documents
+from data.prepare_settings import PrepareConfig, TokenizerConfig, check_heldout_groups, is_heldout, read_documents
 from data.replacement import (
     MANIFEST,
     NEXT,
     PROGRESS,
     TEMPORARY,
-    TOKENIZER,
     check_replaceable,
     has_earlier_run,
     move_into_place,
 )
 from data.store import COUNT_KEYS, FORMAT, SPLITS, read_manifest, read_record
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.copying import copy_tokenizer, digests
+from data.tokenizers.special_tokens import SETTINGS, TOKENIZER_FILES
+from data.tokenizers.training import train_tokenizer
 
 GROUP_KEYS = {"end": int, "undecodable": int, "splits": dict}
 WAY_OUT = "choose another --output, or start over with --overwrite true"
@@ -80,11 +82,14 @@ def encode_corpus(config: PrepareConfig, output: Path, tokenizer: Tokenizer) -> 
 
 def make_tokenizer(config: PrepareConfig, output: Path) -> Tokenizer:
     """The corpus's tokenizer: the one an earlier run left, a copy of the configured one, or a new one."""
-    path = output / TOKENIZER
     settings = config.tokenizer
-    if not path.exists() and settings.path is not None:
-        write_file(path, Tokenizer(settings.path).path.read_bytes())
-    elif not path.exists():
+    if any((output / name).exists() for name in TOKENIZER_FILES):
+        return load_tokenizer(output)
+    (output / SETTINGS).unlink(missing_ok=True)  # of a run that was killed between it and its tokenizer
+    if settings.path is not None:
+        copy_tokenizer(configured_tokenizer(settings), output)
+    else:
+        path = output / "tokenizer.model"
         print(f"training a tokenizer of {settings.vocab_size} pieces", flush=True)
         train_tokenizer(
             training_texts(config),
@@ -94,7 +99,14 @@ def make_tokenizer(config: PrepareConfig, output: Path) -> Tokenizer:
             scan_bytes=settings.scan_bytes,
             split_by_unicode_script=settings.split_by_unicode_script,
         )
-    return Tokenizer(path)
+    return load_tokenizer(output)
+
+
+def configured_tokenizer(settings: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of tokenizer.path, which is not None. Raises as load_tokenizer."""
+    assert settings.path is not None
+    # Without tokenizer.lossy what stands beside it counts: another corpus's tokenizer has been allowed there
+    return load_tokenizer(settings.path, bos=settings.bos, eos=settings.eos, lossy=settings.lossy or None)
 
 
 def training_texts(config: PrepareConfig) -> Iterator[str]:
@@ -110,9 +122,11 @@ def describe(config: PrepareConfig, corpus_settings: dict[str, Any]) -> dict[str
     """What decides the output: the config but for `output`, `workers` and `overwrite`, and the corpus itself."""
     ignored = ("corpus", "output", "workers", "overwrite")
     decisive = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ignored}
-    decisive["tokenizer"] = dataclasses.asdict(config.tokenizer)
-    if config.tokenizer.path is not None:  # the model itself counts, not where it lies
-        decisive["tokenizer"] = {"fingerprint": Tokenizer(config.tokenizer.path).fingerprint}
+    of_existing = ("bos", "eos", "lossy")
+    decisive["tokenizer"] = {k: v for k, v in dataclasses.asdict(config.tokenizer).items() if k not in of_existing}
+    if config.tokenizer.path is not None:  # what it encodes counts, not where it lies
+        tokenizer = configured_tokenizer(config.tokenizer)
+        decisive["tokenizer"] = {"fingerprint": tokenizer.fingerprint} | ({"lossy": True} if tokenizer.lossy else {})
     return {"corpus": corpus_settings, "corpus_identity": config.corpus.identity(), **decisive}
 
 
@@ -169,6 +183,7 @@ def write_manifest(
         raise ValueError(f"the training split of {output} would be empty; give more text or hold out less")
     manifest = {"format": FORMAT, "config": config, "splits": splits}
     manifest |= {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    manifest["tokenizer_files"] = digests(output)
     manifest["undecodable_documents"] = sum(record["undecodable"] for record in groups.values())
     manifest["documents_without_text"] = sum(record.get("missing", 0) for record in groups.values())
     write_json(output / MANIFEST, manifest, sort_keys=True)
@@ -260,7 +275,7 @@ def prepare_in(folder: Path, config: PrepareConfig, wanted: dict[str, Any]) -> N
 def has_begun(folder: Path) -> bool:
     """Whether something is there that took work, or may be what is left of it."""
     records = (folder / PROGRESS).glob("[0-9]*.json")
-    return any(records) or any((folder / name).exists() for name in (TOKENIZER, *SPLITS))
+    return any(records) or any((folder / name).exists() for name in (*TOKENIZER_FILES, *SPLITS))
 
 
 def _parser() -> CommandParser:

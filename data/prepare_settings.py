@@ -7,10 +7,10 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from data.corpora import Corpus, Document
-from data.tokenizer import LEAST_VOCABULARY
+from data.tokenizer import find_tokenizer_file
+from data.tokenizers.training import LEAST_VOCABULARY
 
 
 @dataclasses.dataclass
@@ -18,7 +18,12 @@ class TokenizerConfig:
     """Tokenizer of the corpus: an existing model file, or one trained on a sample of the training split.
 
     Args:
-        path: existing SentencePiece model; None trains one. Corpora that are mixed must share one tokenizer
+        path: existing tokenizer: a tokenizer.json of the Hugging Face hub, a SentencePiece model, or a folder that has
+            either (tokenizer.json first); None trains one. Corpora that are mixed must share one tokenizer
+        bos: text of the token before each document, for a tokenizer.json; None for what tokenizer_config.json beside
+            it says. For a model without bos name its eos
+        eos: text of the token behind each document, likewise
+        lossy: take a tokenizer that changes texts: what is trained on is what comes back. Bytes are those of the texts
         vocab_size: vocabulary of the trained tokenizer, bos, eos, unk and 256 byte pieces included
         sample_bytes: text the training sees at most
         scan_bytes: text read at most to draw the sample from
@@ -26,6 +31,9 @@ class TokenizerConfig:
     """
 
     path: str | None = None
+    bos: str | None = None
+    eos: str | None = None
+    lossy: bool = False
     vocab_size: int = 32000
     sample_bytes: int = 32 * 2**20
     scan_bytes: int = 2 * 2**30
@@ -34,11 +42,22 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.vocab_size < LEAST_VOCABULARY:
             raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}, expected at least {LEAST_VOCABULARY}")
-        if self.path is not None and not Path(self.path).is_file():
-            raise FileNotFoundError(
-                f"tokenizer.path is {self.path}, which does not exist or is no file: expected a SentencePiece model, "
-                "such as the tokenizer.model of a prepared corpus; without tokenizer.path one is trained"
-            )
+        if self.path is not None:
+            try:
+                find_tokenizer_file(self.path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"tokenizer.path is {self.path}, which does not exist or has none: expected a tokenizer.json of "
+                    "the Hugging Face hub, a SentencePiece model, or a folder with either, such as a prepared corpus; "
+                    "without tokenizer.path one is trained"
+                ) from error
+        given = {"bos": self.bos, "eos": self.eos, "lossy": self.lossy or None}
+        for name, value in given.items():
+            if self.path is None and value is not None:
+                raise ValueError(
+                    f"tokenizer.{name} is {value!r} without tokenizer.path: a tokenizer that is trained here has its "
+                    "own bos and eos and is lossless; leave it out, or name a tokenizer"
+                )
         for name in ("sample_bytes", "scan_bytes"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"tokenizer.{name} is {value}, expected at least 1")

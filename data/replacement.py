@@ -9,12 +9,13 @@ from pathlib import Path
 
 from common.locks import LOCK
 from data.store import SPLITS, read_manifest
+from data.tokenizers.special_tokens import SETTINGS, TOKENIZER_FILES
 
 NEXT = ".replacement"
-TOKENIZER = "tokenizer.model"
+TOKENIZER_PARTS = (*TOKENIZER_FILES, SETTINGS)
 MANIFEST = "manifest.json"
 PROGRESS = "progress"
-WRITTEN = {LOCK, NEXT, PROGRESS, MANIFEST, TOKENIZER, *SPLITS}
+WRITTEN = {LOCK, NEXT, PROGRESS, MANIFEST, *TOKENIZER_PARTS, *SPLITS}
 TEMPORARY = "*.[0-9]*.tmp"  # of common.files.write_file
 
 
@@ -42,14 +43,17 @@ def move_into_place(output: Path, way_out: str) -> bool:
     new = output / NEXT
     if not (new / MANIFEST).exists():
         return False
-    splits = read_manifest(new, way_out)["splits"]
+    manifest = read_manifest(new, way_out)
+    parts = {*manifest["tokenizer_files"], *(name for name in SPLITS if manifest["splits"][name]["shards"])}
     (output / MANIFEST).unlink(missing_ok=True)
-    for name in (TOKENIZER, *SPLITS):
+    for name in (*TOKENIZER_PARTS, *SPLITS):
         there, part = output / name, new / name
-        if not part.exists() and (name == TOKENIZER or splits[name]["shards"]):
+        if not part.exists() and name in parts:
             continue
         if there.is_dir():
             shutil.rmtree(there)
+        else:
+            there.unlink(missing_ok=True)  # a tokenizer of the other kind, and its settings
         if part.exists():
             part.replace(there)
     shutil.rmtree(output / PROGRESS, ignore_errors=True)  # of an earlier run that never was complete

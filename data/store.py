@@ -1,7 +1,9 @@
 """Prepared corpus on disk: token shards with document offsets, and the reader.
 
-CORPUS/manifest.json       format, tokenizer fingerprint and vocabulary size, config, totals and shard names per split
-CORPUS/tokenizer.model     SentencePiece model
+CORPUS/manifest.json       format, tokenizer fingerprint and vocabulary size, sha256 of its files, config, totals and
+                           shard names per split
+CORPUS/tokenizer.model     SentencePiece model, or tokenizer.json of the Hugging Face hub
+CORPUS/tokenizer_config.json     bos, eos and lossy of a tokenizer.json, or lossy of a model that changes texts
 CORPUS/<split>/NAME.bin          token ids, uint16 (uint32 when the vocabulary has more than 65535 ids), documents end
                                  to end, each `<bos> ids <eos>`
 CORPUS/<split>/NAME.idx.npy      int64 (2, documents + 1): where each document starts in tokens, and in UTF-8 bytes
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.files import check_keys, read_json, write_file, write_json
+from data.tokenizers.special_tokens import TOKENIZER_FILES
 from data.verified import read_stamp, signature, write_stamp
 
 FORMAT = 1
@@ -55,6 +58,12 @@ def read_manifest(folder: Path, way_out: str) -> dict[str, Any]:
         counts = check_keys(manifest["splits"][split], {**COUNT_KEYS, "shards": list}, f"{path}, {split},", way_out)
         if not all(isinstance(name, str) for name in counts["shards"]):
             raise ValueError(f"{path}, {split}, names shards that are no texts; {way_out}")
+    # Of before there were other tokenizers: the fingerprint of a SentencePiece model is the sha256 of its file.
+    files = manifest.setdefault("tokenizer_files", {"tokenizer.model": manifest["tokenizer_fingerprint"]})
+    check_keys(manifest, {"tokenizer_files": dict}, str(path), way_out)
+    if not all(isinstance(digest, str) for digest in files.values()) or not files.keys() & set(TOKENIZER_FILES):
+        names = " or ".join(TOKENIZER_FILES)
+        raise ValueError(f"{path} has tokenizer_files {files}, expected {names} with its sha256; {way_out}")
     return manifest
 
 
@@ -120,7 +129,8 @@ class TokenStore:
         split = manifest["splits"][self.folder.name]
         self.fingerprint_of_tokenizer: str = manifest["tokenizer_fingerprint"]
         self.vocab_size: int = manifest["vocab_size"]
-        self.tokenizer_path = self.folder.parent / "tokenizer.model"
+        self._tokenizer_files: dict[str, str] = manifest["tokenizer_files"]
+        self.tokenizer_path = self.folder.parent / next(n for n in TOKENIZER_FILES if n in self._tokenizer_files)
         self.shard_names: list[str] = split["shards"]
         if not self.shard_names:
             raise ValueError(f"{self.folder} has no documents; {self.way_out} with more text or held-out documents")
@@ -145,14 +155,16 @@ class TokenStore:
         return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
 
     def _check_tokenizer(self) -> None:
-        if not self.tokenizer_path.is_file():
-            raise FileNotFoundError(f"{self.tokenizer_path} does not exist; {self.way_out}")
-        found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
-        if found != self.fingerprint_of_tokenizer:
-            raise ValueError(
-                f"{self.tokenizer_path} has fingerprint {found[:12]}, but the shards were written with "
-                f"{self.fingerprint_of_tokenizer[:12]}; put back that tokenizer, or {self.way_out}"
-            )
+        for name, recorded in self._tokenizer_files.items():
+            path = self.folder.parent / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist; {self.way_out}")
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != recorded:
+                raise ValueError(
+                    f"{path} has fingerprint {found[:12]}, but the shards were written with {recorded[:12]}; put back "
+                    f"that tokenizer, or {self.way_out}"
+                )
 
     def _read_meta(self, name: str) -> dict[str, Any]:
         path = self.folder / f"{name}.json"

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 
 from common.command_line import CommandParser
 from common.errors import run_command
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, choose_autocast, choose_device
 from eval.generation import GenerationOptions, stream
@@ -48,7 +48,10 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--prompt", type=str, default=None, help="text to continue; may be empty")
     parser.add_argument("--prompt_file", type=str, default=None, help="UTF-8 file with the text to continue")
-    parser.add_argument("--tokenizer", type=str, default=None, help="tokenizer.model, where the recorded one has moved")
+    parser.add_argument(
+        "--tokenizer", type=str, default=None,
+        help="the recorded tokenizer, where it has moved: its tokenizer.model or tokenizer.json, or a folder with it",
+    )  # fmt: skip
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--precision", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -108,7 +111,7 @@ def open_tokenizer(checkpoint: CheckpointInfo, path: str | None) -> Tokenizer:
         raise FileNotFoundError(
             f"{recorded}, the tokenizer of {checkpoint.path}, does not exist: say where it is with --tokenizer"
         )
-    tokenizer = Tokenizer(path or recorded)
+    tokenizer = load_tokenizer(path or recorded)
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"{tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint.path} was trained with "

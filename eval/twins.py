@@ -175,8 +175,8 @@ def _planned(config: TwinsConfig, options: list[str], run: Path) -> dict[str, An
     if not data["sources"]:
         raise UsageError("data.sources is empty behind --: the twins are compared on a corpus, name the trained one")
     source = Path(data["sources"][0]["path"])
-    fingerprint = TokenStore(source / "train", verify="size").fingerprint_of_tokenizer
-    tokenizer = {"fingerprint": fingerprint, "path": str(source / "tokenizer.model")}
+    store = TokenStore(source / "train", verify="size")
+    tokenizer = {"fingerprint": store.fingerprint_of_tokenizer, "path": str(store.tokenizer_path)}
     return {"tokenizer": tokenizer, "sequence_length": data["sequence_length"]}
 
 

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from common.errors import UsageError
 from common.outputs import check_writable
+from data.tokenizers.special_tokens import TOKENIZER_FILES
 
 Config = TypeVar("Config")
 # Of Ctrl-C, where results are kept one by one.
@@ -40,7 +41,7 @@ def check_most(config: Any, most: Mapping[str, int]) -> None:
 def check_output(folder: Path) -> None:
     """Makes the folder, if files can be written there: before the work, not after it. Raises UsageError."""
     with suppress(OSError):  # a name that is too long, which is said below
-        corpus = (folder / "heldout").is_dir() and (folder / "tokenizer.model").is_file()
+        corpus = (folder / "heldout").is_dir() and any((folder / n).is_file() for n in TOKENIZER_FILES)
         if corpus or (folder / "checkpoints").is_dir():
             raise UsageError(f"--output {folder} is a run's or a corpus's own folder: choose another one")
     check_writable(folder)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from eval.common.scoring import Context, NotFinite, Runtime, score, shifted
 from eval.held_out.attention_profile import LayerProfile, profile_document
 from eval.held_out.config import EvalConfig
@@ -198,7 +198,7 @@ def open_held_out_set(folder: Path, fingerprint: str, sequence_length: int, conf
         for multiple in plan.multiples
     }
     needles: dict[str, list[Context]] = {}
-    for sample in build_samples(store, Tokenizer(store.tokenizer_path), length, plan.multiples, config)[0]:
+    for sample in build_samples(store, load_tokenizer(store.tokenizer_path), length, plan.multiples, config)[0]:
         name = "needle_chance" if sample.depth is None else f"needle_{sample.multiple}x"
         needles.setdefault(name, []).append(context_of(sample))
     documents = plan.documents[: config.profile_documents]

@@ -81,7 +81,9 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
     chosen = (None, None) if loaded.config.attention.is_entmax else (config.thresholds, config.keep_blocks)
     with use_thresholds(model, *chosen) as record:
         perplexity = _timed(
-            seconds, "perplexity", lambda: measure_perplexity(model, store, plan, token_bytes, runtime, label)
+            seconds,
+            "perplexity",
+            lambda: measure_perplexity(model, store, plan, token_bytes, runtime, label, lossy=held_out.tokenizer.lossy),
         )
         needles = _timed(seconds, "needles", lambda: measure_needles(model, held_out.samples, runtime, label))
         multi_needles = _timed(

@@ -37,19 +37,40 @@ class TextCodec(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
+    def token_bytes(self, token: int) -> bytes: ...
+
 
 def bytes_of_tokens(codec: TextCodec) -> NDArray[np.int64]:
     """UTF-8 bytes that each token adds to a text: int64 (V,), 0 for <bos>, <eos> and <unk>.
 
-    Exact also where a window cuts a character: a byte piece above 0x7F decodes alone to U+FFFD but counts as 1.
+    Exact also where a window or a token cuts a character.
     """
-    replacement = "\N{REPLACEMENT CHARACTER}"
-    whole = codec.encode(replacement)  # the one token that really is U+FFFD, where the vocabulary has it
-    texts = (codec.decode([token]) for token in range(codec.vocab_size))
-    return np.array(
-        [1 if text == replacement and whole != [token] else len(text.encode()) for token, text in enumerate(texts)],
-        np.int64,
-    )
+    return np.array([len(codec.token_bytes(token)) for token in range(codec.vocab_size)], np.int64)
+
+
+class TextBytes:
+    """How many UTF-8 bytes of a split's texts tokens stand for.
+
+    Args:
+        token_bytes: What bytes_of_tokens gives for the split's tokenizer.
+        lossy: The tokenizer changes texts, so its tokens have other bytes than they: a document has the bytes that its
+            text had, and each token its share of them by the bytes of the tokens.
+    """
+
+    def __init__(self, store: Documents, token_bytes: NDArray[np.int64], lossy: bool) -> None:
+        self.store, self.token_bytes, self.lossy = store, token_bytes, lossy
+
+    def between(self, document: int, start: int, stop: int) -> int:
+        """Bytes of tokens[start:stop] of a document. Those of its parts add up to those of the whole."""
+        if not self.lossy:
+            return int(self.token_bytes[self.store.document(document)[start:stop]].sum())
+        ids = self.store.document(document)
+        sizes = self.token_bytes[ids]
+        if not sizes.any():  # nothing but <unk>
+            sizes = np.ones(len(ids), np.int64)
+        total, whole = int(self.store.num_bytes[document]), int(sizes.sum())
+        before, behind = (total * int(sizes[:end].sum()) // whole for end in (start, stop))
+        return behind - before
 
 
 @dataclass(frozen=True)
@@ -207,21 +228,24 @@ def measure_perplexity(
     token_bytes: NDArray[np.int64],
     runtime: Runtime,
     label: str,
+    *,
+    lossy: bool = False,
 ) -> PerplexityResult:
     """Scores one model on the plan.
 
     Args:
-        token_bytes: What bytes_of_tokens gives for the split's tokenizer.
+        token_bytes, lossy: As in TextBytes.
 
     Raises:
         ValueError: a loss is not finite, or the tokens' bytes differ from what the split recorded.
     """
     scored = _score_windows(model, store, plan.windows, runtime, f"{label}: {plan.base_length} tokens, all text")
-    headline = _headline_sums(store, plan.windows, scored, token_bytes)
+    text_bytes = TextBytes(store, token_bytes, lossy)
+    headline = _headline_sums(store, plan.windows, scored, text_bytes)
     by_length: dict[int, Sums] = {}
     largest = plan.multiples[-1]
     total = largest * plan.base_length
-    sizes = [int(token_bytes[store.document(document)[1 : total + 1]].sum()) for document in plan.documents]
+    sizes = [text_bytes.between(document, 1, total + 1) for document in plan.documents]
     position_loss: list[list[float]] = []
     for multiple in plan.multiples:
         windows = length_windows(plan.documents, multiple, largest, plan.base_length)
@@ -241,7 +265,7 @@ def _score_windows(
 
 
 def _headline_sums(
-    store: Documents, windows: Sequence[Window], scored: Sequence[Scores], token_bytes: NDArray[np.int64]
+    store: Documents, windows: Sequence[Window], scored: Sequence[Scores], text_bytes: TextBytes
 ) -> Sums:
     documents = sorted({window.document for window in windows})
     row = {document: i for i, document in enumerate(documents)}
@@ -250,7 +274,7 @@ def _headline_sums(
         i = row[window.document]
         loss[i] += float(one.loss.sum())
         tokens[i] += window.stop - window.start
-        sizes[i] += int(token_bytes[store.document(window.document)[window.start + 1 : window.stop + 1]].sum())
+        sizes[i] += text_bytes.between(window.document, window.start + 1, window.stop + 1)
     for document, i in row.items():
         covered, recorded = tokens[i] == int(store.lengths[document]) - 1, int(store.num_bytes[document])
         if covered and sizes[i] != recorded:

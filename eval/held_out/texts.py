@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from eval.common.subjects import Subject, check_tokenizer
 from eval.held_out.config import EvalConfig
 from eval.held_out.multi_needle import MultiNeedleSample, build_multi_samples
@@ -35,7 +35,7 @@ def open_held_out(data: Path, subjects: Sequence[Subject], config: EvalConfig) -
         check_tokenizer(subject, data, store)
     base_length = config.base_length or _common_length(subjects, config)
     plan = plan_perplexity(store, base_length, config)
-    tokenizer = Tokenizer(store.tokenizer_path)
+    tokenizer = load_tokenizer(store.tokenizer_path)
     samples, notes = build_samples(store, tokenizer, base_length, plan.multiples, config)
     several, more_notes = build_multi_samples(store, tokenizer, base_length, plan.multiples, config)
     fingerprint = data_fingerprint(data)

@@ -22,7 +22,7 @@ from common.checks import LONGEST_CONTEXT, MOST_SAMPLES
 from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from eval.common.olmo_data import data_folder
 from eval.common.options import check_least, check_most, check_output, config_of
 from eval.ruler.files import FORMAT, MANIFEST, PARTIAL, is_whole, load_manifest, write_manifest, write_samples
@@ -84,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m eval.ruler", description=__doc__)
     parser.add_argument(
-        "--tokenizer", type=str, required=True, help="tokenizer.model, or a run or prepared corpus whose it is"
-    )
+        "--tokenizer", type=str, required=True,
+        help="tokenizer.model or tokenizer.json, or a run or prepared corpus whose it is",
+    )  # fmt: skip
     parser.add_argument(
         "--essays", type=str, default=None,
         help="haystack: a UTF-8 text, a folder of .txt files, or a prepared corpus (its held-out split)",
@@ -101,9 +102,11 @@ def _parser() -> CommandParser:
 def find_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a run, checkpoint or prepared corpus, or the file itself. Raises FileNotFoundError."""
     if path.is_dir():
-        inside = path / "tokenizer.model"
-        path = inside if inside.is_file() else Path(resolve_checkpoint(path).tokenizer["path"])
-    return Tokenizer(path)
+        try:
+            path = find_tokenizer_file(path)
+        except FileNotFoundError:
+            path = Path(resolve_checkpoint(path).tokenizer["path"])
+    return load_tokenizer(path)
 
 
 def build(tokenizer: Tokenizer, essays: Path | None, config: RulerConfig, output: Path) -> list[str]:
@@ -203,7 +206,7 @@ def read_essays(path: Path) -> str:
         return _read_text(path)
     if (path / "manifest.json").is_file():
         store = TokenStore(path / "heldout")
-        tokenizer = Tokenizer(store.tokenizer_path)
+        tokenizer = load_tokenizer(store.tokenizer_path)
         return "\n\n".join(tokenizer.decode(store.document(i).tolist()) for i in range(store.num_documents))
     files = sorted(path.glob("*.txt"))
     if not files:

@@ -22,7 +22,7 @@ class TasksConfig:
         fewshot: Examples before each question; None for each task's own number.
         max_length: Window in tokens; None for the training length with rope and for no limit with other positions.
         too_long: What becomes of samples beyond the window: left out and counted, or refused.
-        tokenizer: tokenizer.model, where the recorded one has moved.
+        tokenizer: Where the recorded one has moved: its tokenizer.model or tokenizer.json, or a folder with it.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
         seed: Of few-shot examples and sampled texts.

@@ -18,7 +18,7 @@ from data.corpora import Document
 from data.encoding import read_groups
 from data.prepare import main
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import PrepareTexts, contents, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -247,7 +247,7 @@ def test_heldout_documents_are_chosen_by_their_text(
     counts = json.loads((prepared / "manifest.json").read_text())["splits"]
     assert 0.05 < counts["heldout"]["documents"] / 60 < 0.4
     other = prepare_texts(tmp_path / "b", "--heldout_fraction=0.2", "--shard_bytes=7000", "--max_documents=30")
-    tokenizers = [Tokenizer(folder / "tokenizer.model") for folder in (prepared, other)]
+    tokenizers = [load_tokenizer(folder / "tokenizer.model") for folder in (prepared, other)]
 
     def heldout_texts(folder: Path, tokenizer: Tokenizer) -> set[str]:
         store = TokenStore(folder / "heldout")

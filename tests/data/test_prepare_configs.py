@@ -11,7 +11,7 @@ import yaml
 
 from data.prepare import main
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "data"
@@ -45,7 +45,7 @@ def test_linux_yaml_on_a_stand_in(prepared: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     settings = [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--output=out", "--workers=1"]
     main([f"--config={CONFIGS / 'prepare_linux.yaml'}", *settings])
-    tokenizer, heldout = Tokenizer(tmp_path / "out" / "tokenizer.model"), TokenStore(tmp_path / "out" / "heldout")
+    tokenizer, heldout = load_tokenizer(tmp_path / "out" / "tokenizer.model"), TokenStore(tmp_path / "out" / "heldout")
     texts = {tokenizer.decode(heldout.document(i).tolist()) for i in range(heldout.num_documents)}
     assert texts == {"".join(f"/* {one} {name} */\nint x;\n" for name in ("a.c", "b.h")) for one in groups}
     assert TokenStore(tmp_path / "out" / "train").num_documents == len(by_name)
@@ -91,7 +91,7 @@ def test_hub_yamls_on_a_stand_in_of_the_same_schema(
     settings = [f"--config={CONFIGS / f'prepare_{name}.yaml'}", f"--corpus.path={tmp_path / 'hub'}", "--workers=1"]
     settings += [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--shard_bytes=500", "--max_documents=30"]
     main([*settings, f"--output={tmp_path / 'out'}", "--heldout_fraction=0.1"])
-    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.model")
     stores = [TokenStore(tmp_path / "out" / split) for split in ("train", "heldout")]
     found = {tokenizer.decode(store.document(i).tolist()) for store in stores for i in range(store.num_documents)}
     assert found == set(texts[:30])

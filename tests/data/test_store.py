@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.store import TokenStore, token_dtype, write_shard
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from data.verified import stamp_path
 
 
@@ -23,7 +23,7 @@ def corpus(prepared: Path, tmp_path: Path) -> Path:
 
 
 def test_documents_decode_to_the_texts(prepared: Path, texts: Path) -> None:
-    tokenizer = Tokenizer(prepared / "tokenizer.model")
+    tokenizer = load_tokenizer(prepared / "tokenizer.model")
     found: list[str] = []
     for split in ("train", "heldout"):
         store = TokenStore(prepared / split, verify="checksum")

@@ -13,7 +13,9 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import CHUNK_CHARACTERS, Tokenizer, sample_lines, split_into_chunks, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.interface import CHUNK_CHARACTERS, split_into_chunks
+from data.tokenizers.training import sample_lines, train_tokenizer
 
 PYTHON = "def f(x):\n\tif x:\n        return x + 12345\n\n\nclass A:\n    def g(self):\n        return 'größer'\n"
 AWKWARD = [
@@ -44,7 +46,7 @@ AWKWARD += [
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train(path)
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 def train(path: Path, vocab_size: int = 420, texts: list[str] | None = None) -> None:
@@ -115,7 +117,7 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
 def test_batches_and_training_are_deterministic(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.encode_batch(["a b", ""]) == [tokenizer.encode("a b"), []]
     train(tmp_path / "again.model")
-    assert Tokenizer(tmp_path / "again.model").fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "again.model").fingerprint == tokenizer.fingerprint
 
 
 def test_sample_is_bounded_and_independent_of_the_order() -> None:
@@ -128,7 +130,7 @@ def test_sample_is_bounded_and_independent_of_the_order() -> None:
 
 def test_a_text_without_spaces_still_gives_a_lossless_tokenizer(tmp_path: Path) -> None:
     train(tmp_path / "t.model", 360, ["abcabc" * 100])
-    tokenizer = Tokenizer(tmp_path / "t.model")
+    tokenizer = load_tokenizer(tmp_path / "t.model")
     assert tokenizer.decode(tokenizer.encode(" \u2581")) == " \u2581"
     assert len(tokenizer.encode("Z ~")) == 3  # ASCII is never spelt in bytes
 
@@ -166,7 +168,7 @@ def test_a_tokenizer_that_changes_text_is_refused_with_the_text(
         rule.write_text(f"{options['normalization_rule_tsv']}\n")
         options = {**options, "normalization_rule_tsv": str(rule)}
     with pytest.raises(ValueError, match=f"changes text: .*{shown}.*; use one that data.prepare trains"):
-        Tokenizer(foreign_model(tmp_path, **options))
+        load_tokenizer(foreign_model(tmp_path, **options))
 
 
 @pytest.mark.parametrize(("before", "behind"), [(" ", ""), ("", "\n")], ids=["spaces", "newlines"])
@@ -179,13 +181,13 @@ def test_a_tokenizer_that_changes_text_at_seams_alone_is_refused(
         first, *rest = split_into_chunks(text, limit) if text else [""]
         return [first.removesuffix(behind) if rest and behind else first, *(before + chunk for chunk in rest)]
 
-    monkeypatch.setattr("data.tokenizer.split_into_chunks", changed)
+    monkeypatch.setattr("data.tokenizers.sentencepiece_tokenizer.split_into_chunks", changed)
     with pytest.raises(ValueError, match=r"changes text: .* \(from character \d+\) comes back as"):
-        Tokenizer(tokenizer.path)
+        load_tokenizer(tokenizer.path)
 
 
 def test_a_foreign_tokenizer_that_keeps_text_is_taken(tmp_path: Path) -> None:
-    Tokenizer(foreign_model(tmp_path, **IDENTITY))
+    load_tokenizer(foreign_model(tmp_path, **IDENTITY))
 
 
 def test_a_document_that_comes_back_changed_is_shown_at_its_first_difference(tokenizer: Tokenizer) -> None:
@@ -199,7 +201,7 @@ def test_a_document_that_comes_back_changed_is_shown_at_its_first_difference(tok
 def test_a_corpus_without_spaces_gives_a_lossless_tokenizer(tmp_path: Path, alphabet: str) -> None:
     texts = ["".join(random.Random(seed).choices(alphabet, k=4000)) for seed in range(20)]
     train(tmp_path / "t.model", 500, texts)
-    tokenizer = Tokenizer(tmp_path / "t.model")
+    tokenizer = load_tokenizer(tmp_path / "t.model")
     assert tokenizer.decode(tokenizer.encode(" A  C ")) == " A  C "
 
 
@@ -223,7 +225,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([], 400, tmp_path / "t", sample_bytes=1, scan_bytes=1, split_by_unicode_script=True)
     with pytest.raises(FileNotFoundError, match="t.model does not exist"):
-        Tokenizer(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
+        load_tokenizer(tmp_path / "bad.model")

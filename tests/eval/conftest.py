@@ -72,7 +72,10 @@ class ByteCodec:
         return list(text.encode())
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
 
 
 class UniformModel:
@@ -134,14 +137,18 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_run(corpus: Path) -> MakeRun:
-    """make_run(folder, kind, step=7, fingerprint=None, init_std=0.02): a run folder with one complete checkpoint and
-    metrics. Weights that are small repeat the last token for ever, large ones write what depends on the context."""
+    """make_run(folder, kind, step=7, fingerprint=None, init_std=0.02, data=corpus): a run folder with one complete
+    checkpoint and metrics. Weights that are small repeat the last token for ever, large ones write what depends on the
+    context."""
 
-    def make(folder: Path, kind: str, step: int = 7, fingerprint: str | None = None, init_std: float = 0.02) -> Path:
-        store = TokenStore(corpus / "heldout")
+    def make(
+        folder: Path, kind: str, step: int = 7, fingerprint: str | None = None, init_std: float = 0.02,
+        data: Path = corpus,
+    ) -> Path:  # fmt: skip
+        store = TokenStore(data / "heldout")
         torch.manual_seed(step)
         config = ModelConfig(
-            vocab_size=420, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, init_std=init_std,
+            vocab_size=store.vocab_size, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, init_std=init_std,
             attention=AttentionConfig(kind=kind),  # type: ignore[arg-type]
         )  # fmt: skip
         weights = {f"weight/{name}": value for name, value in Transformer(config).state_dict().items()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eval.generate
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from eval.generate import main
 from eval.generation import Piece, generate
 from model.export import export
@@ -28,7 +28,7 @@ def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_text(run: Path, prompt: str, **options: Any) -> str:
     loaded = load_model(run)
-    tokenizer = Tokenizer(loaded.tokenizer_path)
+    tokenizer = load_tokenizer(loaded.tokenizer_path)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     one = generate(loaded.model, [ids], eos=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)[0]
     return tokenizer.decode(one.tokens)
@@ -74,7 +74,7 @@ def test_characters_of_several_tokens_are_written_whole(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every write is part of the text: no half of a character, nothing twice. What stays incomplete is U+FFFD."""
-    tokenizer = Tokenizer(load_model(run).tokenizer_path)
+    tokenizer = load_tokenizer(load_model(run).tokenizer_path)
     text = "x 漢字 = 'ñ€😀' ▁"
     ids = [*tokenizer.encode(text), *tokenizer.encode("漢")[:2]]
     assert len(tokenizer.encode("漢")) == 3

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from eval.common.scoring import Runtime
 from eval.held_out.config import EvalConfig
 from eval.held_out.needle import (
@@ -22,7 +22,7 @@ CONFIG = EvalConfig(needle_samples=2, needle_depths=3, needle_digits=5)
 
 @pytest.fixture(scope="module")
 def samples(corpus) -> list[NeedleSample]:
-    store, tokenizer = TokenStore(corpus / "heldout"), Tokenizer(corpus / "tokenizer.model")
+    store, tokenizer = TokenStore(corpus / "heldout"), load_tokenizer(corpus / "tokenizer.model")
     built, notes = build_samples(store, tokenizer, BASE_LENGTH, [1, 4], CONFIG)
     assert notes == []
     return built
@@ -36,7 +36,7 @@ def test_the_grid_is_complete_with_controls(samples: list[NeedleSample]) -> None
 
 
 def test_the_needle_stands_at_its_depth_and_is_asked_at_the_end(corpus, samples: list[NeedleSample]) -> None:
-    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
     for sample in samples:
         assert len(sample.tokens) == sample.multiple * BASE_LENGTH and sample.tokens[0] == tokenizer.bos_id
         value = tokenizer.decode(sample.value)
@@ -80,7 +80,7 @@ def test_the_control_is_the_same_question_of_the_same_text(samples: list[NeedleS
 
 
 def test_samples_depend_on_the_seed_alone_and_differ_from_each_other(corpus, samples: list[NeedleSample]) -> None:
-    store, tokenizer = TokenStore(corpus / "heldout"), Tokenizer(corpus / "tokenizer.model")
+    store, tokenizer = TokenStore(corpus / "heldout"), load_tokenizer(corpus / "tokenizer.model")
     again, _ = build_samples(store, tokenizer, BASE_LENGTH, [4], CONFIG)
     wanted = [sample for sample in samples if sample.multiple == 4]
     assert [s.tokens.tolist() for s in again if s.depth is not None] == [s.tokens.tolist() for s in wanted]

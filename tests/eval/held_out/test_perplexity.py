@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from eval.common.scoring import Runtime
 from eval.held_out.config import EvalConfig
 from eval.held_out.perplexity import (
+    TextBytes,
     Window,
     bytes_of_tokens,
     length_windows,
@@ -90,7 +91,7 @@ def test_a_sample_of_windows_keeps_the_bound_and_the_bytes_of_what_it_scores() -
 
 
 def test_token_bytes_of_a_real_tokenizer_add_up_to_every_document(corpus) -> None:
-    store, tokenizer = TokenStore(corpus / "heldout"), Tokenizer(corpus / "tokenizer.model")
+    store, tokenizer = TokenStore(corpus / "heldout"), load_tokenizer(corpus / "tokenizer.model")
     table = bytes_of_tokens(tokenizer)
     assert table[[tokenizer.bos_id, tokenizer.eos_id]].tolist() == [0, 0]
     for index in range(store.num_documents):
@@ -104,6 +105,20 @@ def test_shards_of_another_tokenizer_show_in_the_bytes() -> None:
     plan = plan_perplexity(store, 16, CONFIG)
     with pytest.raises(ValueError, match="200 bytes by its tokens and 100 by the prepared split"):
         measure_perplexity(UniformModel(258), store, plan, 2 * bytes_of_tokens(ByteCodec()), RUNTIME, "wrong")
+
+
+def test_a_lossy_tokenizers_bytes_are_those_of_the_texts() -> None:
+    """Documents have as many bytes as their texts had; parts of them share those, and add up."""
+    store = ListStore(["a" * 100, "a" * 80, "é" * 45])
+    store.num_bytes = np.array([77, 160, 91])
+    table = bytes_of_tokens(ByteCodec())
+    plan = plan_perplexity(store, 16, CONFIG)
+    result = measure_perplexity(UniformModel(258), store, plan, table, RUNTIME, "lossy", lossy=True)
+    assert result.headline.bytes == [77, 160, 91]
+    wanted = {0: 77 * 64 // 100, 1: 160 * 64 // 80, 2: 91 * 64 // 90}
+    for sums in result.by_length.values():
+        assert dict(zip(sums.documents, sums.bytes, strict=True)) == wanted
+    assert TextBytes(store, 0 * table, True).between(0, 0, 51) == 77 // 2  # of 102 tokens, all unknown
 
 
 def test_lengths_beyond_the_documents_are_dropped_with_a_note() -> None:

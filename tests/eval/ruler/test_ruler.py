@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("wonderwords", reason="needs pip install -r requirements-eval.txt")
 import eval.ruler.tasks
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.training import train_tokenizer
 from eval.ruler.command import RulerConfig, build, fit, gather, main, read_essays, split_sentences
 from eval.ruler.files import FORMAT, MANIFEST, PARTIAL, open_frozen, read_manifest, write_manifest, write_samples
 from eval.ruler.tasks import RULER_TASKS, Draft, Material, Recipe, match
@@ -27,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("ruler") / "tokenizer.model"
     texts = [ESSAY, *(value for value in vars(eval.ruler.tasks).values() if isinstance(value, str))]
     train_tokenizer(texts, 900, path, sample_bytes=10**6, scan_bytes=10**6, split_by_unicode_script=True)
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="module")

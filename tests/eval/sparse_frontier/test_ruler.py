@@ -13,7 +13,7 @@ import torch
 
 import eval.sparse_frontier.command
 import eval.sparse_frontier.measure
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from eval.common.scoring import Runtime
 from eval.generation import generate
 from eval.reporting.document import Picture
@@ -53,7 +53,7 @@ def runs(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Path) -> Tokenizer:
-    return Tokenizer(corpus / "tokenizer.model")
+    return load_tokenizer(corpus / "tokenizer.model")
 
 
 def prompt(seed: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
 from eval.ruler.command import RulerConfig, build
 from tests.eval.conftest import MakeRun
 
@@ -22,7 +22,7 @@ def runs(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> list[st
 def ruler(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ruler")
     config = RulerConfig(tasks=RULER, lengths=[1024, 2048], samples=2)
-    build(Tokenizer(corpus / "tokenizer.model"), None, config, folder)
+    build(load_tokenizer(corpus / "tokenizer.model"), None, config, folder)
     return folder
 
 

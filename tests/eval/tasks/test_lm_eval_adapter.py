@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from eval.common.scoring import Runtime
 from eval.tasks.lm_eval_adapter import HarnessModel
 from model.config import AttentionConfig, ModelConfig
@@ -25,7 +25,7 @@ AGREEMENT = 1e-4
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Path) -> Tokenizer:
-    return Tokenizer(corpus / "tokenizer.model")
+    return load_tokenizer(corpus / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
