@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import model.export
+import model.hub.files
 from model.checkpoint import resolve_checkpoint
 from model.export import export, main
 from model.loading import load_model
@@ -89,9 +90,10 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     save(tmp_path / "run", 10, Transformer(CONFIG))
-    monkeypatch.setattr(
-        model.export, *(("write_complete", full) if stage == "marker" else ("save_torch_state_dict", save_some))
-    )
+    if stage == "marker":
+        monkeypatch.setattr(model.export, "write_complete", full)
+    else:
+        monkeypatch.setattr(model.hub.files, "save_torch_state_dict", save_some)
     assert main([str(tmp_path / "run"), str(tmp_path / "new" / "exported")]) == (130 if stage == "Ctrl-C" else 2)
     line = capsys.readouterr().err.strip()
     assert ("No space left on device" if stage != "Ctrl-C" else "nothing is written") in line and "\n" not in line

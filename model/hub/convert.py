@@ -1,0 +1,263 @@
+"""Makes a run folder of a pretrained model of the Hugging Face hub.
+
+    python -m model.hub.convert HuggingFaceTB/SmolLM2-135M --output runs/smollm2
+
+SOURCE is a name on the hub, a folder with config.json and safetensors, or a GGUF file. OUTPUT gets a checkpoint of step
+0 with the same weights, the tokenizer, and network.yaml: the architecture for `--config` of train.py beside
+`--init_from OUTPUT`. eval.run and the other commands take OUTPUT as any run.
+"""
+
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.command_line import CommandParser
+from common.errors import UsageError, error_line, run_command
+from common.new_folder import check_new, written_aside
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.copying import copy_tokenizer
+from model.checkpoint import STATE_FILE, WEIGHT, checkpoint_folder, share, write_complete
+from model.config import ModelConfig
+from model.hub.architecture import architecture_of
+from model.hub.weights import is_alias, our_name
+from model.loading import load_model
+from model.version import code_version
+
+FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # of transformers, where it cannot load
+INSTALL = "pip install -r requirements-hub.txt"
+FILE_BYTES = 4 * 2**30  # of a file of weights
+PROBE_TOKENS = 64
+TOLERANCE = 1e-4  # of logits, in their spread: float32's through tens of layers
+
+
+@dataclass(frozen=True)
+class Source:
+    """What transformers is asked for. gguf: the file in folder `name`."""
+
+    name: str
+    gguf: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+
+def convert(
+    source: str,
+    output: Path,
+    tokenizer: str | None = None,
+    *,
+    bos: str | None = None,
+    eos: str | None = None,
+    lossy: bool = False,
+) -> list[str]:
+    """Writes the run folder `output`.
+
+    Args:
+        source: as the module says.
+        tokenizer: a name or a folder, as source, of the tokenizer; None: source's own.
+        bos, eos: texts of its special tokens, where its files do not name them.
+        lossy: take a tokenizer that changes texts.
+
+    Returns: lines on what is there now.
+
+    Raises UsageError: source cannot be read, has something that this code has no model for, or its logits are not
+    reproduced; output is not new.
+    """
+    check_new(output, "--output")
+    asked = _source(source)
+    theirs = _load(asked)
+    network = architecture_of(theirs.config)
+    length: int = theirs.config.max_position_embeddings
+    with written_aside(output, "--output") as aside:
+        with _tokenizer(_source(tokenizer) if tokenizer else asked, bos, eos, lossy) as chosen:
+            if chosen.vocab_size > network.vocab_size:
+                raise UsageError(
+                    f"the tokenizer has {chosen.vocab_size} tokens, expected at most the model's {network.vocab_size}: "
+                    "choose another with --tokenizer"
+                )
+            (aside / "tokenizer").mkdir()
+            copy_tokenizer(chosen, aside / "tokenizer")
+        folder = checkpoint_folder(aside, 0)
+        folder.mkdir(parents=True)
+        n_weights = _write_weights(theirs.state_dict(), network, folder)
+        meta = {
+            "step": 0,
+            "samples": 0,
+            "tokens": 0,
+            "model": asdict(network),
+            "tokenizer": {"path": str(output / "tokenizer"), "fingerprint": chosen.fingerprint},
+            "sequence_length": length,
+            "source": source,
+            "code_version": code_version(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_complete(folder, meta)
+        (aside / "network.yaml").write_text(yaml.safe_dump({"model": {"network": asdict(network)}}, sort_keys=False))
+        error = _largest_error(theirs, folder)
+        if not error <= TOLERANCE:
+            raise UsageError(
+                f"{source} is not reproduced: logits of {PROBE_TOKENS} tokens differ by {error:.1e} of their spread, "
+                f"expected {TOLERANCE:.0e}; it computes something that its config.json does not say"
+            )
+    return [
+        f"{output}: {n_weights:,} weights of {source}, {theirs.config.model_type} as softmax with rope, "
+        f"{length:,} tokens of context; logits within {error:.1e} of their spread",
+        f"train with it: train.py --config {output / 'network.yaml'} --init_from {output} ...",
+    ]
+
+
+def _source(name: str) -> Source:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"{name}: no such file; expected a GGUF file, a folder, or a name on the hub")
+        return Source(str(path.parent), path.name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise UsageError(f"{name}: no such folder; expected a folder with config.json, or a name on the hub")
+    return Source(name)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(f"converting models needs transformers: {INSTALL}") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _load(source: Source) -> Any:
+    """transformers' model, in float32."""
+    transformers = _transformers()
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **source.options
+        )
+    except FAILURES as error:
+        raise UsageError(f"{source.name} cannot be loaded by transformers: {error_line(error)[:500]}") from error
+    wrong = {key: sorted(map(str, found[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    for kind, names in wrong.items():
+        if names:
+            listed = ", ".join(names[:5])
+            raise UsageError(f"{source.name} has {kind.replace('_', ' ')}, of {len(names)} the first: {listed}")
+    return model.eval()
+
+
+def _write_weights(state: Mapping[str, Tensor], network: ModelConfig, folder: Path) -> int:
+    """Files of at most FILE_BYTES (or one tensor), float32. Returns the number of weights."""
+    total = 0
+    for number, part in enumerate(_parts(state, network)):
+        path = folder / STATE_FILE.format(number)
+        save_file(part, path)
+        share(path)
+        total += sum(map(torch.numel, part.values()))
+    return total
+
+
+def _parts(state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in state.items():
+        if is_alias(name, network):
+            continue
+        try:
+            ours = WEIGHT + our_name(name)
+        except KeyError as error:
+            raise UsageError(f"{name} {tuple(tensor.shape)} has no place in our model: cannot be converted") from error
+        if part and size + 4 * tensor.numel() > FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[ours] = tensor.detach().float().contiguous()
+        size += 4 * tensor.numel()
+    yield part
+
+
+@contextmanager
+def _tokenizer(source: Source, bos: str | None, eos: str | None, lossy: bool) -> Iterator[Tokenizer]:
+    """The source's own tokenizer.json, else what transformers makes of its tokenizer."""
+    transformers = _transformers()
+    with tempfile.TemporaryDirectory() as folder:
+        own = [] if source.gguf else [_cached(source, name) for name in ("tokenizer.json", "tokenizer_config.json")]
+        if own and own[0] is not None:
+            for path in filter(None, own):
+                shutil.copyfile(path, Path(folder, path.name))
+        else:
+            try:
+                transformers.AutoTokenizer.from_pretrained(source.name, **source.options).save_pretrained(folder)
+            except FAILURES as error:
+                raise UsageError(
+                    f"{source.name} has no tokenizer that transformers loads ({error_line(error)[:300]}): choose one "
+                    "with --tokenizer"
+                ) from error
+        try:
+            found = load_tokenizer(folder, bos=bos, eos=eos, lossy=lossy or None)
+        except ValueError as error:  # which names options of data.prepare
+            line = error_line(error).replace("tokenizer.lossy: true where the corpus is prepared", "--lossy")
+            for name in ("bos", "eos"):
+                line = line.replace(f"tokenizer.{name}", f"--{name}")
+            raise UsageError(line) from error
+        yield found
+
+
+def _cached(source: Source, name: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(source.name, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+@torch.no_grad()
+def _largest_error(theirs: Any, checkpoint: Path) -> float:
+    """Largest difference of logits on drawn tokens, in units of their standard deviation."""
+    loaded = load_model(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(loaded.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    expected = theirs(input_ids=tokens, use_cache=False).logits.float()
+    ours = loaded.model.logits(loaded.model(tokens)).float()
+    return float((ours - expected).abs().max() / expected.std())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        return convert(
+            options.source, Path(options.output), options.tokenizer,
+            bos=options.bos, eos=options.eos, lossy=options.lossy,
+        )  # fmt: skip
+
+    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m model.hub.convert", description=__doc__)
+    parser.add_argument("source", type=str, help="a name on the hub, a folder, or a GGUF file")
+    parser.add_argument("--output", type=str, required=True, help="a new run folder")
+    parser.add_argument("--tokenizer", type=str, default=None, help="a name or folder; default: the source's own")
+    parser.add_argument("--bos", type=str, default=None, help="text of the token before a document")
+    parser.add_argument("--eos", type=str, default=None, help="text of the token behind a document")
+    parser.add_argument("--lossy", action="store_true", help="take a tokenizer that changes texts")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Softmax models as folders that transformers loads: weights under its names, config.json, tokenizer, model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UsageError
+from common.files import write_file, write_json
+from common.new_folder import written_aside
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.hub_tokenizer import HubTokenizer
+from data.tokenizers.special_tokens import SETTINGS
+from model.checkpoint import CheckpointInfo
+from model.config import ModelConfig
+from model.hub.architecture import config_of
+from model.hub.files import save_weights
+from model.hub.sentencepiece_json import tokenizer_json
+from model.hub.weights import hub_name
+from model.loading import stored_weights
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+
+def export_for_transformers(found: CheckpointInfo, output: Path, dtype: torch.dtype, shard_size: str) -> int:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+
+    found, output, dtype, shard_size: as in `model.export.export`; output is new.
+
+    Returns the number of weights. Raises UsageError for a model or a tokenizer that transformers has none for, OSError
+    where the disk refuses.
+    """
+    network, length = found.architecture, found.require(sequence_length=int)["sequence_length"]
+    tokenizer = _tokenizer(found)
+    config = config_of(network, length, tokenizer.bos_id, tokenizer.eos_id)
+    config |= {"architectures": [ARCHITECTURES[config["model_type"]]], "dtype": str(dtype).removeprefix("torch.")}
+    with written_aside(output) as aside:
+        weights = {hub_name(name): tensor.to(dtype) for name, tensor in stored_weights(found).items()}
+        save_weights(weights, aside, output, shard_size)
+        write_json(aside / "config.json", config, indent=2)
+        _write_tokenizer(tokenizer, aside, length)
+        write_file(aside / "README.md", _card(found, network, config).encode())
+    return sum(map(torch.numel, weights.values()))
+
+
+def _tokenizer(found: CheckpointInfo) -> Tokenizer:
+    """The checkpoint's own. Raises UsageError where it is gone or another."""
+    said = found.tokenizer
+    try:
+        tokenizer = load_tokenizer(said["path"])
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{found.path} was trained with tokenizer {said['path']}, which is gone: put it back"
+        ) from error
+    if tokenizer.fingerprint != said["fingerprint"]:
+        raise UsageError(
+            f"{said['path']} has fingerprint {tokenizer.fingerprint[:12]}, but {found.path} was trained with "
+            f"{said['fingerprint'][:12]}: put back that tokenizer"
+        )
+    return tokenizer
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
+    """tokenizer.json, and tokenizer_config.json that makes transformers use it as it is."""
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+    settings |= {"clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, HubTokenizer):
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        settings |= {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "lossy": tokenizer.lossy}
+    else:
+        content, bos, eos = tokenizer_json(tokenizer)
+        write_file(folder / "tokenizer.json", content.encode())
+        settings |= {"bos_token": bos, "eos_token": eos}
+    write_json(folder / SETTINGS, settings, indent=2)
+
+
+def _card(found: CheckpointInfo, network: ModelConfig, config: dict[str, Any]) -> str:
+    """A model card: what it is and how it was made."""
+    meta = found.meta
+    source = f" Weights came from {meta['source']}." if "source" in meta else ""
+    trained = (
+        f"{meta['tokens']:,} tokens in {found.step:,} steps"
+        if isinstance(meta.get("tokens"), int) and found.step
+        else "no steps of its own"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- longsplash
+---
+# {found.path.parent.parent.name if found.path.parent.name == "checkpoints" else found.path.name}
+
+A {config["model_type"]} language model with softmax attention, in {config["dtype"]}: {network.n_layers} layers of width
+{network.d_model}, {network.n_heads} query and {network.n_kv_heads} key/value heads of {network.head_size}, a vocabulary
+of {network.vocab_size:,}. It was trained on sequences of {meta["sequence_length"]:,} tokens.
+
+**How it was made**: LongSplash (code version {meta.get("code_version", "unknown")}), {trained}.{source}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+Its settings:
+
+```json
+{json.dumps(meta.get("settings", {}), indent=1, sort_keys=True)}
+```
+"""
