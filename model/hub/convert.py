@@ -30,7 +30,7 @@ from torch import Tensor
 from common.command_line import CommandParser
 from common.errors import UsageError, error_line, run_command
 from common.new_folder import check_new, written_aside
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from data.tokenizers.copying import copy_tokenizer
 from model.checkpoint import STATE_FILE, WEIGHT, checkpoint_folder, share, write_complete
 from model.config import ModelConfig
@@ -41,6 +41,7 @@ from model.version import code_version
 
 FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # of transformers, where it cannot load
 INSTALL = "pip install -r requirements-hub.txt"
+TOKENIZER = "tokenizer"  # folder in the run
 FILE_BYTES = 4 * 2**30  # of a file of weights
 PROBE_TOKENS = 64
 TOLERANCE = 1e-4  # of logits, in their spread: float32's through tens of layers
@@ -92,8 +93,9 @@ def convert(
                     f"the tokenizer has {chosen.vocab_size} tokens, expected at most the model's {network.vocab_size}: "
                     "choose another with --tokenizer"
                 )
-            (aside / "tokenizer").mkdir()
-            copy_tokenizer(chosen, aside / "tokenizer")
+            (aside / TOKENIZER).mkdir()
+            copy_tokenizer(chosen, aside / TOKENIZER)
+            name = find_tokenizer_file(aside / TOKENIZER).name
         folder = checkpoint_folder(aside, 0)
         folder.mkdir(parents=True)
         n_weights = _write_weights(theirs.state_dict(), network, folder)
@@ -102,7 +104,7 @@ def convert(
             "samples": 0,
             "tokens": 0,
             "model": asdict(network),
-            "tokenizer": {"path": str(output / "tokenizer"), "fingerprint": chosen.fingerprint},
+            "tokenizer": {"path": str(output / TOKENIZER / name), "fingerprint": chosen.fingerprint},
             "sequence_length": length,
             "source": source,
             "code_version": code_version(),
@@ -210,7 +212,8 @@ def _tokenizer(source: Source, bos: str | None, eos: str | None, lossy: bool) ->
         try:
             found = load_tokenizer(folder, bos=bos, eos=eos, lossy=lossy or None)
         except ValueError as error:  # which names options of data.prepare
-            line = error_line(error).replace("tokenizer.lossy: true where the corpus is prepared", "--lossy")
+            line = error_line(error).replace(folder, source.name)
+            line = line.replace("tokenizer.lossy: true where the corpus is prepared", "--lossy")
             for name in ("bos", "eos"):
                 line = line.replace(f"tokenizer.{name}", f"--{name}")
             raise UsageError(line) from error

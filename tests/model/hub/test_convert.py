@@ -52,6 +52,7 @@ def test_there_and_back(family: str, sources: Path, tmp_path: Path, capsys: pyte
     assert f"{run}: " in said and f"{family} as softmax with rope, 64 tokens of context" in said
     loaded = load_model(run)
     assert (loaded.step, loaded.training_length) == (0, 64)
+    assert Path(loaded.tokenizer_path) == run / "tokenizer" / "tokenizer.json"
     assert load_tokenizer(loaded.tokenizer_path).fingerprint == loaded.tokenizer_fingerprint
     assert model.export.main([str(run), str(exported), "--format", "transformers", "--dtype", "float32"]) == 0
     text = "def f(x):\n    return  1"
@@ -108,7 +109,7 @@ def test_what_cannot_be_converted_is_one_line(
         ((tmp_path / "empty", "--output", new), "cannot be loaded by transformers"),
         ((llama, "--output", tmp_path / "full"), "is not empty: expected a new folder"),
         ((llama, "--output", llama / "config.json"), "is a file: expected a new folder"),
-        ((llama, "--output", new, "--tokenizer", lossy), "changes text"),
+        ((llama, "--output", new, "--tokenizer", lossy), f"tokenizer {lossy}/tokenizer.json changes text"),
         ((llama, "--output", new, "--tokenizer", silent), "has no bos: "),
         ((llama, "--output", new, "--tokenizer", silent, "--bos", "<x>"), "--bos is '<x>', which is no token"),
         ((small, "--output", new), "expected at most the model's 300: choose another with --tokenizer"),
