@@ -88,8 +88,8 @@ class HubTokenizer(Tokenizer):
         for token in content.get("added_tokens") or []:
             if ids[token["content"]] != token["id"]:
                 raise ValueError(
-                    f"{self.path} has added token {token['content']!r} with id {token['id']}, where its vocabulary asks "
-                    f"for {ids[token['content']]}: it is damaged; {NO_TOKENIZER}"
+                    f"{self.path} has added token {token['content']!r} with id {token['id']}, where its vocabulary "
+                    f"asks for {ids[token['content']]}: it is damaged; {NO_TOKENIZER}"
                 )
 
     def _find(self, name: str, given: str | None, configured: str | None, ids: dict[str, int]) -> tuple[int, str]:
