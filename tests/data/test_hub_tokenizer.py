@@ -172,9 +172,7 @@ def test_bad_files_are_named(gpt_2: tokenizers.Tokenizer, tmp_path: Path) -> Non
             load_tokenizer(save(tmp_path / str(number), content))
     with pytest.raises(ValueError, match=r"has model.dropout 0.1, so it encodes at random"):
         load_tokenizer(changed(tmp_path / "dropout", gpt_2, drop_merges_at_random))
-    with pytest.raises(
-        ValueError, match=r"has added token '<tool>' with id 7, where its vocabulary asks for \d+"
-    ):
+    with pytest.raises(ValueError, match=r"has added token '<tool>' with id 7, where its vocabulary asks for \d+"):
         load_tokenizer(changed(tmp_path / "id", gpt_2, lambda content: content["added_tokens"][-1].update(id=7)))
     path = save(tmp_path / "config", gpt_2, bos_token=3)
     with pytest.raises(ValueError, match=r"tokenizer_config.json has bos_token 3, expected the text of a token"):
