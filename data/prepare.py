@@ -263,6 +263,7 @@ def prepare_in(folder: Path, config: PrepareConfig, wanted: dict[str, Any]) -> N
     except BaseException:
         if not has_begun(folder):
             shutil.rmtree(progress, ignore_errors=True)
+            (folder / SETTINGS).unlink(missing_ok=True)  # where its tokenizer could not be written
             with contextlib.suppress(OSError):
                 folder.rmdir()  # not OUTPUT, which has its lock
         raise

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import sentencepiece
 
 from tests.bad_input.cases import TOO_LONG, Case, Place
+from tests.hub_tokenizers import END, byte_level, save
 
 Damage = Callable[[Place], object]
 
@@ -54,6 +55,17 @@ def table(column: object, name: str = "text", cut: int = 0) -> Damage:
         path = place.tmp / "texts" / "a.parquet"
         pyarrow.parquet.write_table(pyarrow.table({name: column}), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+
+    return write
+
+
+def hub(content: str | None = None, **parts: object) -> Damage:
+    """A tokenizer.json, by default one that keeps texts; with parts of its own it says bos and eos."""
+
+    def write(place: Place) -> None:
+        some_texts(place)
+        own = json.dumps(json.loads(byte_level([END]).to_str()) | parts)
+        save(place.tmp / "hub", content or own, **({"bos_token": END, "eos_token": END} if parts else {}))
 
     return write
 
@@ -128,7 +140,20 @@ CASES = [
     Case("a tokenizer that is none", prepare("--tokenizer.path={tiny}"), ["{tiny}", "SentencePiece"], some_texts),
     Case("a tokenizer that changes text", prepare("--tokenizer.path={tmp}/foreign.model"),
          ["foreign.model changes text", "comes back as ' def"], foreign_tokenizer),
-    Case("a tokenizer that is a folder", prepare("--tokenizer.path={corpus}"), ["{corpus}", "is no file"], some_texts),
+    Case("a tokenizer that is a folder", prepare("--tokenizer.path={tmp}/texts"),
+         ["tokenizer.path is {tmp}/texts", "has none", "a folder with either"], some_texts),
+    Case("a tokenizer.json cut short", prepare("--tokenizer.path={tmp}/hub"),
+         ["{tmp}/hub/tokenizer.json is not valid JSON", "Hugging Face hub"], hub('{"model": {')),
+    Case("a tokenizer.json of something else", prepare("--tokenizer.path={tmp}/hub"),
+         ["{tmp}/hub/tokenizer.json lacks 'model'", "Hugging Face hub"], hub('{"a": 1}')),
+    Case("a tokenizer.json without eos", prepare("--tokenizer.path={tmp}/hub", "--tokenizer.bos=<|endoftext|>"),
+         ["has no eos: {tmp}/hub/tokenizer_config.json does not exist", "set tokenizer.eos"], hub()),
+    Case("a bos that is no token", prepare("--tokenizer.path={tmp}/hub", "--tokenizer.bos=<s>"),
+         ["tokenizer.bos is '<s>', which is no token of {tmp}/hub", "its special ones: '<|endoftext|>'"], hub()),
+    Case("a tokenizer.json that changes text", prepare("--tokenizer.path={tmp}/hub"),
+         ["tokenizer.json changes text: 'e", "set tokenizer.lossy: true"], hub(normalizer={"type": "NFC"})),
+    Case("a tokenizer.bos without tokenizer", prepare("--tokenizer.bos=<s>"),
+         ["tokenizer.bos is '<s>' without tokenizer.path", "leave it out"], some_texts),
     Case("sample_bytes 1", prepare("--tokenizer.sample_bytes=1"), ["sample_bytes is 1", "at least 16"], some_texts),
     Case("groups where there are none", prepare("--heldout_groups=[nope]"),
          ["'nope'", "TextFiles are in no groups", "heldout_fraction"], some_texts),

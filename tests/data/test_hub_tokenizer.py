@@ -17,7 +17,7 @@ from data.prepare import main
 from data.store import TokenStore, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizers.hub_tokenizer import WHOLE_CHARACTERS
-from tests.data.conftest import PrepareTexts, contents
+from tests.data.conftest import PrepareTexts, contents, make_module
 from tests.data.test_tokenizer import AWKWARD, foreign_model
 from tests.hub_tokenizers import END, PYTHON, bert, byte_level, llama_2, save
 
@@ -212,6 +212,10 @@ def test_a_corpus_is_prepared_and_read_with_it(
     store = TokenStore(output / "train")
     assert store.tokenizer_path == output / "tokenizer.json"
     assert store.fingerprint_of_tokenizer == tokenizer.fingerprint == load_tokenizer(output).fingerprint
+    module = make_module(output, val_sequences=0)
+    module.prepare_data()
+    module.setup("fit")
+    assert (module.tokenizer_fingerprint, module.vocab_size) == (tokenizer.fingerprint, tokenizer.vocab_size)
     again = prepare_texts(tmp_path / "again", f"--tokenizer.path={output / 'tokenizer.json'}", "--workers=2")
     assert contents(again) == contents(output)
     prepare_texts(output, f"--tokenizer.path={again}")  # already prepared

@@ -11,6 +11,7 @@ import pytest
 from data import encoding
 from data.store import TokenStore
 from tests.data.conftest import PrepareTexts, contents
+from tests.hub_tokenizers import END, byte_level, save
 
 
 def stop_after(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,17 +74,13 @@ def test_an_overwrite_that_is_refused_changes_nothing(prepare_texts: PrepareText
         assert contents(output) == before and not (output / ".replacement").exists(), options
 
 
-@pytest.mark.parametrize("step", range(7))
-def test_a_run_killed_while_a_corpus_takes_the_place_of_another_is_ended(
-    step: int, prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped before each rename and removal; the documents held out differ, in one direction not any is."""
-    output = prepare_texts(tmp_path / "out", *["--heldout_fraction=0.3"] * (step % 2))
+def kill_before(step: int, run: Callable[[], object], output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs until a corpus takes the place of the one in `output`, and stops before the rename or removal `step`."""
     done = [0]
 
     def stopped(call: Callable[..., Any]) -> Callable[..., Any]:
         def instead(*given: Any, **options: Any) -> Any:
-            if ".replacement" in str(given[0]) or str(given[0]) == str(output / "heldout"):
+            if ".replacement" in str(given[0]) or Path(given[0]).parent == output:
                 if done[0] == step:
                     raise KeyboardInterrupt
                 done[0] += not (output / ".replacement" / "progress").exists()
@@ -91,14 +88,36 @@ def test_a_run_killed_while_a_corpus_takes_the_place_of_another_is_ended(
 
         return instead
 
-    options = ["--heldout_fraction=0.2", "--overwrite=true"]
     with monkeypatch.context() as patch:
-        for place, name in ((shutil, "rmtree"), (Path, "replace")):
+        for place, name in ((shutil, "rmtree"), (Path, "replace"), (Path, "unlink")):
             patch.setattr(place, name, stopped(getattr(place, name)))
         with suppress(KeyboardInterrupt):
-            prepare_texts(output, *options)
+            run()
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_a_run_killed_while_a_corpus_takes_the_place_of_another_is_ended(
+    step: int, prepared: Path, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before each rename and removal; the documents held out differ, in one direction not any is."""
+    output = prepare_texts(tmp_path / "out", *["--heldout_fraction=0.3"] * (step % 2))
+    options = ["--heldout_fraction=0.2", "--overwrite=true"]
+    kill_before(step, lambda: prepare_texts(output, *options), output, monkeypatch)
     prepare_texts(output, *options)
     assert contents(output) == contents(prepared)
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_a_run_killed_while_the_kind_of_tokenizer_changes_is_ended(
+    step: int, prepare_texts: PrepareTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = save(tmp_path / "hub", byte_level([END]), bos_token=END, eos_token=END)
+    options = [f"--tokenizer.path={hub}", "--overwrite=true"]
+    wanted = contents(prepare_texts(tmp_path / "wanted", *options))
+    output = prepare_texts(tmp_path / "out")
+    kill_before(step, lambda: prepare_texts(output, *options), output, monkeypatch)
+    prepare_texts(output, *options)
+    assert contents(output) == wanted
 
 
 def test_overwrite_removes_nothing_beside_files_of_somebody_else(prepare_texts: PrepareTexts, tmp_path: Path) -> None:
