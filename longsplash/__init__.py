@@ -13,7 +13,7 @@ keys, for prefill.
 
 from kernels import block_sparse_softmax_attention as block_sparse_attention
 from kernels import entmax, entmax_attention
-from longsplash.hub import add_alpha, load_alpha, register
+from longsplash.models import add_alpha, load_alpha, register
 
 __version__ = "0.1.0"
 
