@@ -7,8 +7,8 @@ package of the name kernels keeps its place.
     from longsplash import entmax_attention, entmax
     out = entmax_attention(q, k, v, alpha=1.5, causal=True)
 
-block_sparse_attention is what kernels/ calls block_sparse_softmax_attention: softmax attention that leaves out blocks of
-keys, for prefill.
+block_sparse_attention is what kernels/ calls block_sparse_softmax_attention: softmax attention that leaves out blocks
+of keys, for prefill.
 """
 
 from kernels import block_sparse_softmax_attention as block_sparse_attention

@@ -44,7 +44,8 @@ class Visibility:
     unpadded: bool = False
 
     def to(self, *args: Any, **kwargs: Any) -> "Visibility":
-        moved = {name: x.to(*args, **kwargs) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {}
+        moved |= {name: x.to(*args, **kwargs) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
 
@@ -58,11 +59,13 @@ class EntmaxMask(Tensor):
     def to(self, *args: Any, **kwargs: Any) -> "EntmaxMask":  # type: ignore[override]
         """To another device, as where layers lie on several."""
         moved = super().to(*args, **kwargs)
-        if moved is not self and self.visibility is not None and moved.dtype == self.dtype:
+        assert isinstance(moved, EntmaxMask)
+        if moved is not self and self.visibility is not None:
             moved.visibility = self.visibility.to(moved.device)
         return moved
 
 
+@torch.compiler.disable  # it looks into functions and at values: one graph break a mask, none a layer
 def entmax_mask(
     batch_size: int,
     q_length: int,
@@ -86,7 +89,7 @@ def entmax_mask(
         real = attention_mask.as_subclass(Tensor).bool()
         real = torch.nn.functional.pad(real, (0, max(seen - real.shape[1], 0)))
     visibility = Visibility(causal, kv_length, window, unpadded=attention_mask is None)
-    if documents is not None:
+    if documents is not None and bool((documents != documents[:, :1]).any()):
         visibility = replace(visibility, cu_seqlens=_boundaries(documents))
     elif causal:
         visibility = _causal(visibility, real, q_length, q_offset, kv_offset)
@@ -136,22 +139,23 @@ def _boundaries(documents: Tensor) -> Tensor:
     return torch.cat([first, first.new_tensor([documents.numel()])]).int()
 
 
-def _causal(
-    visibility: Visibility, real: Tensor, q_length: int, q_offset: int | Tensor, kv_offset: int
-) -> Visibility:
+def _causal(visibility: Visibility, real: Tensor, q_length: int, q_offset: int | Tensor, kv_offset: int) -> Visibility:
     """entmax_attention's last query stands at the last valid key: a row's real keys are put first, its real queries
     last. Where all padding stands behind what sees it nothing has to move."""
     n_keys, batch, device = visibility.n_keys, real.shape[0], real.device
     written = q_offset + q_length - kv_offset  # of the keys: a static cache has room behind them
     ahead = isinstance(written, Tensor) or written < n_keys
     padded = not visibility.unpadded
-    if padded and not torch.compiler.is_compiling():
+    if padded:
         tokens = real[:, kv_offset : kv_offset + int(written)]
         ended = bool((tokens[:, :-1] >= tokens[:, 1:]).all())
         padded = not (bool(tokens.all()) or (ended and tokens.shape[1] == q_length))
         starts = tokens.int().diff(dim=1, prepend=tokens.new_zeros(batch, 1).int()) == 1
         if padded and visibility.window is not None and bool((starts.sum(1) > 1).any()):
-            raise ValueError("attention_mask must have a row's real tokens side by side where a sliding window counts them")
+            raise ValueError(
+                "attention_mask must have a row's real tokens side by side where a sliding window counts them, got "
+                f"padding between them in row {int((starts.sum(1) > 1).int().argmax())}"
+            )
     if not padded:
         lens = torch.as_tensor(written, dtype=torch.int32, device=device).expand(batch) if ahead else None
         return replace(visibility, kv_lens=lens)
@@ -170,7 +174,7 @@ def _causal(
 
 
 def _bidirectional(visibility: Visibility, real: Tensor) -> Visibility:
-    if torch.compiler.is_compiling() or not bool(real.all()):
+    if not bool(real.all()):
         keys_from = (~real).byte().argsort(dim=1, stable=True)
         return replace(visibility, kv_lens=real.sum(1, dtype=torch.int32), keys_from=keys_from)
     return visibility

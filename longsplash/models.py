@@ -24,9 +24,9 @@ def register(alpha: float = 1.5, *, name: str = "entmax", backend: str = "auto")
     `model.set_attn_implementation("entmax")` later. Called again it replaces what the name meant.
 
     Weights are alpha-entmax of the scaled scores where the model's were softmax: a model trained with softmax has to be
-    trained on before its outputs mean anything. Padding on either side (or between), caches, `generate`, sliding windows,
-    packed documents by position_ids, grouped-query heads and encoders are taken as transformers' own attention takes
-    them; a padded token's own output is no meaningful number. docs/pip.md lists what is refused.
+    trained on before its outputs mean anything. Padding on either side, caches, `generate`, sliding windows, packed
+    documents by position_ids, grouped-query heads and encoders are taken as transformers' own attention takes them; a
+    padded token's own output is no meaningful number. docs/pip.md lists what is refused.
 
     Args:
         alpha: number in (1, 2], from 1.0001 on, of all heads; 1.5 is entmax-1.5, 2 is sparsemax. Modules that add_alpha
@@ -90,10 +90,13 @@ def add_alpha(model: nn.Module, start: float = 1.5) -> list[nn.Parameter]:
     if isinstance(start, Tensor) or not LOWEST < start < HIGHEST:
         raise ValueError(f"start must be a number between {LOWEST} and {HIGHEST} (both exclusive), got {start}")
     modules = _attention_modules(model)
-    places = {name: (module, _heads(name, module), next(module.parameters()).device) for name, module in modules.items()}
-    for module, heads, device in places.values():
-        module.entmax_alpha = HeadAlpha(heads, float(start), device)
-    return [module.entmax_alpha.raw for module, _, _ in places.values()]
+    heads = {name: _heads(name, module) for name, module in modules.items()}  # before any is changed
+    parameters = []
+    for name, module in modules.items():
+        alpha = HeadAlpha(heads[name], float(start), next(module.parameters()).device)
+        module.entmax_alpha = alpha
+        parameters.append(alpha.raw)
+    return parameters
 
 
 def load_alpha(model: nn.Module, folder: str | PathLike[str]) -> list[nn.Parameter]:
@@ -135,7 +138,8 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises: ValueError where there is none, or one has an alpha already, or its attention is not of register."""
     found = {name: module for name, module in model.named_modules() if _uses_interface(module)}
     if not found:
-        raise ValueError(f"model must have modules that use transformers' attention interface, got {type(model).__name__}")
+        kind = type(model).__name__
+        raise ValueError(f"model must have modules that use transformers' attention interface, got {kind}")
     for name, module in found.items():
         if hasattr(module, "entmax_alpha"):
             raise ValueError(f"model has an alpha already, in {name}; change it there, e.g. by load_state_dict")
@@ -161,4 +165,4 @@ def _heads(name: str, module: nn.Module) -> int:
         heads = getattr(owner, attribute, None)
         if isinstance(heads, int):
             return heads
-    raise ValueError(f"model must say its heads, as num_heads or in its config as num_attention_heads, got none for {name}")
+    raise ValueError(f"model must say num_heads, or its config num_attention_heads, got neither for {name}")

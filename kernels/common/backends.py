@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors
-# A wheel's copy of this module is longsplash.kernels.common.backends. torch lets a second registration of an operator
-# replace the first, whose module then fails: a process that imports both must have both
+# A wheel's copy of this module is longsplash.kernels.common.backends. Of two operators of one name torch keeps the last
+# without a word: where a process imports a checkout and a wheel, one would run the other's code
 NAMESPACE = "longsplash" if __name__.startswith("longsplash.") else "longsplash_checkout"
 
 
