@@ -106,8 +106,9 @@ def _with_documents(visibility: Visibility, query: Tensor, kwargs: dict[str, Any
         return Visibility(True, visibility.n_keys, visibility.window, cu_seqlens=cu_seqlens.int())
     if not whole or visibility.cu_seqlens is not None or n_queries < 2 or torch.compiler.is_compiling():
         return visibility
-    given = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == n_queries
-    if given and bool((positions.diff(dim=1) != 1).any()):
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != n_queries:
+        return visibility
+    if bool((positions.diff(dim=1) != 1).any()):
         raise ValueError(
             "position_ids that begin anew mean packed documents, which transformers keeps apart without a cache only: "
             "pass use_cache=False and no attention_mask, or cu_seq_lens_q"

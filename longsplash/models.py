@@ -138,8 +138,8 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises: ValueError where there is none, or one has an alpha already, or its attention is not of register."""
     found = {name: module for name, module in model.named_modules() if _uses_interface(module)}
     if not found:
-        kind = type(model).__name__
-        raise ValueError(f"model must have modules that use transformers' attention interface, got {kind}")
+        class_name = type(model).__name__
+        raise ValueError(f"model must have modules that use transformers' attention interface, got {class_name}")
     for name, module in found.items():
         if hasattr(module, "entmax_alpha"):
             raise ValueError(f"model has an alpha already, in {name}; change it there, e.g. by load_state_dict")
