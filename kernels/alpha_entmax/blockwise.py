@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.autocast import outside_autocast
+from kernels.common.backends import operator_name
 from kernels.common.derivatives import once
 from kernels.common.stats import count_live_tiles
 from kernels.common.visibility import TILE, VisibleKeys, visible_keys
@@ -148,7 +149,7 @@ def _visible(
     )
 
 
-@torch.library.custom_op("longsplash::entmax_blockwise", mutates_args=())
+@torch.library.custom_op(operator_name("entmax_blockwise"), mutates_args=())
 @outside_autocast
 def _forward(
     q: Tensor,
@@ -207,7 +208,7 @@ def _(q, k, v, alpha, scale, causal, cu_seqlens, kv_lens, alibi_slopes, window, 
     return _nothing(q, with_stats)
 
 
-@torch.library.custom_op("longsplash::entmax_blockwise_backward", mutates_args=())
+@torch.library.custom_op(operator_name("entmax_blockwise_backward"), mutates_args=())
 @outside_autocast
 def _backward(
     grad: Tensor,
@@ -298,6 +299,6 @@ def _autograd_backward(ctx, grad, *_):
     return *once(gradients, grad, q, k, v, alpha), *(None,) * 7
 
 
-torch.library.register_autograd("longsplash::entmax_blockwise", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd(operator_name("entmax_blockwise"), _autograd_backward, setup_context=_setup_context)
 
 entmax_attention_blockwise = _forward

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from kernels.alpha_entmax.launches import backward, forward
 from kernels.alpha_entmax.results import ForwardResults, forward_outputs
+from kernels.common.backends import operator_name
 from kernels.common.derivatives import once
 from kernels.common.launching import unit_stride
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
-entmax_attention_triton = torch.library.custom_op("longsplash::entmax_triton", forward, mutates_args=())
-backward_operator = torch.library.custom_op("longsplash::entmax_triton_backward", backward, mutates_args=())
+entmax_attention_triton = torch.library.custom_op(operator_name("entmax_triton"), forward, mutates_args=())
+backward_operator = torch.library.custom_op(operator_name("entmax_triton_backward"), backward, mutates_args=())
 
 
 @entmax_attention_triton.register_fake
@@ -60,7 +61,7 @@ def _gradients(run_backward, ctx, grad):
 
 
 torch.library.register_autograd(
-    "longsplash::entmax_triton",
+    operator_name("entmax_triton"),
     lambda ctx, grad, *_: _gradients(backward_operator, ctx, grad),
     setup_context=_setup_context,
 )

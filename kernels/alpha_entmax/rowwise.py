@@ -18,7 +18,7 @@ from kernels.alpha_entmax.rowwise_passes import (
 )
 from kernels.alpha_entmax.threshold import power_of
 from kernels.common.arguments import check_alpha, check_integer, check_tensor
-from kernels.common.backends import choose_backend
+from kernels.common.backends import choose_backend, operator_name
 from kernels.common.derivatives import once, refuse_transforms
 from kernels.common.launching import bfloat16_as_float32
 
@@ -44,7 +44,7 @@ def _launch(x: Tensor) -> dict[str, int | bool]:
     )
 
 
-@torch.library.custom_op("longsplash::entmax_rows", mutates_args=())
+@torch.library.custom_op(operator_name("entmax_rows"), mutates_args=())
 @bfloat16_as_float32(n_outputs=1)
 def entmax_rows(x: Tensor, alpha: Tensor, power: str) -> tuple[Tensor, Tensor]:
     """Entmax of the rows of a matrix.
@@ -83,7 +83,7 @@ def _(x, alpha, power):
     return x.new_empty(x.shape), x.new_empty((3, x.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("longsplash::entmax_rows_backward", mutates_args=())
+@torch.library.custom_op(operator_name("entmax_rows_backward"), mutates_args=())
 @bfloat16_as_float32(n_outputs=1)
 def _backward(
     grad: Tensor, x: Tensor, alpha: Tensor, rows: Tensor, power: str, with_dalpha: bool
@@ -135,7 +135,7 @@ def _autograd_backward(ctx, grad, _):
     return *once(gradients, grad, x, alpha), None
 
 
-torch.library.register_autograd("longsplash::entmax_rows", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd(operator_name("entmax_rows"), _autograd_backward, setup_context=_setup_context)
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, backend: str = "auto") -> Tensor:

@@ -4,11 +4,18 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 
-import torch
 import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors
+# A wheel's copy of this module is longsplash.kernels.common.backends. Of two operators of one name torch keeps the last
+# without a word: where a process imports a checkout and a wheel, one would run the other's code
+NAMESPACE = "longsplash" if __name__.startswith("longsplash.") else "longsplash_checkout"
+
+
+def operator_name(name: str) -> str:
+    """The name that torch.library registers an operator of this package by."""
+    return f"{NAMESPACE}::{name}"
 
 
 def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported: str | None) -> str:
@@ -36,7 +43,6 @@ def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported:
     return backend
 
 
-@torch.compiler.assume_constant_result  # runs while it is traced
 @cache
 def warn_of_slow_path(unsupported: str) -> None:
     """Once a reason."""
@@ -45,3 +51,8 @@ def warn_of_slow_path(unsupported: str) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+# Runs while it is traced. torch.compiler.assume_constant_result sets this mark, and imports torch._dynamo for it: more
+# than a second of each `import longsplash`
+warn_of_slow_path._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,7 +18,8 @@ REPRESENTED = {
 WITHOUT_EFFECT = {
     "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id", "eos_token_id",
     "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
-    "_name_or_path", "_model_name_or_path", "id2label", "label2id", "name", "is_llama_config", "rope_interleaved", "transformers.js_config",
+    "_name_or_path", "_model_name_or_path", "id2label", "label2id", "name", "is_llama_config", "rope_interleaved",
+    "transformers.js_config",
 }  # fmt: skip
 QKV_BIASED = ("qwen2",)
 QK_NORMED = ("qwen3",)
