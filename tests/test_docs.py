@@ -3,11 +3,14 @@
 import importlib
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from common import exits
+from model.config import ModelConfig
 from tests.training.conftest import ROOT, child_environment
 from tests.training.warm import warm_interpreter
 
@@ -41,8 +44,10 @@ def test_the_first_two_pages_are_short() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_commands_parse(name: str) -> None:
-    arguments = shlex.split(TRAINING[name])[1:]
+def test_training_commands_parse(name: str, tmp_path: Path) -> None:
+    network = tmp_path / "network.yaml"  # as model.hub.convert writes one
+    network.write_text(yaml.safe_dump({"model": {"network": asdict(ModelConfig(positions="rope"))}}))
+    arguments = [str(network) if one.endswith("/network.yaml") else one for one in shlex.split(TRAINING[name])[1:]]
     ended = warm_interpreter("train", "training.cli").run([*arguments, "--print_config"], child_environment(), 100)
     assert ended.returncode == 0 and "model:" in ended.stdout, ended.stderr
 

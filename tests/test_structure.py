@@ -24,8 +24,11 @@ LEAF_LIBRARIES = {"torch", "triton"}
 
 
 def modules(folder: str) -> list[Path]:
+    """All of a folder but those in its rooms that ALLOWED names."""
     path = ROOT / folder
-    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+    rooms = [ROOT / name for name in ALLOWED if name.startswith(f"{folder}/")]
+    found = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+    return [one for one in found if not any(one.is_relative_to(room) for room in rooms)]
 
 
 def imports(path: Path) -> set[str]:
