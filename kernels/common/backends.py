@@ -1,12 +1,14 @@
 """Which implementation runs an operation: what "auto" means, and errors for what cannot run."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import triton
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors
 # A wheel's copy of this module is longsplash.kernels.common.backends. Of two operators of one name torch keeps the last
 # without a word: where a process imports a checkout and a wheel, one would run the other's code
@@ -43,6 +45,14 @@ def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported:
     return backend
 
 
+def runs_while_traced(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, which imports torch._dynamo: more than a second of each
+    `import longsplash`."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@runs_while_traced
 @cache
 def warn_of_slow_path(unsupported: str) -> None:
     """Once a reason."""
@@ -51,8 +61,3 @@ def warn_of_slow_path(unsupported: str) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-# Runs while it is traced. torch.compiler.assume_constant_result sets this mark, and imports torch._dynamo for it: more
-# than a second of each `import longsplash`
-warn_of_slow_path._dynamo_marked_constant = True  # type: ignore[attr-defined]

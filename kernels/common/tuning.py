@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from kernels.common.backends import runs_while_traced
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -52,6 +54,7 @@ def before_hopper(launch: L, head_dim: int, device: torch.device) -> L:
     return replace(launch, registers=None, programs=2, stages=1 if small else 2)
 
 
+@runs_while_traced
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program can have."""
