@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import wraps
 from typing import Any, TypeVar
 
 import triton
@@ -45,19 +45,31 @@ def choose_backend(backend: str, choices: Sequence[str], x: Tensor, unsupported:
     return backend
 
 
-def runs_while_traced(function: F) -> F:
-    """What torch.compiler.assume_constant_result does, which imports torch._dynamo: more than a second of each
-    `import longsplash`."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+def constant(function: F) -> F:
+    """The function, called once for each of its arguments (by position) as with functools.cache, and called, not
+    traced, by torch.compile.
+
+    torch._dynamo traces into functools.cache, whatever is said of it, and torch.compiler.assume_constant_result imports
+    torch._dynamo, which takes more than a second of each `import longsplash`.
+    """
+    results: dict[tuple[Any, ...], Any] = {}
+
+    @wraps(function)
+    def once(*arguments: Any) -> Any:
+        if arguments not in results:
+            results[arguments] = function(*arguments)
+        return results[arguments]
+
+    once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    once.cache_clear = results.clear  # type: ignore[attr-defined]
+    return once  # type: ignore[return-value]
 
 
-@runs_while_traced
-@cache
+@constant
 def warn_of_slow_path(unsupported: str) -> None:
     """Once a reason."""
     warnings.warn(
         f"backend 'auto' takes the slow PyTorch path on CUDA: the Triton one {unsupported}",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from kernels.common.backends import runs_while_traced
+from kernels.common.backends import constant
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def before_hopper(launch: L, head_dim: int, device: torch.device) -> L:
     return replace(launch, registers=None, programs=2, stages=1 if small else 2)
 
 
-@runs_while_traced
-@cache
+@constant
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program can have."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
