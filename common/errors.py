@@ -33,7 +33,7 @@ def error_line(error: BaseException) -> str:
         message = f"{os.fsdecode(error.filename)}: {error.strerror}"
     else:
         message = str(error) or type(error).__name__
-    return redact(" ".join(message.split()))
+    return redact(" ".join(filter(None, map(str.strip, message.splitlines()))))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UsageError
@@ -26,6 +26,7 @@ def written_aside(output: Path, name: str = "output") -> Iterator[Path]:
 
     Raises UsageError where the place cannot be written.
     """
+    made = [path for path in output.resolve().parents if not path.exists()]
     aside = output.resolve().with_name(f".{output.resolve().name}-{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True)
@@ -36,4 +37,7 @@ def written_aside(output: Path, name: str = "output") -> Iterator[Path]:
         aside.replace(output.resolve())
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # not empty any more
+            for path in made:
+                path.rmdir()
         raise

@@ -14,14 +14,15 @@ __all__ = ["Tokenizer", "find_tokenizer_file", "load_tokenizer"]
 
 
 def find_tokenizer_file(path: str | os.PathLike[str]) -> Path:
-    """The tokenizer's file: `path`, or in a folder the first of TOKENIZER_FILES. Raises FileNotFoundError."""
+    """The tokenizer's file: `path`, or the first of TOKENIZER_FILES in a folder or run. Raises FileNotFoundError."""
     path = Path(path)
     if path.is_file():
         return path
     names = " or ".join(TOKENIZER_FILES)
     if not path.is_dir():
         raise FileNotFoundError(f"tokenizer {path} does not exist; expected a {names}, or a folder that has one")
-    found = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+    folders = (path, path / "tokenizer")  # a run that was converted keeps it there
+    found = next((one / name for one in folders for name in TOKENIZER_FILES if (one / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"tokenizer {path} is a folder without {names}; expected one of them in it")
     return found

@@ -64,10 +64,13 @@ class CheckpointInfo:
 
     @property
     def tokenizer(self) -> dict[str, Any]:
-        """ "path" and "fingerprint" of the tokenizer that it was trained with. Raises ValueError as `require`."""
+        """ "path" and "fingerprint" of the tokenizer that it was trained with; the path is that of the run's own copy,
+        where a converted run has one. Raises ValueError as `require`."""
         where = f"tokenizer in {_marker(self.path)}"
         kinds = {"path": str, "fingerprint": str}
-        return check_keys(self.require(tokenizer=dict)["tokenizer"], kinds, where, way_out(self.path))
+        said = check_keys(self.require(tokenizer=dict)["tokenizer"], kinds, where, way_out(self.path))
+        copy = self.path.parent.parent / "tokenizer" / Path(said["path"]).name
+        return {**said, "path": str(copy)} if copy.is_file() else said
 
     @property
     def architecture(self) -> ModelConfig:
@@ -149,6 +152,11 @@ def read_complete(folder: str | Path) -> CheckpointInfo:
         raise InterruptedSave(f"{folder} is no complete checkpoint: it has no {MARKER} (its save was interrupted)")
     try:
         meta = read_json(marker, way_out(folder))
+        if "format" not in meta and "model_type" in meta:
+            raise UnknownFormat(
+                f"{folder} is a model of transformers: expected a run or an export of this code; "
+                "python -m model.hub.convert makes a run of it"
+            )
         if meta.get("format") != FORMAT:
             raise UnknownFormat(
                 f"{marker} has format {meta.get('format')!r}, expected {FORMAT}: written by another version of this "

@@ -1,7 +1,7 @@
 """Writes the weights of a checkpoint as a model of its own, in the files that the Hugging Face hub uses.
 
     python -m model.export runs/30m-asentmax exported/30m-asentmax --dtype bfloat16
-    python -m model.export runs/30m-softmax exported/30m-softmax --format transformers
+    python -m model.export runs/smollm2 exported/smollm2 --format transformers
 
 OUTPUT gets model.safetensors (in parts with model.safetensors.index.json where it is large) and config.json: the
 architecture, the tokenizer's path and fingerprint, the training length. `model.loading.load_model` and eval.run
@@ -105,7 +105,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights")
     parser.add_argument(
         "--format", choices=get_args(Layout), default="longsplash",
-        help="transformers: a softmax model for AutoModelForCausalLM, with its tokenizer and a model card",
+        help="transformers: a softmax model with rotary positions, its tokenizer and a model card",
     )  # fmt: skip
     return parser
 

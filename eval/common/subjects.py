@@ -70,7 +70,7 @@ def check_tokenizer(subject: Subject, data: Path, store: TokenStore) -> None:
         raise ValueError(
             f"{subject.checkpoint.path} was trained with tokenizer {tokenizer['fingerprint'][:12]} "
             f"({tokenizer['path']}), but {data} was prepared with {store.fingerprint_of_tokenizer[:12]}: pass the "
-            "--data folder that the run was trained on"
+            "--data folder that the run was trained on, or prepare one with its tokenizer (tokenizer.path)"
         )
 
 

@@ -18,8 +18,8 @@ REPRESENTED = {
 WITHOUT_EFFECT = {
     "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id", "eos_token_id",
     "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
-    "_name_or_path", "_model_name_or_path", "id2label", "label2id", "name", "is_llama_config", "rope_interleaved",
-    "transformers.js_config",
+    "auto_map", "_name_or_path", "_model_name_or_path", "id2label", "label2id", "name", "is_llama_config",
+    "rope_interleaved", "transformers.js_config",
 }  # fmt: skip
 QKV_BIASED = ("qwen2",)
 QK_NORMED = ("qwen3",)
@@ -79,8 +79,9 @@ def _refuse_unknown(config: Any) -> None:
             continue
         if key == "quantization_config" and value.get("quant_method") == "gguf":  # read as plain numbers
             continue
-        expected = f"expected {usual[key]!r}" if key in usual else f"which {config.model_type} does not know"
-        raise UsageError(f"{key} is {value!r}, which cannot be represented: {expected}")
+        other = "expected no such key (remove it if it changes nothing)"
+        expected = f"expected {usual[key]!r}" if key in usual else other
+        raise UsageError(f"{key} in config.json is {value!r}, which cannot be represented: {expected}")
 
 
 def _window(config: Any) -> int | None:
@@ -111,7 +112,8 @@ def _rope(config: Any) -> tuple[float, RopeScaling | None]:
         return base, None
     longest = config.max_position_embeddings
     original = longest if kind in ("linear", "dynamic") else parameters["original_max_position_embeddings"]
-    factor: float = parameters.get("factor") or longest / original  # without one, as DeepSeek
+    given = parameters.get("factor")
+    factor: float = longest / original if given is None else given  # without one, as DeepSeek
     options: dict[str, Any] = {}
     if kind == "llama3":
         options = {"low_turns": parameters["low_freq_factor"], "high_turns": parameters["high_freq_factor"]}

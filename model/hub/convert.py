@@ -33,13 +33,13 @@ from common.new_folder import check_new, written_aside
 from data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from data.tokenizers.copying import copy_tokenizer
 from model.checkpoint import STATE_FILE, WEIGHT, checkpoint_folder, share, write_complete
+from model.checksums import is_finite
 from model.config import ModelConfig
 from model.hub.architecture import architecture_of
 from model.hub.weights import is_alias, our_name
 from model.loading import load_model
 from model.version import code_version
 
-FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # of transformers, where it cannot load
 INSTALL = "pip install -r requirements-hub.txt"
 TOKENIZER = "tokenizer"  # folder in the run
 FILE_BYTES = 4 * 2**30  # of a file of weights
@@ -83,11 +83,13 @@ def convert(
     """
     check_new(output, "--output")
     asked = _source(source)
+    if asked.gguf is None and Path(asked.name).is_dir() and output.resolve().is_relative_to(Path(asked.name).resolve()):
+        raise UsageError(f"--output {output} is inside {source}: expected a folder elsewhere")
+    network = architecture_of(_config(asked))  # before weights are fetched
     theirs = _load(asked)
-    network = architecture_of(theirs.config)
     length: int = theirs.config.max_position_embeddings
     with written_aside(output, "--output") as aside:
-        with _tokenizer(_source(tokenizer) if tokenizer else asked, bos, eos, lossy) as chosen:
+        with _tokenizer(tokenizer, asked, bos, eos, lossy) as chosen:
             if chosen.vocab_size > network.vocab_size:
                 raise UsageError(
                     f"the tokenizer has {chosen.vocab_size} tokens, expected at most the model's {network.vocab_size}: "
@@ -98,13 +100,13 @@ def convert(
             name = find_tokenizer_file(aside / TOKENIZER).name
         folder = checkpoint_folder(aside, 0)
         folder.mkdir(parents=True)
-        n_weights = _write_weights(theirs.state_dict(), network, folder)
+        n_weights = _write_weights(source, theirs.state_dict(), network, folder)
         meta = {
             "step": 0,
             "samples": 0,
             "tokens": 0,
             "model": asdict(network),
-            "tokenizer": {"path": str(output / TOKENIZER / name), "fingerprint": chosen.fingerprint},
+            "tokenizer": {"path": str(output.resolve() / TOKENIZER / name), "fingerprint": chosen.fingerprint},
             "sequence_length": length,
             "source": source,
             "code_version": code_version(),
@@ -131,6 +133,8 @@ def _source(name: str) -> Source:
         if not path.is_file():
             raise UsageError(f"{name}: no such file; expected a GGUF file, a folder, or a name on the hub")
         return Source(str(path.parent), path.name)
+    if (path / "checkpoints").is_dir():
+        raise UsageError(f"{name} is a run of this code already: expected a model of the hub")
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise UsageError(f"{name}: no such folder; expected a folder with config.json, or a name on the hub")
     return Source(name)
@@ -146,15 +150,28 @@ def _transformers() -> Any:
     return transformers
 
 
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """transformers and the readers beneath it raise of all kinds where files are not what they should be."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{source.name} cannot be loaded by transformers: {error_line(error)[:500]}") from error
+
+
+def _config(source: Source) -> Any:
+    with _loading(source):
+        return _transformers().AutoConfig.from_pretrained(source.name, **source.options)
+
+
 def _load(source: Source) -> Any:
     """transformers' model, in float32."""
-    transformers = _transformers()
-    try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **source.options
-        )
-    except FAILURES as error:
-        raise UsageError(f"{source.name} cannot be loaded by transformers: {error_line(error)[:500]}") from error
+    with _loading(source):
+        model, found = _transformers().AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below
+            **source.options,
+        )  # fmt: skip
     wrong = {key: sorted(map(str, found[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in wrong.items():
         if names:
@@ -163,10 +180,10 @@ def _load(source: Source) -> Any:
     return model.eval()
 
 
-def _write_weights(state: Mapping[str, Tensor], network: ModelConfig, folder: Path) -> int:
+def _write_weights(source: str, state: Mapping[str, Tensor], network: ModelConfig, folder: Path) -> int:
     """Files of at most FILE_BYTES (or one tensor), float32. Returns the number of weights."""
     total = 0
-    for number, part in enumerate(_parts(state, network)):
+    for number, part in enumerate(_parts(source, state, network)):
         path = folder / STATE_FILE.format(number)
         save_file(part, path)
         share(path)
@@ -174,7 +191,7 @@ def _write_weights(state: Mapping[str, Tensor], network: ModelConfig, folder: Pa
     return total
 
 
-def _parts(state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[dict[str, Tensor]]:
+def _parts(source: str, state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[dict[str, Tensor]]:
     part: dict[str, Tensor] = {}
     size = 0
     for name, tensor in state.items():
@@ -183,7 +200,11 @@ def _parts(state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[dict[s
         try:
             ours = WEIGHT + our_name(name)
         except KeyError as error:
-            raise UsageError(f"{name} {tuple(tensor.shape)} has no place in our model: cannot be converted") from error
+            raise UsageError(
+                f"{source} has {name} {tuple(tensor.shape)}, which has no place in our model: it cannot be converted"
+            ) from error
+        if not is_finite(tensor):
+            raise UsageError(f"{source} has {name}, which is not finite: choose another model")
         if part and size + 4 * tensor.numel() > FILE_BYTES:
             yield part
             part, size = {}, 0
@@ -193,9 +214,13 @@ def _parts(state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[dict[s
 
 
 @contextmanager
-def _tokenizer(source: Source, bos: str | None, eos: str | None, lossy: bool) -> Iterator[Tokenizer]:
-    """The source's own tokenizer.json, else what transformers makes of its tokenizer."""
-    transformers = _transformers()
+def _tokenizer(chosen: str | None, model: Source, bos: str | None, eos: str | None, lossy: bool) -> Iterator[Tokenizer]:
+    """chosen: a file, or a source; None for that of the model: its own tokenizer.json, else what transformers makes of
+    its tokenizer."""
+    if chosen is not None and Path(chosen).is_file() and not chosen.endswith(".gguf"):
+        yield load_tokenizer(chosen, bos=bos, eos=eos, lossy=lossy or None)
+        return
+    source = model if chosen is None else _source(chosen)
     with tempfile.TemporaryDirectory() as folder:
         own = [] if source.gguf else [_cached(source, name) for name in ("tokenizer.json", "tokenizer_config.json")]
         if own and own[0] is not None:
@@ -203,11 +228,11 @@ def _tokenizer(source: Source, bos: str | None, eos: str | None, lossy: bool) ->
                 shutil.copyfile(path, Path(folder, path.name))
         else:
             try:
-                transformers.AutoTokenizer.from_pretrained(source.name, **source.options).save_pretrained(folder)
-            except FAILURES as error:
+                _transformers().AutoTokenizer.from_pretrained(source.name, **source.options).save_pretrained(folder)
+            except Exception as error:  # as in _loading
+                reason = error_line(error).split(". ")[0][:200]
                 raise UsageError(
-                    f"{source.name} has no tokenizer that transformers loads ({error_line(error)[:300]}): choose one "
-                    "with --tokenizer"
+                    f"{source.name} has no tokenizer that transformers loads ({reason}): choose one with --tokenizer"
                 ) from error
         try:
             found = load_tokenizer(folder, bos=bos, eos=eos, lossy=lossy or None)
@@ -235,7 +260,8 @@ def _largest_error(theirs: Any, checkpoint: Path) -> float:
     tokens = torch.randint(loaded.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     expected = theirs(input_ids=tokens, use_cache=False).logits.float()
     ours = loaded.model.logits(loaded.model(tokens)).float()
-    return float((ours - expected).abs().max() / expected.std())
+    difference = (ours - expected).abs().max()
+    return 0.0 if difference == 0 else float(difference / expected.std())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,7 +281,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m model.hub.convert", description=__doc__)
     parser.add_argument("source", type=str, help="a name on the hub, a folder, or a GGUF file")
     parser.add_argument("--output", type=str, required=True, help="a new run folder")
-    parser.add_argument("--tokenizer", type=str, default=None, help="a name or folder; default: the source's own")
+    parser.add_argument("--tokenizer", type=str, default=None, help="a file, folder or name; default: the source's own")
     parser.add_argument("--bos", type=str, default=None, help="text of the token before a document")
     parser.add_argument("--eos", type=str, default=None, help="text of the token behind a document")
     parser.add_argument("--lossy", action="store_true", help="take a tokenizer that changes texts")

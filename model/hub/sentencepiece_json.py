@@ -2,17 +2,18 @@
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from common.errors import UsageError
 from data.tokenizer import Tokenizer
-from data.tokenizers.interface import PROBES, SPACE_MARK
+from data.tokenizers.interface import CHUNK_CHARACTERS, PROBES, SPACE_MARK
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """The content of tokenizer.json, and the texts of bos and eos.
+    """The content of tokenizer.json, which puts bos first as documents have it, and the texts of bos and eos.
 
-    A U+2581 of a text, which tokenizer.json has no way to tell from a space, becomes a space there.
+    A U+2581 of a text, which tokenizer.json has no way to tell from a space, becomes a space there. Texts of more than
+    CHUNK_CHARACTERS are encoded whole there, so that ids may differ where they are cut here.
 
     Raises UsageError where ids differ: the model is not one that data.prepare trains.
     """
@@ -28,8 +29,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, str, str]:
     library.normalizer = normalizers.Replace(" ", SPACE_MARK)
     library.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
     library.add_special_tokens([AddedToken(pieces[i], special=True) for i in special])
+    bos = pieces[tokenizer.bos_id]
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+    )
     _check(tokenizer, library)
-    return library.to_str(pretty=True), pieces[tokenizer.bos_id], pieces[tokenizer.eos_id]
+    return library.to_str(pretty=True), bos, pieces[tokenizer.eos_id]
 
 
 def _merges(pieces: list[tuple[str, int]], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
@@ -48,7 +53,7 @@ def _check(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:
     library = tokenizers.Tokenizer.from_str(library.to_str())
     library.encode_special_tokens = True
     for probe in PROBES:
-        text = probe.replace(SPACE_MARK, "")
+        text = probe.replace(SPACE_MARK, "")[:CHUNK_CHARACTERS]
         found, expected = library.encode(text, add_special_tokens=False).ids, tokenizer.encode(text)
         if found != expected:
             same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))

@@ -78,7 +78,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
     else:
         content, bos, eos = tokenizer_json(tokenizer)
         write_file(folder / "tokenizer.json", content.encode())
-        settings |= {"bos_token": bos, "eos_token": eos}
+        settings |= {"bos_token": bos, "eos_token": eos, "split_special_tokens": True}  # names in a text are text
     write_json(folder / SETTINGS, settings, indent=2)
 
 
@@ -101,7 +101,8 @@ tags:
 
 A {config["model_type"]} language model with softmax attention, in {config["dtype"]}: {network.n_layers} layers of width
 {network.d_model}, {network.n_heads} query and {network.n_kv_heads} key/value heads of {network.head_size}, a vocabulary
-of {network.vocab_size:,}. It was trained on sequences of {meta["sequence_length"]:,} tokens.
+of {network.vocab_size:,}. It was trained on sequences of {meta["sequence_length"]:,} tokens. In
+training with this code each document begins with `bos_token` and ends with `eos_token`.
 
 **How it was made**: LongSplash (code version {meta.get("code_version", "unknown")}), {trained}.{source}
 

@@ -20,6 +20,7 @@ def command(error: BaseException) -> int:
     "error, code, line",
     [
         (ValueError("lr is\n  nan: expected a number"), 2, "error: lr is nan: expected a number"),
+        (ValueError("'a  b' comes back as 'a b'"), 2, "error: 'a  b' comes back as 'a b'"),
         (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied"),
         (argparse.ArgumentError(None, "unrecognized arguments: --x"), 2, "error: unrecognized arguments: --x"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),

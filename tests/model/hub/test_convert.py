@@ -1,18 +1,22 @@
 """From a folder of the hub to a run and back: the same logits and tokens, and one line for what cannot be."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model.export
 import model.hub.convert
+from common.files import read_json, write_json
 from data.tokenizer import load_tokenizer
+from data.tokenizers.training import train_tokenizer
 from model.checkpoint import resolve_checkpoint
-from model.config import ModelConfig
+from model.config import AttentionConfig, ModelConfig
 from model.loading import load_model
 from model.transformer import Transformer
 from tests.hub_tokenizers import END, byte_level, llama_2
@@ -100,6 +104,19 @@ def test_what_cannot_be_converted_is_one_line(
     small = tmp_path / "small"
     AutoModelForCausalLM.from_config(config("llama", vocab_size=300)).save_pretrained(small)
     save_tokenizer(small, byte_level([END]), bos_token=END, eos_token=END)
+    rope = dict(rope_type="linear", rope_theta=1e4, factor=0.0)
+    linear = changed(llama, tmp_path / "linear", rope_parameters=rope)
+    cut = changed(llama, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUFxxxx")
+    nan, silent_model = changed(llama, tmp_path / "nan"), changed(llama, tmp_path / "silent_model")
+    weights = load_file(nan / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
+    for path in silent_model.glob("tokenizer*"):
+        path.unlink()
+    run = save(tmp_path / "a run", 10, Transformer(CONFIG)).parent.parent
     cases = [
         (
             (tmp_path / "none", "--output", new),
@@ -113,22 +130,43 @@ def test_what_cannot_be_converted_is_one_line(
         ((llama, "--output", new, "--tokenizer", silent), "has no bos: "),
         ((llama, "--output", new, "--tokenizer", silent, "--bos", "<x>"), "--bos is '<x>', which is no token"),
         ((small, "--output", new), "expected at most the model's 300: choose another with --tokenizer"),
-        ((changed(llama, tmp_path / "gelu", hidden_act="gelu"), "--output", new), "hidden_act is 'gelu'"),
+        (
+            (changed(llama, tmp_path / "gelu", hidden_act="gelu"), "--output", new),
+            "hidden_act in config.json is",
+        ),
         ((changed(llama, tmp_path / "more", num_hidden_layers=4), "--output", new), "has missing keys, of 9 the first"),
         (
             (changed(llama, tmp_path / "less", num_hidden_layers=2), "--output", new),
             "has unexpected keys, of 9 the first",
         ),
-        ((changed(llama, tmp_path / "wide", vocab_size=500), "--output", new), "cannot be loaded by transformers"),
+        ((changed(llama, tmp_path / "wide", vocab_size=500), "--output", new), "has mismatched keys, of 2 the first"),
+        ((changed(llama, tmp_path / "other", model_type="gpt2"), "--output", new), "model_type is 'gpt2'"),
+        ((changed(llama, tmp_path / "heads", num_attention_heads=3), "--output", new), "cannot be loaded"),
+        ((changed(llama, tmp_path / "text", vocab_size="x"), "--output", new), "cannot be loaded"),
+        ((linear, "--output", new), "rope_scaling.factor"),
+        ((cut, "--output", new), "cannot be loaded by transformers"),
+        ((broken, "--output", new), "cannot be loaded by transformers"),
+        ((nan, "--output", new), "has model.norm.weight, which is not finite"),
+        ((silent_model, "--output", new), "has no tokenizer that transformers loads"),
+        ((run, "--output", new), "is a run of this code already"),
+        ((llama, "--output", llama / "run"), "is inside"),
+        ((small, "--output", tmp_path / "deep" / "er" / "run"), "expected at most the model's"),
     ]
     capsys.readouterr()
     for arguments, part in cases:
         assert convert(*arguments) == 2
         line = capsys.readouterr().err.strip()
         assert line.startswith("error: ") and part in line and "\n" not in line, (arguments, line)
-        assert not new.exists() and not list(tmp_path.glob(".new-*"))
+        assert not new.exists() and not list(tmp_path.glob(".new-*")) and not (tmp_path / "deep").exists()
     assert convert(llama, "--output", new, "--tokenizer", lossy, "--lossy") == 0
     assert load_tokenizer(load_model(new).tokenizer_path).lossy
+    moved = new.rename(tmp_path / "moved")
+    assert load_model(moved).tokenizer_path == str(moved / "tokenizer" / "tokenizer.json")
+    file = sources / "qwen2" / "tokenizer.json"
+    assert convert(llama, "--output", new, "--tokenizer", file) == 0
+    assert load_tokenizer(new).fingerprint == load_tokenizer(file).fingerprint
+    assert model.export.main([str(sources / "llama"), str(tmp_path / "x")]) == 2
+    assert "is a model of transformers: expected a run" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_reproduced_is_refused(
@@ -153,3 +191,30 @@ def test_entmax_models_are_none_of_transformers(tmp_path: Path, capsys: pytest.C
     line = capsys.readouterr().err
     assert line.startswith("error: ") and ("tokenizer" in line or "none of transformers' own" in line)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split_by_unicode_script", [True, False])
+def test_sentencepiece_is_written_as_tokenizer_json(split_by_unicode_script: bool, tmp_path: Path) -> None:
+    """Code, whose tokenizers have pieces of many spaces."""
+    texts = [path.read_text() for path in Path(model.hub.convert.__file__).parent.glob("*.py")]
+    train_tokenizer(
+        texts, 600, tmp_path / "t.model", sample_bytes=2**20, scan_bytes=2**20,
+        split_by_unicode_script=split_by_unicode_script,
+    )  # fmt: skip
+    ours = load_tokenizer(tmp_path / "t.model")
+    sizes: dict[str, Any] = dict(vocab_size=600, n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
+    network = ModelConfig(**sizes, positions="rope", attention=AttentionConfig(kind="softmax"))
+    folder = save(tmp_path / "run", 10, Transformer(network))
+    meta = read_json(folder / "complete.json", "")
+    meta["model"] = asdict(network)
+    meta["tokenizer"] = {"path": str(ours.path), "fingerprint": ours.fingerprint}
+    del meta["checksum"]
+    write_json(folder / "complete.json", meta)
+    model.export.export(folder, tmp_path / "out", torch.float32, layout="transformers")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, 600)
+    for text in (*texts, " a", "  x  ", "a\tb\n\n", "größer 漢字 \U0001f680 \0", "<s> hi</s> <unk><0x0A>", ""):
+        ids = theirs(text).input_ids
+        assert ids == [ours.bos_id, *ours.encode(text)]
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
