@@ -215,10 +215,11 @@ def _parts(source: str, state: Mapping[str, Tensor], network: ModelConfig) -> It
 
 @contextmanager
 def _tokenizer(chosen: str | None, model: Source, bos: str | None, eos: str | None, lossy: bool) -> Iterator[Tokenizer]:
-    """chosen: a file, or a source; None for that of the model: its own tokenizer.json, else what transformers makes of
-    its tokenizer."""
-    if chosen is not None and Path(chosen).is_file() and not chosen.endswith(".gguf"):
-        yield load_tokenizer(chosen, bos=bos, eos=eos, lossy=lossy or None)
+    """chosen: a file, a folder, a run or a source; None for that of the model: its own tokenizer.json, else what
+    transformers makes of its tokenizer."""
+    options: dict[str, Any] = {"bos": bos, "eos": eos, "lossy": lossy or None}
+    if chosen is not None and Path(chosen).exists() and not chosen.endswith(".gguf"):
+        yield _opened(chosen, chosen, options)
         return
     source = model if chosen is None else _source(chosen)
     with tempfile.TemporaryDirectory() as folder:
@@ -234,15 +235,19 @@ def _tokenizer(chosen: str | None, model: Source, bos: str | None, eos: str | No
                 raise UsageError(
                     f"{source.name} has no tokenizer that transformers loads ({reason}): choose one with --tokenizer"
                 ) from error
-        try:
-            found = load_tokenizer(folder, bos=bos, eos=eos, lossy=lossy or None)
-        except ValueError as error:  # which names options of data.prepare
-            line = error_line(error).replace(folder, source.name)
-            line = line.replace("tokenizer.lossy: true where the corpus is prepared", "--lossy")
-            for name in ("bos", "eos"):
-                line = line.replace(f"tokenizer.{name}", f"--{name}")
-            raise UsageError(line) from error
-        yield found
+        yield _opened(folder, source.name, options)
+
+
+def _opened(folder: str, shown: str, options: dict[str, Any]) -> Tokenizer:
+    """shown: the folder's name in messages, where options have the names of this command, not of data.prepare."""
+    try:
+        return load_tokenizer(folder, **options)
+    except (ValueError, FileNotFoundError) as error:
+        line = error_line(error).replace(folder, shown)
+        line = line.replace("tokenizer.lossy: true where the corpus is prepared", "--lossy")
+        for name in ("bos", "eos"):
+            line = line.replace(f"tokenizer.{name}", f"--{name}")
+        raise UsageError(line) from error
 
 
 def _cached(source: Source, name: str) -> Path | None:
@@ -281,7 +286,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m model.hub.convert", description=__doc__)
     parser.add_argument("source", type=str, help="a name on the hub, a folder, or a GGUF file")
     parser.add_argument("--output", type=str, required=True, help="a new run folder")
-    parser.add_argument("--tokenizer", type=str, default=None, help="a file, folder or name; default: the source's own")
+    parser.add_argument("--tokenizer", type=str, default=None, help="file, folder, run or name; default: the source's")
     parser.add_argument("--bos", type=str, default=None, help="text of the token before a document")
     parser.add_argument("--eos", type=str, default=None, help="text of the token behind a document")
     parser.add_argument("--lossy", action="store_true", help="take a tokenizer that changes texts")

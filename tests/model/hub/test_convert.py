@@ -165,6 +165,9 @@ def test_what_cannot_be_converted_is_one_line(
     file = sources / "qwen2" / "tokenizer.json"
     assert convert(llama, "--output", new, "--tokenizer", file) == 0
     assert load_tokenizer(new).fingerprint == load_tokenizer(file).fingerprint
+    assert convert(llama, "--output", tmp_path / "newer", "--tokenizer", new) == 0  # a run's
+    assert convert(llama, "--output", tmp_path / "x", "--tokenizer", tmp_path / "empty") == 2
+    assert "is a folder without tokenizer.json or tokenizer.model" in capsys.readouterr().err
     assert model.export.main([str(sources / "llama"), str(tmp_path / "x")]) == 2
     assert "is a model of transformers: expected a run" in capsys.readouterr().err
 
