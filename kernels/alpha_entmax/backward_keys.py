@@ -81,7 +81,7 @@ def add_key_gradients(
 ):  # fmt: skip
     """Adds ds^T q and p^T dO of the listed query tiles (KEYS: queries), STEP queries at a time. Tiles are
     [queries, keys], where what belongs to a query is two numbers a thread, or TRANSPOSED, where products need no second
-    transposition."""
+    transposition. Long as entmax_scan is."""
     PARTS: tl.constexpr = BM // STEP
     for n in tl.range(first_step, last_step, num_stages=STAGES):
         if KEYS:

@@ -101,18 +101,8 @@ def convert(
         folder = checkpoint_folder(aside, 0)
         folder.mkdir(parents=True)
         n_weights = _write_weights(source, theirs.state_dict(), network, folder)
-        meta = {
-            "step": 0,
-            "samples": 0,
-            "tokens": 0,
-            "model": asdict(network),
-            "tokenizer": {"path": str(output.resolve() / TOKENIZER / name), "fingerprint": chosen.fingerprint},
-            "sequence_length": length,
-            "source": source,
-            "code_version": code_version(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_complete(folder, meta)
+        said = {"path": str(output.resolve() / TOKENIZER / name), "fingerprint": chosen.fingerprint}
+        write_complete(folder, _meta(source, network, said, length))
         (aside / "network.yaml").write_text(yaml.safe_dump({"model": {"network": asdict(network)}}, sort_keys=False))
         error = _largest_error(theirs, folder)
         if not error <= TOLERANCE:
@@ -125,6 +115,21 @@ def convert(
         f"{length:,} tokens of context; logits within {error:.1e} of their spread",
         f"train with it: train.py --config {output / 'network.yaml'} --init_from {output} ...",
     ]
+
+
+def _meta(source: str, network: ModelConfig, tokenizer: dict[str, str], length: int) -> dict[str, Any]:
+    """As training writes it into a checkpoint's marker, of a run that has seen nothing."""
+    return {
+        "step": 0,
+        "samples": 0,
+        "tokens": 0,
+        "model": asdict(network),
+        "tokenizer": tokenizer,
+        "sequence_length": length,
+        "source": source,
+        "code_version": code_version(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _source(name: str) -> Source:
