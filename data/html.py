@@ -90,9 +90,8 @@ class HtmlTree(SourceTree):
 
 def reading_order(pages: dict[Path, Page]) -> list[Path]:
     """All pages, each once, as HtmlTree says. pages: by resolved path, in the order of their names."""
-    starts = sorted(pages, key=lambda path: _first(path, min(len(one.parts) for one in pages)))
     found: dict[Path, None] = {}
-    for start in [*starts[:1], *pages]:
+    for start in [min(pages, key=_first), *pages]:
         pending = [start]
         while pending:
             path = pending.pop()
@@ -102,10 +101,10 @@ def reading_order(pages: dict[Path, Page]) -> list[Path]:
     return list(found)
 
 
-def _first(path: Path, depth: int) -> tuple[int, int]:
-    """Least for the page that a reader would open. depth: parts of the paths that lie highest."""
+def _first(path: Path) -> tuple[int, int]:
+    """Least for the page that a reader would open: of the highest folder, by name."""
     name = path.stem.lower()
-    return len(path.parts) - depth, FIRST_PAGES.index(name) if name in FIRST_PAGES else len(FIRST_PAGES)
+    return len(path.parts), FIRST_PAGES.index(name) if name in FIRST_PAGES else len(FIRST_PAGES)
 
 
 def _target(page: Path, href: str) -> Path | None:

@@ -26,6 +26,7 @@ MARKER = "complete.json"
 TRAINER_STATE = "trainer.ckpt"
 STATE_FILE = "state-{:05d}.safetensors"
 EXPORT_CONFIG = "config.json"
+TOKENIZER_FOLDER = "tokenizer"  # of a converted run
 FORMAT = 2
 WEIGHT = "weight/"
 CHECKSUM = "xxh3_64"
@@ -69,8 +70,9 @@ class CheckpointInfo:
         where = f"tokenizer in {_marker(self.path)}"
         kinds = {"path": str, "fingerprint": str}
         said = check_keys(self.require(tokenizer=dict)["tokenizer"], kinds, where, way_out(self.path))
-        copy = self.path.parent.parent / "tokenizer" / Path(said["path"]).name
-        return {**said, "path": str(copy)} if copy.is_file() else said
+        copy = self.path.parent.parent / TOKENIZER_FOLDER / Path(said["path"]).name
+        in_run = self.path.parent.name == "checkpoints"
+        return {**said, "path": str(copy)} if in_run and copy.is_file() else said
 
     @property
     def architecture(self) -> ModelConfig:

@@ -26,6 +26,7 @@ from common.errors import UsageError, run_command
 from common.new_folder import check_new, written_aside
 from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, write_complete
 from model.hub.files import save_weights
+from model.hub.transformers_export import export_for_transformers
 from model.loading import stored_weights
 
 WRITTEN = ("format", "files", "tensors", "checksums", "checksum")  # by write_complete
@@ -55,8 +56,6 @@ def export(
     found, output = resolve_checkpoint(checkpoint), Path(output)
     check_output(found, output)
     if layout == "transformers":
-        from model.hub.transformers_export import export_for_transformers
-
         n_weights = export_for_transformers(found, output, dtype, shard_size)
     else:
         n_weights = _export(found, output, dtype, shard_size)

@@ -79,6 +79,10 @@ def _shared(
     )
 
 
+def _launch(q: Tensor, name: str) -> PassLaunch:
+    return pass_launch(name, padded_head_dim(q.shape[3]), q.dtype, q.device)
+
+
 class _Forward:
     """The three passes of a forward: scan, refine and sum run one after another. shared: arguments of all of them."""
 
@@ -122,9 +126,6 @@ class _Forward:
             **self.shared,
         )
 
-    def _launch(self, name: str) -> PassLaunch:
-        return pass_launch(name, self.shared["BD"], self.q.dtype, self.q.device)
-
     def _over_lists(self, launch: PassLaunch, counter: Tensor) -> tuple[int, dict[str, Any]]:
         """Programs and arguments of a pass over what the scan marked."""
         n_programs, n_tasks = self._programs(launch, 1)
@@ -152,7 +153,7 @@ class _Forward:
         )
 
     def refine(self, tolerance: float) -> None:
-        n_programs, arguments = self._over_lists(self._launch("refine"), self.counters[1:])
+        n_programs, arguments = self._over_lists(_launch(self.q, "refine"), self.counters[1:])
         rows = self.results.row_bits.numel() > 0
         marks = self.capacity * MARK_WORDS.value if self.keys else self.capacity // 32 + 2
         entmax_refine[(n_programs,)](
@@ -168,7 +169,7 @@ class _Forward:
         )
 
     def sum(self, v: Tensor) -> None:
-        results, launch = self.results, self._launch("sum")
+        results, launch = self.results, _launch(self.q, "sum")
         n_programs, arguments = self._over_lists(launch, self.counters[2:])
         entmax_sum[(n_programs,)](
             p_v=v,
@@ -263,9 +264,6 @@ class _Backward:
             **arguments,
         )
 
-    def _launch(self, name: str) -> PassLaunch:
-        return pass_launch(name, self.shared["BD"], self.q.dtype, self.q.device)
-
     def queries(self, out: Tensor, with_dalpha: bool) -> tuple[Tensor, Tensor]:
         """dq, and dalpha's part of each query tile, float32 (B, H, query tiles), empty unless with_dalpha."""
         batch, heads, n_blocks = *self.q.shape[:2], self.shared["n_blocks"]
@@ -273,7 +271,7 @@ class _Backward:
         dalpha = torch.empty((batch, heads, n_blocks) if with_dalpha else 0, dtype=torch.float32, device=self.q.device)
         self._run(
             entmax_backward_queries,
-            self._launch("backward_queries"),
+            _launch(self.q, "backward_queries"),
             batch * heads * n_blocks,
             self.n_key_blocks,
             p_counter=self.counters,
@@ -292,7 +290,7 @@ class _Backward:
     def keys(self) -> tuple[Tensor, Tensor]:
         """dk and dv, in memory that the lists of the pass over queries had, where they fit."""
         dk, dv, row_bits = torch.empty_like(self.k), torch.empty_like(self.v), self.lists.row_bits
-        launch = self._launch("backward_keys")
+        launch = _launch(self.q, "backward_keys")
         self._run(
             entmax_backward_keys,
             launch,

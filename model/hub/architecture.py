@@ -7,7 +7,13 @@ from typing import Any
 from common.errors import UsageError
 from model.config import AttentionConfig, ModelConfig, RopeScaling
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # transformers' model_type
+FAMILIES = {  # transformers' model_type and class
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
 # Keys of their configs that become ours
 REPRESENTED = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -137,12 +143,10 @@ def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float | N
     return over / under
 
 
-def config_of(
-    network: ModelConfig, training_length: int, bos_id: int | None = None, eos_id: int | None = None
-) -> dict[str, Any]:
-    """The content of a config.json of transformers for a softmax model.
+def config_of(network: ModelConfig, training_length: int) -> dict[str, Any]:
+    """The content of a config.json of transformers for a softmax model, without the ids of its bos and eos.
 
-    training_length: tokens of a training sequence. bos_id, eos_id: of its tokenizer.
+    training_length: tokens of a training sequence.
 
     Raises UsageError that names what no family has.
     """
@@ -163,9 +167,8 @@ def config_of(
         "tie_word_embeddings": network.tie_embeddings,
         "rope_parameters": _rope_parameters(network),
         "max_position_embeddings": _longest(network, training_length),
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": None,  # families have ids of their own
+        "architectures": [FAMILIES[family]],
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # families have ids of their own
     }
     if family == "mistral":
         content["sliding_window"] = network.window

@@ -32,7 +32,7 @@ from common.errors import UsageError, error_line, run_command
 from common.new_folder import check_new, written_aside
 from data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from data.tokenizers.copying import copy_tokenizer
-from model.checkpoint import STATE_FILE, WEIGHT, checkpoint_folder, share, write_complete
+from model.checkpoint import STATE_FILE, TOKENIZER_FOLDER, WEIGHT, checkpoint_folder, share, write_complete
 from model.checksums import is_finite
 from model.config import ModelConfig
 from model.hub.architecture import architecture_of
@@ -41,7 +41,6 @@ from model.loading import load_model
 from model.version import code_version
 
 INSTALL = "pip install -r requirements-hub.txt"
-TOKENIZER = "tokenizer"  # folder in the run
 FILE_BYTES = 4 * 2**30  # of a file of weights
 PROBE_TOKENS = 64
 TOLERANCE = 1e-4  # of logits, in their spread: float32's through tens of layers
@@ -95,13 +94,13 @@ def convert(
                     f"the tokenizer has {chosen.vocab_size} tokens, expected at most the model's {network.vocab_size}: "
                     "choose another with --tokenizer"
                 )
-            (aside / TOKENIZER).mkdir()
-            copy_tokenizer(chosen, aside / TOKENIZER)
-            name = find_tokenizer_file(aside / TOKENIZER).name
+            (aside / TOKENIZER_FOLDER).mkdir()
+            copy_tokenizer(chosen, aside / TOKENIZER_FOLDER)
+            name = find_tokenizer_file(aside / TOKENIZER_FOLDER).name
         folder = checkpoint_folder(aside, 0)
         folder.mkdir(parents=True)
         n_weights = _write_weights(source, theirs.state_dict(), network, folder)
-        said = {"path": str(output.resolve() / TOKENIZER / name), "fingerprint": chosen.fingerprint}
+        said = {"path": str(output.resolve() / TOKENIZER_FOLDER / name), "fingerprint": chosen.fingerprint}
         write_complete(folder, _meta(source, network, said, length))
         (aside / "network.yaml").write_text(yaml.safe_dump({"model": {"network": asdict(network)}}, sort_keys=False))
         error = _largest_error(theirs, folder)

@@ -21,14 +21,6 @@ from model.hub.sentencepiece_json import tokenizer_json
 from model.hub.weights import hub_name
 from model.loading import stored_weights
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
-
 
 def export_for_transformers(found: CheckpointInfo, output: Path, dtype: torch.dtype, shard_size: str) -> int:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
@@ -39,9 +31,10 @@ def export_for_transformers(found: CheckpointInfo, output: Path, dtype: torch.dt
     where the disk refuses.
     """
     network, length = found.architecture, found.require(sequence_length=int)["sequence_length"]
+    config = config_of(network, length)
     tokenizer = _tokenizer(found)
-    config = config_of(network, length, tokenizer.bos_id, tokenizer.eos_id)
-    config |= {"architectures": [ARCHITECTURES[config["model_type"]]], "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config["dtype"] = str(dtype).removeprefix("torch.")
     with written_aside(output) as aside:
         weights = {hub_name(name): tensor.to(dtype) for name, tensor in stored_weights(found).items()}
         save_weights(weights, aside, output, shard_size)
