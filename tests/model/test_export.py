@@ -98,3 +98,10 @@ def test_a_full_disk_leaves_nothing(
     line = capsys.readouterr().err.strip()
     assert ("No space left on device" if stage != "Ctrl-C" else "nothing is written") in line and "\n" not in line
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_above_an_export_is_not_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "t.model").write_bytes(b"another")
+    export(save(tmp_path / "run", 10, Transformer(CONFIG)), tmp_path / "models" / "mine", torch.float32)
+    assert load_model(tmp_path / "models" / "mine").tokenizer_path == "t.model"
