@@ -52,6 +52,7 @@ def attention_function(alpha: float, backend: str) -> Callable[..., tuple[Tensor
             visibility,
             alpha=alpha if head_alpha is None else head_alpha(),
             scale=scaling,
+            alibi_slopes=kwargs.get("alibi_slopes"),  # of longsplash.hub
             backend=backend,
         )
         return out[..., :width].transpose(1, 2).contiguous(), None

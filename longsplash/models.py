@@ -15,10 +15,11 @@ from kernels.common.arguments import check_alpha
 LOWEST, HIGHEST = 1.001, 2.0  # of a learned alpha; nearer to 1, float32 spoils the weights
 PARAMETER = "entmax_alpha.raw"  # as names in a state dict end
 OCCUPIED = ("eager", "sdpa", "flex_attention")
+DEFAULT_NAME = "entmax"
 _names: set[str] = set()  # that register was called with
 
 
-def register(alpha: float = 1.5, *, name: str = "entmax", backend: str = "auto") -> None:
+def register(alpha: float = 1.5, *, name: str = DEFAULT_NAME, backend: str = "auto") -> None:
     """Makes `attn_implementation=name` mean alpha-entmax attention in transformers, for each model that takes its
     attention from transformers' interface: `from_pretrained(..., attn_implementation="entmax")`, or
     `model.set_attn_implementation("entmax")` later. Called again it replaces what the name meant.
@@ -27,6 +28,9 @@ def register(alpha: float = 1.5, *, name: str = "entmax", backend: str = "auto")
     trained on before its outputs mean anything. Padding on either side, caches, `generate`, sliding windows, packed
     documents by position_ids, grouped-query heads and encoders are taken as transformers' own attention takes them; a
     padded token's own output is no meaningful number. docs/pip.md lists what is refused.
+
+    It also makes transformers' Auto classes load models that the recipe has trained with entmax (longsplash.hub); they
+    have their own alpha.
 
     Args:
         alpha: number in (1, 2], from 1.0001 on, of all heads; 1.5 is entmax-1.5, 2 is sparsemax. Modules that add_alpha
@@ -38,6 +42,12 @@ def register(alpha: float = 1.5, *, name: str = "entmax", backend: str = "auto")
     expected. The models raise ValueError for what entmax attention cannot represent: dropout while training, capped
     scores, attention sinks, position biases, masks of their own making, bidirectional windows, paged caches.
     """
+    register_attention(alpha, name=name, backend=backend)
+    import longsplash.hub  # noqa: F401 — registers
+
+
+def register_attention(alpha: float = 1.5, *, name: str = DEFAULT_NAME, backend: str = "auto") -> None:
+    """As register, without the models of longsplash.hub."""
     check_alpha(alpha, torch.float32, "attn_implementation='sdpa'")
     if isinstance(alpha, Tensor):
         raise TypeError("alpha must be a number, got a tensor; for an alpha per head call longsplash.add_alpha(model)")
@@ -55,6 +65,11 @@ def register(alpha: float = 1.5, *, name: str = "entmax", backend: str = "auto")
     AttentionInterface.register(name, attention_function(float(alpha), backend))
     AttentionMaskInterface.register(name, entmax_mask)
     _names.add(name)
+
+
+def registered_names() -> frozenset[str]:
+    """What attn_implementation can be for entmax attention."""
+    return frozenset(_names)
 
 
 class HeadAlpha(nn.Module):

@@ -100,6 +100,10 @@ class AttentionConfig:
     def is_entmax(self) -> bool:
         return self.kind in ("entmax", "asentmax")
 
+    def annealed(self, step: int) -> float:
+        """The share of the way from anneal_from to alpha that `step` optimizer steps have moved."""
+        return min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
+
 
 @dataclass
 class RopeScaling:

@@ -79,8 +79,7 @@ class Transformer(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Optimizer steps done, which decide how far attention.anneal_steps have moved alpha."""
-        steps = self.config.attention.anneal_steps
-        self.annealed = min(1.0, step / steps) if steps else 1.0
+        self.annealed = self.config.attention.annealed(step)
 
     def alpha_progress(self) -> Tensor | None:
         """A tensor, so that compiled blocks are not compiled again for each value; None when alpha has arrived."""

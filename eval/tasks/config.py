@@ -22,6 +22,8 @@ class TasksConfig:
         fewshot: Examples before each question; None for each task's own number.
         max_length: Window in tokens; None for the training length with rope and for no limit with other positions.
         too_long: What becomes of samples beyond the window: left out and counted, or refused.
+        add_bos_token: Each context begins with bos, as documents in training do. False: only one that would be empty,
+            as lm-eval's own models do it for tokenizers that add none, such as SmolLM2's.
         tokenizer: Where the recorded one has moved: its tokenizer.model or tokenizer.json, or a folder with it.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
@@ -38,6 +40,7 @@ class TasksConfig:
     fewshot: int | None = None
     max_length: int | None = None
     too_long: Literal["count", "refuse"] = "count"
+    add_bos_token: bool = True
     tokenizer: str | None = None
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

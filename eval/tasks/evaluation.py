@@ -119,8 +119,8 @@ def _measure_or_reuse(
     for task in tasks:
         bar.set_description(f"{subject.label}, {task.name}")
         settings = TaskSettings(
-            task.name, config.limit, config.fewshot, window, config.too_long == "refuse", precision,
-            config.row_tokens, config.batch_tokens, config.seed,
+            task.name, config.limit, config.fewshot, window, config.too_long == "refuse", config.add_bos_token,
+            precision, config.row_tokens, config.batch_tokens, config.seed,
         )  # fmt: skip
         kind = provenance.hardware(device)
         key = result_key(checkpoint.path, task.data_hash, settings, 0, kind, MEASURING)
@@ -158,6 +158,7 @@ def _open_model(
         runtime,
         window=window,
         refuse=config.too_long == "refuse",
+        add_bos_token=config.add_bos_token,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
         label=subject.label,

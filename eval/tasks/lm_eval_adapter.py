@@ -1,7 +1,8 @@
 """A checkpoint of this repository as a model of lm-eval (github.com/EleutherAI/lm-evaluation-harness).
 
-Every context starts with <bos>, as in training. Continuations are split from their contexts as lm-eval's own models do
-it: both are encoded together, and what lies behind the tokens of the context alone is the continuation.
+Every context starts with <bos>, as in training, unless add_bos_token is false. Continuations are split from their
+contexts as lm-eval's own models do it: both are encoded together, and what lies behind the tokens of the context alone
+is the continuation.
 
 A request that does not fit the window is never cut: it is either an error, or its sample is noted in `too_long`, the
 answer is NaN or an empty text, and who computes scores leaves that sample out and says so (eval/tasks/command.py).
@@ -36,6 +37,7 @@ class HarnessModel(LM):
         model: in eval mode, on the runtime's device.
         window: most tokens of a context with its continuation or its generated text; None for no limit.
         refuse: a request that does not fit is an error; otherwise it is counted in `too_long`.
+        add_bos_token: each context starts with <bos>; otherwise only one that would be empty does, and whole texts.
         batch_tokens: as in eval.generation.GenerationOptions.
         seed: of sampled texts.
         label: of the run, for progress bars.
@@ -52,6 +54,7 @@ class HarnessModel(LM):
         *,
         window: int | None,
         refuse: bool,
+        add_bos_token: bool,
         batch_tokens: int,
         seed: int,
         label: str,
@@ -59,7 +62,8 @@ class HarnessModel(LM):
         super().__init__()
         self._device = runtime.device
         self.model, self.codec, self.runtime, self.window = model, tokenizer, runtime, window
-        self.refuse, self.batch_tokens, self.seed, self.label = refuse, batch_tokens, seed, label
+        self.refuse, self.add_bos_token = refuse, add_bos_token
+        self.batch_tokens, self.seed, self.label = batch_tokens, seed, label
         self.too_long: dict[str, set[int]] = defaultdict(set)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -105,7 +109,7 @@ class HarnessModel(LM):
         for wanted, members in groups.items():
             options = self._options(json.loads(wanted))
             stops = [text for text in options.pop("until") if text]
-            prompts = {i: [self.codec.bos_id, *self.codec.encode(requests[i].args[0])] for i in members}
+            prompts = {i: self._begun(self.codec.encode(requests[i].args[0])) for i in members}
             fitting = [i for i in members if self._fits(requests[i], len(prompts[i]) + options["max_new_tokens"])]
             for index, text in zip(fitting, self._generate([prompts[i] for i in fitting], stops, options), strict=True):
                 answers[index] = text
@@ -114,14 +118,19 @@ class HarnessModel(LM):
     def _continuation(self, request: Instance) -> Context:
         context, continuation = request.args
         stem = context.rstrip()  # spaces at the end go with the continuation, where the tokenizer wants them
-        before = [self.codec.bos_id, *self.codec.encode(stem)]
-        whole = [self.codec.bos_id, *self.codec.encode(context + continuation)]
+        stem_tokens = self.codec.encode(stem)
+        before = self._begun(stem_tokens)
+        start = before[: len(before) - len(stem_tokens)]
+        whole = [*start, *self.codec.encode(context + continuation)]
         if len(whole) <= len(before):
             raise ValueError(
                 f"task {request.task_name}, sample {request.doc_id}: the continuation {continuation!r} has no token "
                 "of its own behind its context"
             )
         return _context(whole[: len(before)], whole[len(before) :])
+
+    def _begun(self, context: list[int]) -> list[int]:
+        return [self.codec.bos_id, *context] if self.add_bos_token or not context else context
 
     def _fits(self, request: Instance, tokens: int) -> bool:
         if self.window is None or tokens <= self.window:

@@ -37,7 +37,7 @@ class TaskSettings:
         limit: most documents, the first ones; None for all.
         fewshot: examples before each question; None for the task's own number.
         window: as in eval.tasks.lm_eval_adapter.HarnessModel.
-        refuse: as there.
+        refuse, add_bos_token: as there.
         seed: of few-shot examples and of sampled texts.
     """
 
@@ -46,6 +46,7 @@ class TaskSettings:
     fewshot: int | None
     window: int | None
     refuse: bool
+    add_bos_token: bool
     precision: str
     row_tokens: int
     batch_tokens: int

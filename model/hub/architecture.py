@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UsageError
+from longsplash.remote_code import AUTO_MAP, MODEL_TYPE
 from model.config import AttentionConfig, ModelConfig, RopeScaling
 
 FAMILIES = {  # transformers' model_type and class
@@ -143,22 +144,27 @@ def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float | N
     return over / under
 
 
-def config_of(network: ModelConfig, training_length: int) -> dict[str, Any]:
-    """The content of a config.json of transformers for a softmax model, without the ids of its bos and eos.
+def config_of(network: ModelConfig, training_length: int, annealed: float = 1.0) -> dict[str, Any]:
+    """The content of a config.json of transformers, without the ids of its bos and eos. An entmax model's is of
+    longsplash.hub, a softmax model's of one of FAMILIES.
 
-    training_length: tokens of a training sequence.
+    training_length: tokens of a training sequence. annealed: as in Transformer.
 
     Raises UsageError that names what no family has.
     """
-    family = _family(network)
-    heads = network.n_heads
-    content: dict[str, Any] = {
-        "model_type": family,
+    if network.attention.is_entmax:
+        return _shared(network, training_length) | _entmax(network, annealed)
+    return _shared(network, training_length) | _softmax(network)
+
+
+def _shared(network: ModelConfig, training_length: int) -> dict[str, Any]:
+    """What all families have."""
+    return {
         "vocab_size": network.vocab_size,
         "hidden_size": network.d_model,
         "intermediate_size": network.d_ff,
         "num_hidden_layers": network.n_layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": network.n_heads,
         "num_key_value_heads": network.n_kv_heads,
         "head_dim": network.head_size,
         "hidden_act": "silu",
@@ -167,9 +173,38 @@ def config_of(network: ModelConfig, training_length: int) -> dict[str, Any]:
         "tie_word_embeddings": network.tie_embeddings,
         "rope_parameters": _rope_parameters(network),
         "max_position_embeddings": _longest(network, training_length),
-        "architectures": [FAMILIES[family]],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # families have ids of their own
     }
+
+
+def _entmax(network: ModelConfig, annealed: float) -> dict[str, Any]:
+    attention = network.attention
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [AUTO_MAP["AutoModelForCausalLM"].split(".")[1]],
+        "auto_map": AUTO_MAP,
+        "sliding_window": network.window,
+        "alpha": attention.alpha,
+        "learn_alpha": attention.learn_alpha,
+        "alpha_min": attention.alpha_min,
+        "alpha_max": attention.alpha_max,
+        "alpha_from": attention.anneal_from,
+        "alpha_progress": annealed,
+        "adaptive_temperature": attention.kind == "asentmax",
+        "temperature_offset": attention.temperature_offset,
+        "temperature_range": attention.temperature_range,
+        "temperature_bias": attention.temperature_bias,
+        "positions": network.positions,
+        "nape_slopes": network.nape_slopes,
+        "nope_layers": network.nope_layers,
+        "qkv_bias": network.qkv_bias,
+        "qk_norm": network.qk_norm,
+    }
+
+
+def _softmax(network: ModelConfig) -> dict[str, Any]:
+    family = _family(network)
+    content: dict[str, Any] = {"model_type": family, "architectures": [FAMILIES[family]]}
     if family == "mistral":
         content["sliding_window"] = network.window
     elif network.window is not None:  # Qwen's
@@ -186,7 +221,7 @@ def _family(network: ModelConfig) -> str:
     if network.attention.kind != "softmax" or network.positions != "rope":
         raise UsageError(
             f"a model of attention.kind {network.attention.kind} and positions {network.positions} is none of "
-            "transformers' own: expected softmax and rope"
+            "transformers' own: expected softmax and rope, or an entmax kind"
         )
     if network.qkv_bias and network.head_size * network.n_heads != network.d_model:
         raise UsageError(

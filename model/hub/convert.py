@@ -81,11 +81,11 @@ def convert(
     reproduced; output is not new.
     """
     check_new(output, "--output")
-    asked = _source(source)
+    asked = find_source(source)
     if asked.gguf is None and Path(asked.name).is_dir() and output.resolve().is_relative_to(Path(asked.name).resolve()):
         raise UsageError(f"--output {output} is inside {source}: expected a folder elsewhere")
     network = architecture_of(_config(asked))  # before weights are fetched
-    theirs = _load(asked)
+    theirs = load_source(asked)
     length: int = theirs.config.max_position_embeddings
     with written_aside(output, "--output") as aside:
         with _tokenizer(tokenizer, asked, bos, eos, lossy) as chosen:
@@ -131,7 +131,7 @@ def _meta(source: str, network: ModelConfig, tokenizer: dict[str, str], length: 
     }
 
 
-def _source(name: str) -> Source:
+def find_source(name: str) -> Source:
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -168,7 +168,7 @@ def _config(source: Source) -> Any:
         return _transformers().AutoConfig.from_pretrained(source.name, **source.options)
 
 
-def _load(source: Source) -> Any:
+def load_source(source: Source) -> Any:
     """transformers' model, in float32."""
     with _loading(source):
         model, found = _transformers().AutoModelForCausalLM.from_pretrained(
@@ -225,7 +225,7 @@ def _tokenizer(chosen: str | None, model: Source, bos: str | None, eos: str | No
     if chosen is not None and Path(chosen).exists() and not chosen.endswith(".gguf"):
         yield _opened(chosen, chosen, options)
         return
-    source = model if chosen is None else _source(chosen)
+    source = model if chosen is None else find_source(chosen)
     with tempfile.TemporaryDirectory() as folder:
         own = [] if source.gguf else [_cached(source, name) for name in ("tokenizer.json", "tokenizer_config.json")]
         if own and own[0] is not None:

@@ -1,4 +1,4 @@
-"""Softmax models as folders that transformers loads: weights under its names, config.json, tokenizer, model card."""
+"""Models as folders that transformers loads: weights under its names, config.json, tokenizer, model card."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from common.new_folder import written_aside
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizers.hub_tokenizer import HubTokenizer
 from data.tokenizers.special_tokens import SETTINGS
+from longsplash.remote_code import CODE
 from model.checkpoint import CheckpointInfo
 from model.config import ModelConfig
 from model.hub.architecture import config_of
@@ -21,9 +22,12 @@ from model.hub.sentencepiece_json import tokenizer_json
 from model.hub.weights import hub_name
 from model.loading import stored_weights
 
+IMPORT = "import longsplash.hub  # its code: pip install .[hub] in a checkout of LongSplash\n"
+
 
 def export_for_transformers(found: CheckpointInfo, output: Path, dtype: torch.dtype, shard_size: str) -> int:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; that of an
+    entmax model after `import longsplash.hub`, or with trust_remote_code=True where longsplash is installed.
 
     found, output, dtype, shard_size: as in `model.export.export`; output is new.
 
@@ -31,7 +35,7 @@ def export_for_transformers(found: CheckpointInfo, output: Path, dtype: torch.dt
     where the disk refuses.
     """
     network, length = found.architecture, found.require(sequence_length=int)["sequence_length"]
-    config = config_of(network, length)
+    config = config_of(network, length, network.attention.annealed(found.step))
     tokenizer = _tokenizer(found)
     config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -39,6 +43,8 @@ def export_for_transformers(found: CheckpointInfo, output: Path, dtype: torch.dt
         weights = {hub_name(name): tensor.to(dtype) for name, tensor in stored_weights(found).items()}
         save_weights(weights, aside, output, shard_size)
         write_json(aside / "config.json", config, indent=2)
+        if network.attention.is_entmax:
+            shutil.copyfile(CODE, aside / CODE.name)
         _write_tokenizer(tokenizer, aside, length)
         write_file(aside / "README.md", _card(found, network, config).encode())
     return sum(map(torch.numel, weights.values()))
@@ -77,7 +83,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
 
 def _card(found: CheckpointInfo, network: ModelConfig, config: dict[str, Any]) -> str:
     """A model card: what it is and how it was made."""
-    meta = found.meta
+    meta, entmax = found.meta, network.attention.is_entmax
     source = f" Weights came from {meta['source']}." if "source" in meta else ""
     trained = (
         f"{meta['tokens']:,} tokens in {found.step:,} steps"
@@ -92,15 +98,15 @@ tags:
 ---
 # {found.path.parent.parent.name if found.path.parent.name == "checkpoints" else found.path.name}
 
-A {config["model_type"]} language model with softmax attention, in {config["dtype"]}: {network.n_layers} layers of width
-{network.d_model}, {network.n_heads} query and {network.n_kv_heads} key/value heads of {network.head_size}, a vocabulary
-of {network.vocab_size:,}. It was trained on sequences of {meta["sequence_length"]:,} tokens. In
+A {config["model_type"]} language model with {_attention(network)}, in {config["dtype"]}: {network.n_layers} layers of
+width {network.d_model}, {network.n_heads} query and {network.n_kv_heads} key/value heads of {network.head_size}, a
+vocabulary of {network.vocab_size:,}. It was trained on sequences of {meta["sequence_length"]:,} tokens. In
 training with this code each document begins with `bos_token` and ends with `eos_token`.
 
 **How it was made**: LongSplash (code version {meta.get("code_version", "unknown")}), {trained}.{source}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{IMPORT if entmax else ""}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
@@ -112,3 +118,15 @@ Its settings:
 {json.dumps(meta.get("settings", {}), indent=1, sort_keys=True)}
 ```
 """
+
+
+def _attention(network: ModelConfig) -> str:
+    """In words."""
+    attention = network.attention
+    if not attention.is_entmax:
+        return "softmax attention"
+    alpha = (
+        f"alpha per head learned from {attention.alpha:g} on" if attention.learn_alpha else f"alpha {attention.alpha:g}"
+    )
+    temperature = " and the adaptive temperature of ASEntmax (arXiv:2506.16640)" if attention.kind == "asentmax" else ""
+    return f"alpha-entmax attention ({alpha}){temperature}"

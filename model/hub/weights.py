@@ -1,4 +1,4 @@
-"""Names of weights: ours and those that Llama and its relatives have in transformers."""
+"""Names of weights: ours and those that Llama, its relatives and longsplash.hub have in transformers."""
 
 import re
 
@@ -14,6 +14,8 @@ INSIDE = {
     "attention.wo.": "self_attn.o_proj.",
     "attention.q_norm.": "self_attn.q_norm.",
     "attention.k_norm.": "self_attn.k_norm.",
+    "attention.alpha.": "self_attn.entmax_alpha.",
+    "attention.temperature.": "self_attn.temperature.",
     "feed_forward.w_gate.": "mlp.gate_proj.",
     "feed_forward.w_up.": "mlp.up_proj.",
     "feed_forward.w_down.": "mlp.down_proj.",

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from data.tokenizer import Tokenizer
 from model.checkpoint import (
     Unreadable,
     checkpoint_folder,
@@ -22,7 +23,7 @@ from model.transformer import Transformer
 CONFIG = ModelConfig(vocab_size=50, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24)
 
 
-def save(run, step: int, model: Transformer, complete: bool = True):
+def save(run, step: int, model: Transformer, complete: bool = True, tokenizer: Tokenizer | None = None):
     folder = checkpoint_folder(run, step)
     folder.mkdir(parents=True)
     save_file({f"weight/{k}": v for k, v in model.state_dict().items()}, folder / "state-00000.safetensors")
@@ -31,10 +32,12 @@ def save(run, step: int, model: Transformer, complete: bool = True):
         step=step,
         samples=step,
         tokens=step,
-        model=dataclasses.asdict(CONFIG),
+        model=dataclasses.asdict(model.config),
         tokenizer=dict(path="t.model", fingerprint="abc"),
         sequence_length=32,
     )
+    if tokenizer is not None:
+        meta["tokenizer"] = dict(path=str(tokenizer.path), fingerprint=tokenizer.fingerprint)
     if complete:
         write_complete(folder, meta)
     return folder

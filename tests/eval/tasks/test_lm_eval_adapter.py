@@ -124,11 +124,14 @@ MakeModel = Callable[..., HarnessModel]
 
 @pytest.fixture
 def make(network: Transformer, tokenizer: Tokenizer) -> MakeModel:
-    def make(window: int | None = LENGTH, refuse: bool = False, row_tokens: int = 300) -> HarnessModel:
+    def make(
+        window: int | None = LENGTH, refuse: bool = False, row_tokens: int = 300, bos: bool = True
+    ) -> HarnessModel:
         runtime = Runtime(torch.device("cpu"), None, row_tokens)
         return HarnessModel(
-            network, tokenizer, runtime, window=window, refuse=refuse, batch_tokens=600, seed=0, label="test"
-        )
+            network, tokenizer, runtime, window=window, refuse=refuse, add_bos_token=bos, batch_tokens=600, seed=0,
+            label="test",
+        )  # fmt: skip
 
     return make
 
@@ -144,8 +147,12 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def test_loglikelihoods_are_those_of_lm_evals_own_model(theirs: HFLM, make: MakeModel) -> None:
-    found = make().loglikelihood(requests("loglikelihood", *PAIRS))
+@pytest.mark.parametrize("bos", [True, False])
+def test_loglikelihoods_are_those_of_lm_evals_own_model(
+    bos: bool, make_theirs: Callable[[bool], HFLM], make: MakeModel
+) -> None:
+    theirs = make_theirs(bos)
+    found = make(bos=bos).loglikelihood(requests("loglikelihood", *PAIRS))
     wanted = theirs.loglikelihood(requests("loglikelihood", *PAIRS))
     for pair, (ours, greedy), (reference, reference_greedy) in zip(PAIRS, found, wanted, strict=True):
         assert ours == pytest.approx(reference, abs=AGREEMENT), pair
@@ -166,7 +173,9 @@ def test_rolling_loglikelihoods_are_those_of_lm_evals_own_model(
     assert whole[0] == pytest.approx(found[0], abs=AGREEMENT) and abs(whole[1] - found[1]) > 1  # more text before
 
 
-def test_generated_texts_are_those_of_lm_evals_own_model(theirs: HFLM, make: MakeModel) -> None:
+def test_generated_texts_are_those_of_lm_evals_own_model(
+    theirs: HFLM, make_theirs: Callable[[bool], HFLM], make: MakeModel
+) -> None:
     contexts = ["def value", "self.items = range(", "é" * 40, ""]
     free = {"until": [], "max_gen_toks": 24, "do_sample": False, "temperature": 1}
     plain = make().generate_until(requests("generate_until", *((text, free) for text in contexts)))
@@ -176,6 +185,9 @@ def test_generated_texts_are_those_of_lm_evals_own_model(theirs: HFLM, make: Mak
     several = [(text, kwargs) for kwargs in (free, stopped, {**free, "max_gen_toks": 3}) for text in contexts[:3]]
     found = make().generate_until(requests("generate_until", *several))
     assert found == theirs.generate_until(requests("generate_until", *several))
+    bare = make(bos=False).generate_until(requests("generate_until", *((text, free) for text in contexts)))
+    assert bare[:3] == make_theirs(False).generate_until(requests("", *((text, free) for text in contexts[:3])))
+    assert bare != plain and bare[3] == plain[3]
     assert found[:3] == plain[:3] and found[3] == plain[0][: plain[0].index(stop)] and len(found[6]) < len(plain[0])
 
 

@@ -1,7 +1,6 @@
 """From a folder of the hub to a run and back: the same logits and tokens, and one line for what cannot be."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model.export
 import model.hub.convert
-from common.files import read_json, write_json
 from data.tokenizer import load_tokenizer
 from data.tokenizers.training import train_tokenizer
 from model.checkpoint import resolve_checkpoint
@@ -188,14 +186,6 @@ def test_a_model_that_is_not_reproduced_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_entmax_models_are_none_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path / "run", 10, Transformer(CONFIG))
-    assert model.export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--format", "transformers"]) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: a model of attention.kind asentmax and positions nape is none of transformers' own")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("split_by_unicode_script", [True, False])
 def test_sentencepiece_is_written_as_tokenizer_json(split_by_unicode_script: bool, tmp_path: Path) -> None:
     """Code, whose tokenizers have pieces of many spaces."""
@@ -207,12 +197,7 @@ def test_sentencepiece_is_written_as_tokenizer_json(split_by_unicode_script: boo
     ours = load_tokenizer(tmp_path / "t.model")
     sizes: dict[str, Any] = dict(vocab_size=600, n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
     network = ModelConfig(**sizes, positions="rope", attention=AttentionConfig(kind="softmax"))
-    folder = save(tmp_path / "run", 10, Transformer(network))
-    meta = read_json(folder / "complete.json", "")
-    meta["model"] = asdict(network)
-    meta["tokenizer"] = {"path": str(ours.path), "fingerprint": ours.fingerprint}
-    del meta["checksum"]
-    write_json(folder / "complete.json", meta)
+    folder = save(tmp_path / "run", 10, Transformer(network), tokenizer=ours)
     model.export.export(folder, tmp_path / "out", torch.float32, layout="transformers")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, 600)
