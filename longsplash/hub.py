@@ -93,7 +93,8 @@ class EntmaxAlpha(nn.Module):
 
     def forward(self) -> float | Tensor:
         """float32 (H,), or one number for all heads, for which the kernels have faster instructions."""
-        config, alpha = self.config, self.config.alpha
+        config = self.config
+        alpha: float | Tensor = config.alpha
         if self.alpha_raw is not None:
             share = (alpha - config.alpha_min) / (config.alpha_max - config.alpha_min)
             learned = torch.sigmoid(self.alpha_raw.float() + math.log(share / (1 - share)))
@@ -111,7 +112,8 @@ class AdaptiveTemperature(nn.Module):
         self.config = config
         n_scaled = config.num_attention_heads - config.n_alibi_heads
         self.beta = nn.Linear(config.hidden_size, n_scaled)
-        self.beta.bias_start = config.temperature_bias  # transformers calls _init_weights where parameters are
+        # transformers calls _init_weights for modules that hold parameters themselves
+        self.beta.bias_start = config.temperature_bias  # type: ignore[assignment]
         self.gamma = nn.Linear(config.hidden_size, n_scaled)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ class LongSplashPreTrainedModel(mistral.MistralPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "bias_start"):
-            nn.init.constant_(module.bias, module.bias_start)
+            nn.init.constant_(module.bias, module.bias_start)  # type: ignore[arg-type]
         if isinstance(module, EntmaxAlpha) and module.alpha_raw is not None:
             nn.init.zeros_(module.alpha_raw)
 
