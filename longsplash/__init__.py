@@ -13,7 +13,8 @@ of keys, for prefill.
 
 from kernels import block_sparse_softmax_attention as block_sparse_attention
 from kernels import entmax, entmax_attention
-from longsplash.models import add_alpha, load_alpha, register
+from longsplash.models import add_alpha, load_alpha
+from longsplash.registering import register
 
 __version__ = "0.1.0"
 

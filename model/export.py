@@ -5,8 +5,8 @@
 
 OUTPUT gets model.safetensors (in parts with model.safetensors.index.json where it is large) and config.json: the
 architecture, the tokenizer's path and fingerprint, the training length. `model.loading.load_model` and eval.run
-read it. With --format transformers it is a model of transformers' own, which `AutoModelForCausalLM` and `AutoTokenizer`
-load without this code.
+read it. With --format transformers `AutoModelForCausalLM` and `AutoTokenizer` load it: a softmax model without this
+code, an entmax model after `import longsplash.hub`.
 """
 
 from common.interrupts import end_on_ctrl_c
@@ -104,7 +104,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights")
     parser.add_argument(
         "--format", choices=get_args(Layout), default="longsplash",
-        help="transformers: a softmax model with rotary positions, its tokenizer and a model card",
+        help="transformers: what AutoModelForCausalLM loads, with tokenizer and card; softmax needs positions rope",
     )  # fmt: skip
     return parser
 

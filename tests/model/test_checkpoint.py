@@ -188,7 +188,9 @@ def test_what_cannot_be_opened_is_told_apart_from_what_is_gone(tmp_path) -> None
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path) -> None:
-    folder = save(tmp_path, 10, Transformer(dataclasses.replace(CONFIG, d_ff=32)))
+    other = Transformer(dataclasses.replace(CONFIG, d_ff=32))
+    other.config = CONFIG  # what is recorded
+    folder = save(tmp_path, 10, other)
     with pytest.raises(ValueError, match="weights do not fit"):
         load_model(folder)
 

@@ -158,7 +158,7 @@ def network(**options: Any) -> ModelConfig:
     ("options", "message"),
     [
         (dict(positions="nape"), "attention.kind softmax and positions nape is none of transformers' own"),
-        (dict(attention=AttentionConfig(kind="entmax")), "attention.kind entmax and positions rope is none"),
+        (dict(attention=AttentionConfig(kind="ssmax")), "attention.kind ssmax and positions rope is none"),
         (dict(qkv_bias=True, qk_norm=True), "a model with qkv_bias and qk_norm is none of transformers' own"),
         (dict(nope_layers=[0], window=5), "a model with nope_layers and window is none"),
         (dict(qkv_bias=True, head_dim=16), "head_dim is 16 with qkv_bias"),
