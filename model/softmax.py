@@ -54,6 +54,8 @@ def softmax_attention(
         return _varlen(q, k, v, cu_seqlens, max_seqlen, window)
     if cu_seqlens is None:
         return _dense(q, k, v, alibi_slopes, window)
+    if q.is_cuda:
+        return _in_batches(q, k, v, cu_seqlens, alibi_slopes, window)
     bounds = cu_seqlens.tolist()
     parts = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
@@ -61,6 +63,31 @@ def softmax_attention(
             document = slice(start, stop)
             parts.append(_dense(q[:, :, document], k[:, :, document], v[:, :, document], alibi_slopes, window))
     return torch.cat(parts, dim=2)
+
+
+def _in_batches(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, alibi_slopes: Tensor | None, window: int | None
+) -> Tensor:
+    """Documents of similar length (up to twice) as the padded rows of one call: one by one, hundreds of short ones take
+    the host longer to launch than the GPU to run."""
+    bounds = cu_seqlens.tolist()
+    batches: dict[int, list[int]] = {}
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if stop > start:
+            batches.setdefault((stop - start - 1).bit_length(), []).extend((start, stop))
+    parts, order = [], []
+    for ends in batches.values():
+        starts, stops = torch.tensor(ends, device=q.device).view(-1, 2).unbind(1)
+        longest = max(stop - start for start, stop in zip(ends[::2], ends[1::2], strict=True))
+        token = starts[:, None] + torch.arange(longest, device=q.device)  # [documents, longest]
+        real = token < stops[:, None]
+        rows = token.clamp(max=q.shape[2] - 1)
+        # what pads a row stands behind its tokens, which do not see it
+        padded_q, padded_k, padded_v = (x[0][:, rows].transpose(0, 1) for x in (q, k, v))
+        out = _dense(padded_q, padded_k, padded_v, alibi_slopes, window)
+        parts.append(out.transpose(0, 1)[:, real])
+        order.append(token[real])
+    return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()][None]
 
 
 def uses_flex(device: torch.device, cu_seqlens: Tensor | None, alibi_slopes: Tensor | None, window: int | None) -> bool:
