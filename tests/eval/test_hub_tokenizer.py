@@ -61,7 +61,15 @@ def test_lm_eval(run: Path) -> None:
     loaded, tokenizer = load_model(run), open_tokenizer(find_subjects([str(run)])[0].checkpoint, None)
     runtime = Runtime(torch.device("cpu"), None, 300)
     model = HarnessModel(
-        loaded.model, tokenizer, runtime, window=None, refuse=True, batch_tokens=600, seed=0, label="test"
+        loaded.model,
+        tokenizer,
+        runtime,
+        window=None,
+        refuse=True,
+        add_bos_token=True,
+        batch_tokens=600,
+        seed=0,
+        label="test",
     )
     text = "value items é"
     whole = model.loglikelihood([Instance("loglikelihood", {}, ("", text), 0, ("task", 0, 1))])[0][0]  # type: ignore[arg-type]
