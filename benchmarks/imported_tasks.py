@@ -2,8 +2,8 @@
 
     python -m benchmarks.imported_tasks runs/smollm2 HuggingFaceTB/SmolLM2-135M --limit 500 --output results/imported
 
-SOURCE is what the run was converted from. Both are float32, and neither adds <bos> to a context, which is lm-eval's
-default for tokenizers that add none. The table has each task's metrics by both and how many samples differ;
+SOURCE is what the run was converted from. Both are float32; contexts begin with <bos> if the original's tokenizer puts
+it there, which SmolLM2's does not. The table has each task's metrics by both and how many samples differ;
 samples.json has every sample's value. Ends with code 1 where a sample differs.
 """
 
@@ -43,7 +43,7 @@ EQUAL = 1e-3  # of a sample's log-likelihood in nats: float32's through tens of 
 
 
 class Original(HFLM):
-    """lm-eval's own model, with the attribute that eval.tasks.results.measure reads; it cuts what is too long."""
+    """lm-eval's own model, with the attribute that eval.tasks.results.measure reads."""
 
     too_long: dict[str, set[int]] = defaultdict(set)
 
@@ -84,15 +84,19 @@ def original(source: Source, device: torch.device) -> Original:
     return Original(model, tokenizer=tokenizer, batch_size=64, device=str(device), dtype=torch.float32)
 
 
-def imported(run: str, tokenizer: str | None, device: torch.device) -> HarnessModel:
+def adds_bos(model: Original) -> bool:
+    return bool(model.tok_encode("a")[0] == model.tokenizer.bos_token_id)
+
+
+def imported(run: str, tokenizer: str | None, add_bos_token: bool, device: torch.device) -> HarnessModel:
     (subject,) = find_subjects([run])
     return HarnessModel(
         load_model(subject.checkpoint.path, device).model,
         open_tokenizer(subject.checkpoint, tokenizer),
         Runtime(device, None, ROW_TOKENS),
-        window=None,
-        refuse=True,
-        add_bos_token=False,
+        window=subject.checkpoint.require(sequence_length=int)["sequence_length"],
+        refuse=True,  # lm-eval's own model would cut it
+        add_bos_token=add_bos_token,
         batch_tokens=BATCH_TOKENS,
         seed=0,
         label=subject.label,
@@ -130,8 +134,9 @@ def main(arguments: list[str]) -> int:
     device, source = choose_device(options.device), find_source(options.source)
     config = TasksConfig(tasks=options.tasks, limit=options.limit)
     tasks = load_tasks(config.tasks, config.source, None, [], config.limit)
-    ours = measured(imported(options.run, options.tokenizer, device), tasks, config.limit)
-    theirs = measured(original(source, device), tasks, config.limit)
+    other = original(source, device)
+    ours = measured(imported(options.run, options.tokenizer, adds_bos(other), device), tasks, config.limit)
+    theirs = measured(other, tasks, config.limit)
     rows = [row for pair in zip(ours, theirs, strict=True) for row in compare(*pair)]
     lines = table(rows)
     print("\n".join(lines))
