@@ -41,8 +41,9 @@ class LanguageModule(LightningModule):
         loss_backend: "auto" (liger-kernel on CUDA where installed, else chunked), "liger" or "chunked".
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
         compile: compile each block with torch.compile.
-        activation_checkpointing: "none" keeps all activations for backward, "full" only each block's input and
-            recomputes the rest, "offload" keeps these inputs in CPU memory.
+        activation_checkpointing: "none" keeps all activations for backward; "full" each block's input and entmax's
+            thresholds, and recomputes the rest; "selective" attention's output too; "offload" is full with the blocks'
+            inputs in CPU memory.
         mlp_tile_tokens: tokens for which the feed-forward layer's inner activations exist at one time; 0 for all.
         cuda_graphs: replay forward and backward as CUDA graphs: for small models on one device, whose batches have one
             shape (data.task). The loss backend is the chunked one.
@@ -85,7 +86,7 @@ class LanguageModule(LightningModule):
         self.graphed_loss = GraphedLoss(self.model, self.loss_sum) if cuda_graphs else None
         tile_feed_forward(self.model.layers(), mlp_tile_tokens)
         if activation_checkpointing != "none":
-            checkpoint_blocks(self.model.blocks)
+            checkpoint_blocks(self.model.blocks, activation_checkpointing)
         if compile:
             self.model.compile_blocks()
 

@@ -77,7 +77,7 @@ def make(case: Case) -> Transformer:
 
 def transform(model: Transformer, case: Case) -> None:
     if case.keys() & {"checkpointed", "offloaded", "compiled_checkpointed"}:
-        checkpoint_blocks(model.blocks)
+        checkpoint_blocks(model.blocks, "full")
     if "tiled" in case:
         tile_feed_forward(model.layers(), 10)
     if case.keys() & {"compiled", "compiled_checkpointed"}:

@@ -1,5 +1,6 @@
 """What the forward pass keeps for backward, against what training keeps."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,12 +8,18 @@ import pytest
 import torch
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
 
+import kernels.alpha_entmax.results
 import model.transformer
 import training.module
+import training.step.activations
 from model.attention import make_metadata
 from model.sequence_parallel import SequenceShards
+from tests.kernels.helpers import needs_triton
 from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make
+from training.memory.activations import kept_of_attention
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
 from training.module import LanguageModule
@@ -44,6 +51,22 @@ def compile_without_inductor(module: LanguageModule) -> None:
         block.compile(backend="aot_eager_decomp_partition")
 
 
+def kept_results(patch: pytest.MonkeyPatch) -> Callable[[], list[Tensor]]:
+    """The results of operators that checkpointed blocks have kept by themselves, of eager blocks."""
+    storages: list[dict[Any, Any]] = []
+
+    def recorded(*given: Any) -> Any:
+        contexts = selective_contexts(*given)
+        storages.append(contexts[0].storage)  # type: ignore[attr-defined]
+        return contexts
+
+    patch.setattr(training.step.activations, "selective_contexts", recorded)
+    # tracing leaves fake ones behind
+    return lambda: [
+        x.val for one in storages for x in tree_leaves(dict(one)) if type(getattr(x, "val", None)) is Tensor
+    ]
+
+
 def measured_activations(module: LanguageModule, setup: Setup) -> int:
     saved, data = Saved(module), batch(setup.sequence_parallel)
 
@@ -55,7 +78,10 @@ def measured_activations(module: LanguageModule, setup: Setup) -> int:
 
     with saved, autocast(setup.precision), pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.transformer, "make_metadata", recorded)
+        kept = kept_results(patch)
         module.training_step(data, 0)
+    for x in kept():
+        saved.pack(x)
     return saved.bytes + data["tokens"].nbytes + data["labels"].nbytes
 
 
@@ -69,12 +95,35 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize(("name", "mode"), [("asentmax-nape", "none"), ("asentmax-nape", "tiled")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("asentmax-nape", "none"),
+        ("asentmax-nape", "tiled"),
+        ("asentmax-nape", "selective"),
+        ("softmax-rope", "selective"),
+    ],
+)
 def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
     module, setup = make(MODELS[name], precision, **MODES[mode])
     compile_without_inductor(module)
     found = measured_activations(module, setup)
     assert estimate(replace(setup, compiled=True)).lasting["activations"].bytes == pytest.approx(found, rel=0.03)
+
+
+class TestKeptOfAttention:
+    pytestmark = needs_triton
+
+    @pytest.mark.parametrize("mode", ["full", "selective"])
+    def test_by_triton(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels.alpha_entmax.results, "SHORTEST_KEY_LIST", 0)  # single keys' bits too
+        network = MODELS["asentmax-nape"]
+        network = replace(network, n_layers=1, attention=replace(network.attention, backend="triton"))
+        module, setup = make(network, activation_checkpointing=mode)
+        kept = kept_results(monkeypatch)
+        module.training_step(batch(), 0)
+        found = sum(x.nbytes for x in kept())
+        assert kept_of_attention(replace(setup, cuda=True)) == pytest.approx(found, rel=0.02) and found > 0
 
 
 def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
@@ -105,7 +154,8 @@ def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("heads", "mode", "compiled"), [((4, 2), "none", False), ((4, 1), "none", False), ((4, 2), "full", True)]
+    ("heads", "mode", "compiled"),
+    [((4, 2), "none", False), ((4, 1), "none", False), ((4, 2), "full", True), ((4, 2), "selective", True)],
 )
 def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int], mode: str, compiled: bool) -> None:
     """One rank of two, whose partner's part of each exchange is made up."""
