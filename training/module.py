@@ -16,10 +16,11 @@ from model.transformer import Transformer
 from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
 from training.faults.step_guard import StepGuard
-from training.step.activations import ActivationCheckpointing, KeepOnHost, checkpoint_blocks, tile_feed_forward
+from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
+from training.step.recomputation import checkpoint_blocks
 
 Batch = dict[str, Any]
 

@@ -119,6 +119,7 @@ def test_compile_reaches_checkpointed_blocks(mode: str) -> None:
         graphs.append(graph)
         return graph
 
+    torch._dynamo.reset()  # or blocks stay eager past so many tests
     module = make_module(activation_checkpointing=mode, mlp_tile_tokens=10)
     for block in module.model.blocks:
         block.compile(backend=backend)

@@ -3,59 +3,18 @@ what is expensive to compute again."""
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
 
-from model.recomputation import ATTENTION, THRESHOLDS
 from model.transformer import Block
 
 ActivationCheckpointing = Literal["none", "selective", "full", "offload"]
 SMALL_ELEMENTS = 2**18  # so few are not worth another piece
 COPIES_UNDER_WAY = 2  # of blocks' inputs, which are on the device that long
-
-
-def checkpoint_blocks(blocks: Iterable[nn.Module], mode: ActivationCheckpointing) -> None:
-    """Recompute each block's activations in backward, from its input and entmax's thresholds or, where mode is
-    "selective", attention's output too. There is no randomness inside, so no RNG state is kept."""
-    for block in blocks:
-        assert isinstance(block, Block)
-        options: dict[str, Any] = {}
-        if mode == "selective":
-            options["context_fn"] = _keep_attention
-        elif block.attention.alpha is not None:
-            options["context_fn"] = _keep_thresholds
-        block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
-
-
-def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
-    # a function of this file: torch.compile passes over a functools.partial of torch's own function without a word
-    def checkpointed(*args: Any) -> Tensor:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)  # type: ignore[no-any-return]
-
-    return checkpointed
-
-
-def _policy(kept: tuple[Any, ...], context: SelectiveCheckpointContext, operator: Any, *_: Any, **__: Any) -> Any:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_thresholds() -> Any:
-    return selective_contexts(functools.partial(_policy, THRESHOLDS))
-
-
-def _keep_attention() -> Any:
-    return selective_contexts(functools.partial(_policy, ATTENTION))
-
-
-# part of the key of compiled graphs on disk, which torch keeps none of without it
-_keep_thresholds.cache_hash = str([operator.name() for operator in THRESHOLDS])  # type: ignore[attr-defined]
-_keep_attention.cache_hash = str([operator.name() for operator in ATTENTION])  # type: ignore[attr-defined]
 
 
 def tile_feed_forward(blocks: list[Block], tokens: int) -> None:

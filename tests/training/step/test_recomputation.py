@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.alpha_entmax.launches
 from model.config import AttentionConfig, ModelConfig
-from model.recomputation import ATTENTION
+from model.kept_operators import ATTENTION
 from tests.kernels.helpers import DEVICE, needs_cuda, needs_triton
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
@@ -52,10 +52,12 @@ def gradients(module: nn.Module, documents: bool) -> dict[str, Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], error: float) -> None:
+    """error: relative, of norms."""
     assert found.keys() == expected.keys() and found
     for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+        difference = (found[name] - gradient).norm()
+        assert difference <= error * gradient.norm(), f"{name}: {difference / gradient.norm():.1e}"
 
 
 @pytest.fixture
@@ -91,7 +93,8 @@ class TestThresholds:
         passes.clear()
         found = gradients(make_module(mode, compiler, attention), documents=True)
         assert passes == {"scan": LAYERS, "refine": LAYERS, "sum": LAYERS * (1 if mode == "selective" else 2)}
-        assert_same(found, expected)
+        # to the bit, but for Inductor, which rounds to bfloat16 elsewhere in a graph that computes a block again
+        assert_near(found, expected, 1e-2 if compiler == "inductor" else 0)
 
 
 class Counted(TorchDispatchMode):
@@ -127,10 +130,10 @@ def test_selective_computes_attention_once(kind: str, documents: bool, compiler:
             found[mode] = gradients(module, documents)
         counts[mode] = counted.count
     assert counts["full"] == 2 * counts["none"] and counts["selective"] == counts["none"] >= LAYERS
-    for mode in ("selective", "full"):
-        for name, gradient in found["none"].items():  # compiled, sums of gradients may come in another order
-            error = (found[mode][name] - gradient).norm() / gradient.norm()
-            assert error <= (0 if compiler == "eager" else 1e-5 if DEVICE == "cpu" else 1e-2), (mode, name)
+    # compiled, sums of gradients may come in another order
+    error = {"eager": 0, "inductor": 1e-2}.get(compiler, 1e-5)
+    assert_near(found["selective"], found["none"], error)
+    assert_near(found["full"], found["none"], error)
 
 
 @needs_cuda
