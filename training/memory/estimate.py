@@ -54,7 +54,7 @@ def estimate(setup: Setup) -> Estimate:
     formula = {"none": "L x one block, ", "offload": ""}.get(mode, "L n C r, ")
     formula += "L x what is kept of attention, " * (mode != "none" and attention > 0)
     result.lasting["activations"] = Part(
-        layers * per_layer + outside, f"{formula}and n x (last norm, positions, token ids)"
+        layers * per_layer + outside, f"{formula}n x (last norm, positions, token ids)"
     )
     gradients = 0 if setup.keeps_gradients else result.lasting["gradients"].bytes  # that are still to come
     own = 0 if setup.keeps_gradients else FLOAT32 * sum(block_matrices(setup.network))

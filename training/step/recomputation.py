@@ -59,8 +59,8 @@ _traced_attention.cache_hash = str([operator.name() for operator in ATTENTION]) 
 
 
 class _Operators(TorchDispatchMode):
-    """Sees every operator of an eager block. (torch's contexts refuse blocks that run other operators the second time,
-    as those do whose weights ZeRO gathers; torch 2.13.)"""
+    """Sees every operator of an eager block. (torch's own contexts refuse what ZeRO 3 does in a block the second time:
+    findings/torch_selective_checkpoint_refuses_other_operators.sh.)"""
 
     supports_higher_order_operators = True
 
