@@ -14,7 +14,6 @@ import kernels.alpha_entmax.results
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
 from kernels.alpha_entmax.reference import _bisect_threshold, entmax_reference
-from kernels.alpha_entmax.results import ForwardResults
 from kernels.alpha_entmax.threshold import power_of
 from tests.kernels.conftest import CASES, SLOPES, Case
 from tests.kernels.helpers import (
@@ -32,7 +31,7 @@ from tests.kernels.helpers import (
     int32,
     needs_cuda,
     needs_triton,
-    operator,
+    operators,
     options_of,
     per_head,
     visible_scores,
@@ -130,7 +129,7 @@ def scattered(near: float, far: float) -> tuple[Tensor, ...]:
 def passes_over_keys(inputs: tuple[Tensor, ...], alpha: float) -> tuple[list[int], Tensor]:
     """Which query tiles go over single keys, and int (query tiles, keys): the key bits."""
     q, k, v, _ = (x.detach() for x in inputs)
-    found = ForwardResults(*operator(q, k, v, per_head(alpha, 1).detach(), causal=False, gradient=True))
+    _, found = operators(q, k, v, per_head(alpha, 1).detach(), causal=False, gradient=True)
     bits = (found.key_bits.view(2, -1, 1) >> torch.arange(32, device=DEVICE)) & 1
     return found.sparse[0, 0].tolist(), bits.flatten(1)[:, :N_KEYS]
 
@@ -255,7 +254,7 @@ def test_thresholds(alphas, dtype: torch.dtype, size: float) -> None:
     q, k, v = (q * size).detach(), k.detach(), v.detach()
     alpha = per_head(alphas, heads).detach()
     power = power_of(alphas if isinstance(alphas, float) else alpha)
-    tau = ForwardResults(*operator(q.requires_grad_(), k, v, alpha, power=power, gradient=True)).tau.detach()
+    tau = operators(q.requires_grad_(), k, v, alpha, power=power, gradient=True)[0].tau
     q = q.detach()
     hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=DEVICE).triu(1)
     wide = alpha.double()[:, None, None]
