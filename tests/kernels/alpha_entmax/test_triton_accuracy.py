@@ -244,6 +244,25 @@ def test_gradients_do_not_show_the_last_step_of_the_threshold(dtype: torch.dtype
     assert_errors(ours, tuple(oracle[x] for x in NAMES), truth, tuple(2 * EPS * x.norm() for x in truth))
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS if CUDA else [torch.float16], ids=str)
+@pytest.mark.parametrize(("alpha", "size"), [(1.5, 0.05), (1.5, 0.2), (1.65, 0.02)])
+@pytest.mark.parametrize("single_keys", [False, True])
+def test_many_keys_of_nearly_even_weights(
+    alpha: float, size: float, dtype: torch.dtype, single_keys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their scores lie within hundredths of the threshold, where a step of 0.05 is no small one. Queries agree, so that
+    tiles of them have few keys with weight."""
+    monkeypatch.setattr(kernels.alpha_entmax.results, "SHORTEST_KEY_LIST", 0 if single_keys else 10**6)
+    q, k, v, weight = draw_qkv(1, 1, 64, 32768 if CUDA else 4096, dtype=dtype)
+    agreeing = (q.detach()[:, :, :1] + 0.01 * q.detach()) * size
+    inputs = (agreeing.requires_grad_(), k, v, weight)
+    alphas = per_head(alpha, 1)
+    truth = compute(inputs, alphas, "reference", torch.float64)
+    oracle = attention_oracle(*inputs, alphas)
+    ours = compute(inputs, alphas, "triton")
+    assert_errors(ours, tuple(oracle[x] for x in NAMES), truth, tuple(2 * EPS * x.norm() for x in truth))
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alphas", [1.5, 2.0, [1.05, 1.1, 1.25, 1.5, 1.75, 2.0]], ids=str)
