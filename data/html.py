@@ -96,7 +96,7 @@ class HtmlTree(SourceTree):
         for group, paths in itertools.islice(self._documents_paths(), skip, None):
             pages = {path.resolve(): self._read(path) for path in paths}
             ordered = [pages[path].text for path in reading_order(pages) if pages[path].text]
-            texts = list(without_repeated(without_frames(ordered)))
+            texts = [text for text in without_frames(list(without_repeated(ordered))) if text]
             yield Document("\n\n".join(texts) + "\n" if texts else None, group, missing=not texts)
 
     def _read(self, path: Path) -> Page:
@@ -146,7 +146,7 @@ def without_repeated(texts: Iterable[str]) -> Iterator[str]:
     seen: set[int] = set()
     for text in texts:
         lines = {hash(line) for line in map(str.strip, text.splitlines()) if len(line) >= LONG_LINE} or {hash(text)}
-        if text and len(lines & seen) < REPEATED * len(lines):
+        if len(lines & seen) < REPEATED * len(lines):
             yield text
         seen |= lines
 

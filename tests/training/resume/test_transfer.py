@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.checkpoint import CheckpointInfo, checkpoint_folder, resolve_checkpoint
+from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import AttentionConfig, ModelConfig
 from model.loading import load_model
 from model.transformer import Transformer
