@@ -31,7 +31,7 @@ train: $(VENV)/.installed
 	$(PY) -m data.prepare --config configs/data/prepare_stdlib.yaml
 	$(PY) train.py $(SMOKE) --config configs/attention/asentmax.yaml --config configs/cluster/$(cluster).yaml --run_dir $(RUNS)/asentmax --resume auto
 	$(PY) train.py $(SMOKE) --config configs/attention/softmax.yaml --config configs/cluster/$(cluster).yaml --run_dir $(RUNS)/softmax --resume auto
-	$(PY) -m eval.run $(RUNS)/asentmax $(RUNS)/softmax --data prepared/stdlib --output $(RUNS)/report
+	$(PY) -m eval.run $(RUNS)/asentmax $(RUNS)/softmax --data prepared/stdlib --output $(RUNS)/report --lengths 1 2 4 --max_documents 8  # less than by default
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

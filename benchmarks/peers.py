@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.workloads import Workload
 from kernels import entmax_attention
-from kernels.alpha_entmax.operator import entmax_attention_triton
+from kernels.alpha_entmax.operator import run_attention
+from kernels.alpha_entmax.results import WeightedSum
 from kernels.alpha_entmax.threshold import power_of
 
 Forward = Callable[[], Tensor]
@@ -44,31 +45,18 @@ def _ours(workload: Workload) -> Forward:
     return forward
 
 
-def call_operator(workload: Workload, *, gradient: bool, skip_far: bool, stats: bool = False) -> tuple[Tensor, ...]:
-    """The registered operator without the public function's choices; returns what it returns."""
+def call_kernels(workload: Workload, *, gradient: bool, skip_far: bool, stats: bool = False) -> WeightedSum:
+    """The kernels without the public function's choices."""
     q, alpha = workload.q, workload.alpha
     if not isinstance(alpha, Tensor):
         alpha = torch.full((q.shape[1],), alpha, device=q.device)
-    return entmax_attention_triton(
-        q,
-        workload.k,
-        workload.v,
-        alpha,
-        q.shape[3] ** -0.5,
-        power_of(workload.alpha),
-        causal=True,
-        cu_seqlens=workload.cu_seqlens,
-        kv_lens=None,
-        alibi_slopes=workload.alibi_slopes,
-        window=None,
-        gradient=gradient,
-        stats=stats,
-        skip_far=skip_far,
-    )
+    visible = (True, workload.cu_seqlens, None, workload.alibi_slopes, None)
+    shared = (q.shape[3] ** -0.5, power_of(workload.alpha))
+    return run_attention(q, workload.k, workload.v, alpha, *shared, *visible, gradient, stats, skip_far)[0]
 
 
 def _ours_without_skip(workload: Workload) -> Forward:
-    return lambda: call_operator(workload, gradient=torch.is_grad_enabled(), skip_far=False)[0]
+    return lambda: call_kernels(workload, gradient=torch.is_grad_enabled(), skip_far=False).out
 
 
 OURS = Implementation("ours", "entmax", _ours)

@@ -38,6 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "tiled": {"mlp_tile_tokens": TILE_TOKENS},
     "full": {"activation_checkpointing": "full"},
+    "selective": {"activation_checkpointing": "selective"},
     "offload": {"activation_checkpointing": "offload"},
     "offload-tiled": {"activation_checkpointing": "offload", "mlp_tile_tokens": TILE_TOKENS},
 }

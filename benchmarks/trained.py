@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Measurement, Timing
-from benchmarks.peers import call_operator
+from benchmarks.peers import call_kernels
 from benchmarks.workloads import Workload
-from kernels.alpha_entmax.results import ForwardResults
 
 # (queries, keys) of granules: one is live if any of its queries weighs any of its keys
 GRANULES = {"64x64": (64, 64), "64x8": (64, 8), "64x1": (64, 1), "16x1": (16, 1), "pairs": (1, 1)}
@@ -38,7 +37,7 @@ def live_shares(layer: Workload) -> dict[str, float]:
     """Share of live granules among those that the second half of the queries sees whole, mean over heads, by granule.
     One document, causal, a multiple of 64 tokens."""
     _, heads, n_tokens, head_dim = layer.q.shape
-    tau = ForwardResults(*call_operator(layer, gradient=False, skip_far=True)).tau[0]
+    tau = call_kernels(layer, gradient=False, skip_far=True).tau[0]
     alpha = torch.as_tensor(layer.alpha, dtype=torch.float32, device=layer.q.device).expand(heads)
     keys = layer.k[0].repeat_interleave(heads // layer.k.shape[1], 0)
     live, total = dict.fromkeys(GRANULES, 0.0), dict.fromkeys(GRANULES, 0)

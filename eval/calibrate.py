@@ -30,6 +30,7 @@ from data.store import TokenStore
 from eval.common.options import check_least, check_output_file, config_of
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
+from eval.common.windows import choose_windows
 from model.checkpoint import resolve_checkpoint
 from model.loading import LoadedModel, load_model, model_fingerprint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
@@ -153,17 +154,6 @@ def table(calibration: Calibration, n_heldout: int, output: Path) -> list[str]:
         f"{output}: {calibration.length} tokens, {calibration.samples} samples, {calibration.estimator}; {where}"
     )
     return lines
-
-
-def choose_windows(store: TokenStore, length: int, most: int, seed: int) -> list[tuple[int, int]]:
-    """(document, first token) of up to `most` windows that lie within documents and do not overlap, at random."""
-    starts = [
-        (document, start)
-        for document, size in enumerate(np.asarray(store.lengths).tolist())
-        for start in range(0, size - length + 1, length)
-    ]
-    order = np.random.default_rng([seed, 2]).permutation(len(starts))[:most]
-    return [starts[i] for i in order.tolist()]
 
 
 @torch.no_grad()

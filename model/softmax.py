@@ -23,6 +23,15 @@ CACHED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 # of one query with a mask on CUDA: the kernel that takes masks does not split a row's keys over the GPU, plain products
 # do, on a copy in float32
 ONE_QUERY_BACKENDS = [SDPBackend.MATH]
+# what computes the output on each path, but for plain products (SDPBackend.MATH)
+SOFTMAX_OPERATORS: tuple[Any, ...] = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.higher_order.flex_attention,
+)
 MASK_ELEMENTS = 2**22  # bias values held at once by the CPU path (16 MiB of float32)
 
 

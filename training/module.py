@@ -16,10 +16,11 @@ from model.transformer import Transformer
 from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
 from training.faults.step_guard import StepGuard
-from training.step.activations import ActivationCheckpointing, KeepOnHost, checkpoint_blocks, tile_feed_forward
+from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
+from training.step.recomputation import checkpoint_blocks
 
 Batch = dict[str, Any]
 
@@ -41,8 +42,9 @@ class LanguageModule(LightningModule):
         loss_backend: "auto" (liger-kernel on CUDA where installed, else chunked), "liger" or "chunked".
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
         compile: compile each block with torch.compile.
-        activation_checkpointing: "none" keeps all activations for backward, "full" only each block's input and
-            recomputes the rest, "offload" keeps these inputs in CPU memory.
+        activation_checkpointing: "none" keeps all activations for backward; "full" each block's input and entmax's
+            thresholds, and recomputes the rest; "selective" attention's output too; "offload" is full with the blocks'
+            inputs in CPU memory.
         mlp_tile_tokens: tokens for which the feed-forward layer's inner activations exist at one time; 0 for all.
         cuda_graphs: replay forward and backward as CUDA graphs: for small models on one device, whose batches have one
             shape (data.task). The loss backend is the chunked one.
@@ -85,7 +87,7 @@ class LanguageModule(LightningModule):
         self.graphed_loss = GraphedLoss(self.model, self.loss_sum) if cuda_graphs else None
         tile_feed_forward(self.model.layers(), mlp_tile_tokens)
         if activation_checkpointing != "none":
-            checkpoint_blocks(self.model.blocks)
+            checkpoint_blocks(self.model.blocks, activation_checkpointing)
         if compile:
             self.model.compile_blocks()
 

@@ -106,7 +106,7 @@ def entmax_attention(
         if q.shape[2] == 1 and not (gradient or return_stats or intercepted(q, k, v, alpha)):
             # one query stands at the last valid key, alone in its document: causality hides nothing
             return entmax_decode(q, k, v, alpha, scale, power, kv_lens, alibi_slopes, window)
-        results = run_attention(
+        result, passes = run_attention(
             q,
             k,
             v,
@@ -122,7 +122,7 @@ def entmax_attention(
             return_stats,
             True,
         )
-        out, support, live, passes = results.out, results.support, results.live, results.passes
+        out, _, support, live = result
     else:
         out, _, support, live = entmax_attention_blockwise(
             q, k, v, alpha, scale, alibi_slopes=alibi_slopes, with_stats=return_stats, **visible

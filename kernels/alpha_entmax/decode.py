@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.alpha_entmax.threshold import MAX_STEPS, TOLERANCE, newton_step, norm_and_slope, step_limit, support_power
+from kernels.alpha_entmax.threshold import MAX_STEPS, TOLERANCE, is_far, newton_step, norm_and_slope, support_power
 from kernels.alpha_entmax.tuning import DECODING, decode_launch
 from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, padded_head_dim, strides, unit_stride
 from kernels.common.tiles import add_position_bias, head_offset, load_rows, nan_maximum
@@ -128,10 +128,9 @@ def decode_threshold(
             power_sum, slope_sum = sum_powers_of(p_best, lo, hi, tau, beta, BLOCK, POWER)
             norm, slope = norm_and_slope(power_sum, slope_sum, alpha, POWER)
             tau += tl.maximum(newton_step(norm, slope), 0.0)
-        limit = step_limit(alpha, tolerance)
-        step = 1.0
+        step, slope = 1.0, 1.0
         passes = 0
-        while (step > limit) & (passes < MAX_STEPS):
+        while is_far(step, slope, alpha, tolerance) & (passes < MAX_STEPS):
             power_sum, slope_sum = sum_powers_of(p_z, lo * TILE, tl.minimum(hi * TILE, n_keys), tau, beta, BLOCK, POWER)
             norm, slope = norm_and_slope(power_sum, slope_sum, alpha, POWER)
             step = tl.maximum(newton_step(norm, slope), 0.0)

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import (
+    is_far,
     lane_sums,
     newton_step,
     norm_and_slope,
-    step_limit,
     support_distance,
     support_power,
 )
@@ -118,19 +118,19 @@ def sum_key_powers(
 
 @triton.jit
 def refine_over_tiles(
-    q, p_k, stride_k, p_list, n_inner, n_edge, capacity, p_marks, tau, alpha, beta, z_scale, slope, largest, first, end,
-    position, n_keys,
+    q, p_k, stride_k, p_list, n_inner, n_edge, capacity, p_marks, tau, alpha, beta, z_scale, slope, tolerance, first,
+    end, position, n_keys,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, LIST_CHUNK: tl.constexpr, MAX_STEPS: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Newton's method until a step is at most `largest`. The list of tiles shrinks to those above the threshold.
+    """Newton's method until no row is_far. The list of tiles shrinks to those above the threshold.
 
     Returns tau, the last step, the slope of N that it was taken with, passes, and the list's inner tiles and edges."""
     passes = 0
     norm_slope = tl.full([BM], 1.0, tl.float32)
     step = tl.full([BM], 1.0, tl.float32)
     # Newton's error squares: after a step of the limit the next is about its square
-    while (tl.max(tl.where(norm_slope > 0, step, 0.0), 0) > largest) & (passes < MAX_STEPS):
+    while (tl.max(is_far(step, norm_slope, alpha, tolerance).to(tl.int32), 0) > 0) & (passes < MAX_STEPS):
         power_sum = tl.zeros([BM], tl.float32)
         slope_sum = tl.zeros([BM], tl.float32)
         power_sum, slope_sum = sum_powers(
@@ -152,7 +152,7 @@ def refine_over_tiles(
 
 @triton.jit
 def refine_over_keys(
-    q, p_k, stride_k, p_keys, n_inner, n_edge, capacity, tau, alpha, beta, z_scale, slope, largest, first, end,
+    q, p_k, stride_k, p_keys, n_inner, n_edge, capacity, tau, alpha, beta, z_scale, slope, tolerance, first, end,
     position, anchor,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MAX_STEPS: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr,
@@ -162,7 +162,7 @@ def refine_over_keys(
     passes = 0
     norm_slope = tl.full([BM], 1.0, tl.float32)
     step = tl.full([BM], 1.0, tl.float32)
-    while (tl.max(tl.where(norm_slope > 0, step, 0.0), 0) > largest) & (passes < MAX_STEPS):
+    while (tl.max(is_far(step, norm_slope, alpha, tolerance).to(tl.int32), 0) > 0) & (passes < MAX_STEPS):
         power_sum = tl.zeros([BM, 4], tl.float32)
         slope_sum = tl.zeros([BM, 4], tl.float32)
         power_sum, slope_sum = sum_key_powers(
@@ -238,7 +238,6 @@ def entmax_refine(
         n_inner, n_edge = list_row_entries(
             p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
         )  # fmt: skip
-        largest = step_limit(alpha, tolerance)
         passes = 0
         if KEYS:
             limit = tau / z_scale
@@ -274,7 +273,7 @@ def entmax_refine(
                 )
                 tau, step, norm_slope = refine_over_keys(
                     q, p_k_head, stride_kt, p_keys, inner_keys, edge_keys, key_capacity, tau, alpha, beta, z_scale,
-                    slope, largest, first, end, position, i_block * BM + tl.load(p_block + 4),
+                    slope, tolerance, first, end, position, i_block * BM + tl.load(p_block + 4),
                     D, BD, BM, MAX_STEPS, BIAS, PRECISION, POWER, STAGES,
                 )  # fmt: skip
             else:
@@ -282,7 +281,7 @@ def entmax_refine(
                     fill_rows(p_head_rows, p_words, tile_lo, tile_hi, row, inside, n_queries, triangular)
                 tau, step, norm_slope, _, n_inner, n_edge = refine_over_tiles(
                     q, p_k_head, stride_kt, p_list, n_inner, n_edge, capacity, p_marks, tau, alpha, beta, z_scale,
-                    slope, largest, first, end, position, n_keys,
+                    slope, tolerance, first, end, position, n_keys,
                     D, BD, BM, LIST_CHUNK, MAX_STEPS, BIAS, PRECISION, POWER, STAGES,
                 )  # fmt: skip
                 keep_listed(
@@ -291,7 +290,7 @@ def entmax_refine(
         else:
             tau, step, norm_slope, passes, n_inner, n_edge = refine_over_tiles(
                 q, p_k_head, stride_kt, p_list, n_inner, n_edge, capacity, p_marks, tau, alpha, beta, z_scale,
-                slope, largest, first, end, position, n_keys,
+                slope, tolerance, first, end, position, n_keys,
                 D, BD, BM, LIST_CHUNK, MAX_STEPS, BIAS, PRECISION, POWER, STAGES,
             )  # fmt: skip
             keep_listed(p_list, p_flags, p_words, n_inner, n_edge, tau, tile_lo, tile_hi, n_words, capacity, LIST_CHUNK)

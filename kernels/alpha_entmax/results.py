@@ -1,4 +1,4 @@
-"""What a forward pass returns and keeps, and how large that is."""
+"""What the passes of a forward return and keep, and how large that is."""
 
 from typing import NamedTuple
 
@@ -17,29 +17,37 @@ LONGEST_KEY_LIST = 1 << 15
 SHORTEST_KEY_LIST = 8192
 
 
-class ForwardResults(NamedTuple):
-    """out: (B, H, Tq, D), in memory (B, Tq, H, D), as the projection after it takes it: nothing is kept twice. tau:
-    float32 (B, H, Tq). bits: int32 (B, H, query tiles, words), one bit for each tile of keys with weight. Empty unless
-    `lists_keys`: key_bits, int32 (B, H, words), one for each key and tile of queries (key_lists.key_words); row_bits,
-    int32 (B, H, words), one for each query and tile of keys (key_lists.row_words); sparse, uint8 (B, H, query tiles),
-    1 where passes follow key_bits, 0 where bits. support: int32 (B, H, Tq). live: tiles, int64 (B, H). passes: over
+class Thresholds(NamedTuple):
+    """What scan and refinement find. tau: float32 (B, H, Tq), before its last step, which the sum takes. last: float32
+    (2, B, H, Tq), slope and step of the refinement's last one. bits: int32 (B, H, query tiles, words), one bit for each
+    tile of keys with weight. Empty unless `lists_keys`: key_bits, int32 (B, H, words), one for each key and tile of
+    queries (key_lists.key_words); row_bits, int32 (B, H, words), one for each query and tile of keys
+    (key_lists.row_words); sparse, uint8 (B, H, query tiles), 1 where passes follow key_bits, 0 where bits. passes: over
     lists, int32 (B, H, query tiles). rows, blocks: of tiles.Intervals. What was not asked for is empty."""
 
-    out: Tensor
     tau: Tensor
+    last: Tensor
     bits: Tensor
     key_bits: Tensor
     row_bits: Tensor
     sparse: Tensor
-    support: Tensor
-    live: Tensor
     passes: Tensor
     rows: Tensor
     blocks: Tensor
 
 
+class WeightedSum(NamedTuple):
+    """out: (B, H, Tq, D), in memory (B, Tq, H, D), as the projection after it takes it: nothing is kept twice. tau:
+    float32 (B, H, Tq), final. support: int32 (B, H, Tq). live: tiles, int64 (B, H). What was not asked for is empty."""
+
+    out: Tensor
+    tau: Tensor
+    support: Tensor
+    live: Tensor
+
+
 class ListBits(NamedTuple):
-    """Of ForwardResults: where single keys and queries have weight."""
+    """Of Thresholds: where single keys and queries have weight."""
 
     key_bits: Tensor
     row_bits: Tensor
@@ -87,7 +95,7 @@ def listed_entries(n_tiles: int) -> int:
     return ceil_div(n_tiles * TILE * SPARSE_PERCENT.value, 100 * TILE) * TILE
 
 
-def forward_outputs(
+def empty_thresholds(
     q: Tensor,
     k: Tensor,
     causal: bool,
@@ -95,25 +103,34 @@ def forward_outputs(
     kv_lens: Tensor | None,
     gradient: bool,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ForwardResults, allocated."""
-    batch, heads, n_queries, head_dim = q.shape
+) -> Thresholds:
+    """Allocated."""
+    batch, heads, n_queries = q.shape[:3]
     n_keys = k.shape[2]
     n_blocks = ceil_div(n_queries, TILE)
     n_documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     keys = not stats and lists_keys(n_queries, n_keys, n_documents)  # statistics count tiles
     n_key_words, n_row_words = list_words(n_queries, n_keys, is_triangular(n_queries, n_keys, causal, kv_lens))
     interval_batch = 1 if kv_lens is None else batch
-    return (
-        q.new_empty((batch, n_queries, heads, head_dim)).transpose(1, 2),
-        q.new_empty((batch, heads, n_queries), dtype=torch.float32),
-        q.new_empty((batch, heads, n_blocks, tile_words(n_keys)), dtype=torch.int32),
-        q.new_zeros((batch, heads, n_key_words) if keys else 0, dtype=torch.int32),
-        q.new_zeros((batch, heads, n_row_words) if keys and gradient else 0, dtype=torch.int32),
-        q.new_empty((batch, heads, n_blocks) if keys else 0, dtype=torch.uint8),
-        q.new_empty((batch, heads, n_queries) if stats else 0, dtype=torch.int32),
-        q.new_zeros((batch, heads) if stats else 0, dtype=torch.int64),
-        q.new_empty((batch, heads, n_blocks) if stats else 0, dtype=torch.int32),
-        q.new_empty((2, interval_batch, n_queries), dtype=torch.int32),
-        q.new_empty((interval_batch, n_blocks, BLOCK_FIELDS), dtype=torch.int32),
+    return Thresholds(
+        tau=q.new_empty((batch, heads, n_queries), dtype=torch.float32),
+        last=q.new_empty((2, batch, heads, n_queries), dtype=torch.float32),
+        bits=q.new_empty((batch, heads, n_blocks, tile_words(n_keys)), dtype=torch.int32),
+        key_bits=q.new_zeros((batch, heads, n_key_words) if keys else 0, dtype=torch.int32),
+        row_bits=q.new_zeros((batch, heads, n_row_words) if keys and gradient else 0, dtype=torch.int32),
+        sparse=q.new_empty((batch, heads, n_blocks) if keys else 0, dtype=torch.uint8),
+        passes=q.new_empty((batch, heads, n_blocks) if stats else 0, dtype=torch.int32),
+        rows=q.new_empty((2, interval_batch, n_queries), dtype=torch.int32),
+        blocks=q.new_empty((interval_batch, n_blocks, BLOCK_FIELDS), dtype=torch.int32),
+    )
+
+
+def empty_sum(q: Tensor, stats: bool) -> WeightedSum:
+    """Allocated."""
+    batch, heads, n_queries, head_dim = q.shape
+    return WeightedSum(
+        out=q.new_empty((batch, n_queries, heads, head_dim)).transpose(1, 2),
+        tau=q.new_empty((batch, heads, n_queries), dtype=torch.float32),
+        support=q.new_empty((batch, heads, n_queries) if stats else 0, dtype=torch.int32),
+        live=q.new_zeros((batch, heads) if stats else 0, dtype=torch.int64),
     )

@@ -85,7 +85,7 @@ def sum_keys(
 @triton.jit(do_not_specialize=LENGTHS)
 def entmax_sum(
     p_q, p_k, p_v, p_alpha, p_slopes, p_rows, p_blocks, p_flags, p_list, p_keys, p_marks, p_counter, p_tau, p_bits,
-    p_key_bits, p_sparse, p_last, p_out, p_support, p_live,
+    p_key_bits, p_sparse, p_last, p_out, p_final_tau, p_support, p_live,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot,
     stride_last, stride_key_bits, scale, heads, repeat, n_queries, n_keys, n_tasks, n_blocks, n_words, n_key_words,
@@ -96,8 +96,8 @@ def entmax_sum(
     STATS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs take query tiles from a counter until none is left, long ones first within a head. p_tau and p_bits
-    hold the refinement's and get the final ones (bits only if STATS: else a tile may be marked whose best key lies in
-    the last step). KEYS, p_key_bits, p_sparse: as in entmax_refine; not with STATS. Long as
+    hold the refinement's; p_final_tau and, if STATS, p_bits get the final ones (else a tile may be marked whose best
+    key lies in the last step). KEYS, p_key_bits, p_sparse: as in entmax_refine; not with STATS. Long as
     entmax_scan is."""
     i_program = tl.program_id(0)
     p_list += i_program * capacity
@@ -178,7 +178,7 @@ def entmax_sum(
         earlier_step = tl.load(p_last + stride_last + o_bh + row, mask=inside, other=0.0)
         step = curved_step(norm, last_slope, earlier_slope, earlier_step, alpha)
         tau += step
-        tl.store(p_tau + o_bh + row, tau, mask=inside)
+        tl.store(p_final_tau + o_bh + row, tau, mask=inside)
         out -= (beta * step)[:, None] * slope_out
         total -= beta * step * slope_total
         if STATS:

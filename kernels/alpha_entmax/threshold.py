@@ -14,8 +14,9 @@ from triton.language.extra import libdevice
 FAST_LOG2 = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
-# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made: the weighted
-# sum takes the next one to first order, which outputs in 16 bits do not show
+# Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made, and a fifth
+# of the largest N - 1 that it may start from: the weighted sum takes the next one to first order, which outputs in 16
+# bits do not show
 TOLERANCE = {"16 bits": 0.05, "float32": 3e-4}
 MAX_STEPS = 20  # a bound only, for rows at the limit of float32
 POWERS = {1.5: "linear", 2.0: "constant"}
@@ -112,10 +113,15 @@ def curved_step(norm, slope, last_slope, last_step, alpha):
 
 
 @triton.jit
-def step_limit(alpha, tolerance):
-    """Largest Newton step after which the threshold is near enough for the last, curved one. Smaller above 1.5, where
-    less of N's bend can be foreseen."""
-    return tolerance * tl.exp2(-12 * tl.maximum(alpha - 1.5, 0.0))
+def is_far(step, slope, alpha, tolerance):
+    """Whether tau needs a further Newton step, though one has just been taken from where -dN / dtau was `slope`.
+
+    A step is short enough for the last, curved one if it is short in units of z (shorter above alpha 1.5, where less of
+    N's bend can be foreseen) and beside the distances u of the keys with weight: step * slope = N - 1. Thousands of
+    keys that share a row's weight evenly lie within a hundredth of their threshold.
+    """
+    largest = tolerance * tl.exp2(-12 * tl.maximum(alpha - 1.5, 0.0))
+    return (slope > 0) & ((step > largest) | (step * slope > 5 * tolerance))
 
 
 @triton.jit

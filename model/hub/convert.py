@@ -17,31 +17,25 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.command_line import CommandParser
 from common.errors import UsageError, error_line, run_command
 from common.new_folder import check_new, written_aside
-from data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
-from data.tokenizers.copying import copy_tokenizer
-from model.checkpoint import STATE_FILE, TOKENIZER_FOLDER, WEIGHT, checkpoint_folder, share, write_complete
+from data.tokenizer import Tokenizer, load_tokenizer
 from model.checksums import is_finite
 from model.config import ModelConfig
 from model.hub.architecture import architecture_of
+from model.hub.run_folder import NETWORK, write_run
 from model.hub.weights import is_alias, our_name
 from model.loading import load_model
-from model.version import code_version
 
 INSTALL = "pip install -r requirements-hub.txt"
-FILE_BYTES = 4 * 2**30  # of a file of weights
 PROBE_TOKENS = 64
 TOLERANCE = 1e-4  # of logits, in their spread: float32's through tens of layers
 
@@ -94,15 +88,8 @@ def convert(
                     f"the tokenizer has {chosen.vocab_size} tokens, expected at most the model's {network.vocab_size}: "
                     "choose another with --tokenizer"
                 )
-            (aside / TOKENIZER_FOLDER).mkdir()
-            copy_tokenizer(chosen, aside / TOKENIZER_FOLDER)
-            name = find_tokenizer_file(aside / TOKENIZER_FOLDER).name
-        folder = checkpoint_folder(aside, 0)
-        folder.mkdir(parents=True)
-        n_weights = _write_weights(source, theirs.state_dict(), network, folder)
-        said = {"path": str(output.resolve() / TOKENIZER_FOLDER / name), "fingerprint": chosen.fingerprint}
-        write_complete(folder, _meta(source, network, said, length))
-        (aside / "network.yaml").write_text(yaml.safe_dump({"model": {"network": asdict(network)}}, sort_keys=False))
+            weights = _weights(source, theirs.state_dict(), network)
+            folder, n_weights = write_run(aside, output, network, weights, chosen, length=length, source=source)
         error = _largest_error(theirs, folder)
         if not error <= TOLERANCE:
             raise UsageError(
@@ -112,23 +99,8 @@ def convert(
     return [
         f"{output}: {n_weights:,} weights of {source}, {theirs.config.model_type} as {network.attention.kind} with "
         f"{network.positions}, {length:,} tokens of context; logits within {error:.1e} of their spread",
-        f"train with it: train.py --config {output / 'network.yaml'} --init_from {output} ...",
+        f"train with it: train.py --config {output / NETWORK} --init_from {output} ...",
     ]
-
-
-def _meta(source: str, network: ModelConfig, tokenizer: dict[str, str], length: int) -> dict[str, Any]:
-    """As training writes it into a checkpoint's marker, of a run that has seen nothing."""
-    return {
-        "step": 0,
-        "samples": 0,
-        "tokens": 0,
-        "model": asdict(network),
-        "tokenizer": tokenizer,
-        "sequence_length": length,
-        "source": source,
-        "code_version": code_version(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def find_source(name: str) -> Source:
@@ -192,37 +164,20 @@ def load_source(source: Source) -> Any:
     return model.eval()
 
 
-def _write_weights(source: str, state: Mapping[str, Tensor], network: ModelConfig, folder: Path) -> int:
-    """Files of at most FILE_BYTES (or one tensor), float32. Returns the number of weights."""
-    total = 0
-    for number, part in enumerate(_parts(source, state, network)):
-        path = folder / STATE_FILE.format(number)
-        save_file(part, path)
-        share(path)
-        total += sum(map(torch.numel, part.values()))
-    return total
-
-
-def _parts(source: str, state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[dict[str, Tensor]]:
-    part: dict[str, Tensor] = {}
-    size = 0
+def _weights(source: str, state: Mapping[str, Tensor], network: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """By our names."""
     for name, tensor in state.items():
         if is_alias(name, network):
             continue
         try:
-            ours = WEIGHT + our_name(name)
+            ours = our_name(name)
         except KeyError as error:
             raise UsageError(
                 f"{source} has {name} {tuple(tensor.shape)}, which has no place in our model: it cannot be converted"
             ) from error
         if not is_finite(tensor):
             raise UsageError(f"{source} has {name}, which is not finite: choose another model")
-        if part and size + 4 * tensor.numel() > FILE_BYTES:
-            yield part
-            part, size = {}, 0
-        part[ours] = tensor.detach().float().contiguous()
-        size += 4 * tensor.numel()
-    yield part
+        yield ours, tensor
 
 
 @contextmanager

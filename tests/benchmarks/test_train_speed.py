@@ -21,14 +21,27 @@ def test_steps_take_its_batches(kind: str) -> None:
 
 
 def test_rows_show_what_did_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Row("1b", "softmax", 32768, 32768, None, None, None, None, None, "out of memory"))
-    assert capsys.readouterr().out.split() == ["1b", "softmax", "32768", "32768", *"----", "out", "of", "memory"]
+    show(Row("1b", "softmax", "full", 32768, 32768, None, None, None, None, None, "out of memory"))
+    assert capsys.readouterr().out.split() == [
+        "1b",
+        "softmax",
+        "full",
+        "32768",
+        "32768",
+        *"----",
+        "out",
+        "of",
+        "memory",
+    ]
 
 
 def test_rows_are_written(tmp_path: Path) -> None:
-    write_rows(tmp_path / "new" / "x.csv", [Row("1b", "softmax", 32768, 4096, 7.0, 0.5, 2.0, 1.0, None)])
+    write_rows(tmp_path / "new" / "x.csv", [Row("1b", "softmax", "full", 32768, 4096, 7.0, 0.5, 2.0, 1.0, None)])
     header, row = (tmp_path / "new" / "x.csv").read_text().splitlines()
-    assert header.startswith("model,attention,tokens,length") and row == "1b,softmax,32768,4096,7.0,0.5,2.0,1.0,,"
+    assert (
+        header.startswith("model,attention,checkpointing,tokens,length")
+        and row == "1b,softmax,full,32768,4096,7.0,0.5,2.0,1.0,,"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it needs where there is no CUDA device")

@@ -19,7 +19,7 @@ from data.corpora import TextFiles
 from data.prepare import prepare
 from data.prepare_settings import PrepareConfig, TokenizerConfig
 from data.store import TokenStore
-from eval.calibrate import choose_windows
+from eval.common.windows import choose_windows
 from model.checkpoint import checkpoint_folder, write_complete
 from model.config import AttentionConfig, ModelConfig
 from model.policies.thresholds import read_thresholds

@@ -17,6 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kernels.alpha_entmax.attention
+import kernels.alpha_entmax.backward_launches
 import kernels.alpha_entmax.decode
 import kernels.alpha_entmax.launches
 import kernels.alpha_entmax.results
@@ -28,6 +29,7 @@ from kernels.block_sparse.reference import QUERY_BLOCKS
 
 LAUNCHING = {
     kernels.alpha_entmax.launches: ("scan_launch", "pass_launch", "program_count", "dot_precision"),
+    kernels.alpha_entmax.backward_launches: ("program_count",),
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
 }

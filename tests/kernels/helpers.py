@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import entmax_attention
-from kernels.alpha_entmax.operator import entmax_attention_triton
+from kernels.alpha_entmax.operator import call_operators
 from kernels.alpha_entmax.reference import entmax_reference
+from kernels.alpha_entmax.results import Thresholds, WeightedSum
 from kernels.common.backends import INTERPRETED
 from kernels.common.visibility import visible_keys
 from tests.kernels.conftest import CASES, HEADS, Case
@@ -134,8 +135,8 @@ def check_float32(inputs: tuple[Tensor, ...], alpha: float | list[float], **opti
     assert_errors(compute(inputs, given, "triton", **options), plain, truth, rounding(inputs, alphas, truth, **options))
 
 
-def operator(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, **changes: Any) -> tuple[Tensor, ...]:
-    """The registered operator with the usual arguments."""
+def operators(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, **changes: Any) -> tuple[WeightedSum, Thresholds]:
+    """The registered operators with the usual arguments."""
     usual: dict[str, Any] = dict(
         scale=q.shape[3] ** -0.5,
         power="general",
@@ -148,4 +149,4 @@ def operator(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, **changes: Any) -> 
         stats=False,
         skip_far=True,
     )
-    return entmax_attention_triton(q, k, v, alpha, **{**usual, **changes})
+    return call_operators(q, k, v, alpha, **{**usual, **changes})

@@ -13,7 +13,8 @@ from torch import Tensor, distributed
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards, check_heads
 from model.transformer import Transformer
-from training.step.activations import KeepOnHost, checkpoint_blocks, tile_feed_forward
+from training.step.activations import KeepOnHost, tile_feed_forward
+from training.step.recomputation import checkpoint_blocks
 
 TOKENS = 64
 DOCUMENTS = torch.tensor([0, 13, 13, 14, 45, TOKENS], dtype=torch.int32)  # one crosses the border of two slices
@@ -77,7 +78,7 @@ def make(case: Case) -> Transformer:
 
 def transform(model: Transformer, case: Case) -> None:
     if case.keys() & {"checkpointed", "offloaded", "compiled_checkpointed"}:
-        checkpoint_blocks(model.blocks)
+        checkpoint_blocks(model.blocks, "full")
     if "tiled" in case:
         tile_feed_forward(model.layers(), 10)
     if case.keys() & {"compiled", "compiled_checkpointed"}:

@@ -75,6 +75,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size() -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        {"activation_checkpointing": "selective"},
         {"activation_checkpointing": "full"},
         {"activation_checkpointing": "offload"},
         {"loss_chunk_tokens": 1000},
@@ -93,13 +94,13 @@ def test_options_do_not_change_gradients(options: dict[str, Any]) -> None:
 
 def test_activation_checkpointing_runs_each_block_again_in_backward() -> None:
     calls = {}
-    for option in ("none", "full", "offload"):
+    for option in ("none", "selective", "full", "offload"):
         module = make_module(activation_checkpointing=option)
         count = []
         module.model.blocks[0].attention.register_forward_hook(lambda *_, count=count: count.append(1))
         module.training_step(make_batch(range(1)), 0)["loss"].backward()
         calls[option] = len(count)
-    assert calls == {"none": 1, "full": 2, "offload": 2}
+    assert calls == {"none": 1, "selective": 2, "full": 2, "offload": 2}
 
 
 def test_compile_keeps_the_state_dict_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ def test_compile_keeps_the_state_dict_keys(monkeypatch: pytest.MonkeyPatch) -> N
     assert module.state_dict().keys() == make_module().state_dict().keys()
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "offload"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 def test_compile_reaches_checkpointed_blocks(mode: str) -> None:
     graphs = []
 
@@ -118,6 +119,7 @@ def test_compile_reaches_checkpointed_blocks(mode: str) -> None:
         graphs.append(graph)
         return graph
 
+    torch._dynamo.reset()  # or blocks stay eager past so many tests
     module = make_module(activation_checkpointing=mode, mlp_tile_tokens=10)
     for block in module.model.blocks:
         block.compile(backend=backend)

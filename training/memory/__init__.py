@@ -13,6 +13,13 @@ fake tensors were within 0.4 % (this count: 2 %), compiled ones within 4 % (this
 activation_checkpointing full (this: 2.5 %), because fake tensors do not see what Inductor fuses. They took 3 to 150 s a
 case (this: 0.1 s) and need stand-ins for what runs on CUDA only where torch is built without it.
 
+With activation_checkpointing a block keeps, a token: full its input (C r); offload that on the host; both also what
+entmax by Triton found before its weighted sum: 12 bytes a head for thresholds (before their last step, and that step's
+slope and length), 8 for the row's first and last key, N / 32,768 bytes a head for bits of tiles and, for inputs of
+8,193 to 32,768 tokens in long documents, about N / 512 a head for bits of single keys. selective keeps full's,
+attention's output (H D w) and its threshold or log-sum-exp (4 bytes a head); compiled blocks need the 12 bytes no
+longer then.
+
 Sizes in formulas: P parameters, W ranks, S ranks that share a sequence, N tokens of a micro-batch, n = N / S of a rank,
 L layers, C width, F width of the feed-forward layer, H query heads, G key/value heads, D head dim, V vocabulary. r and
 w: bytes of the residual stream and of matrix products (4 and 4 in float32; 4 and 2 under autocast; 2 and 2 where ZeRO

@@ -95,9 +95,7 @@ def _attention(setup: Setup) -> float:
         size += n * w * heads * head_dim  # the kernel's output, before ranks exchange it into wo's operand
     if network.attention.is_entmax:
         if uses_triton(setup):
-            size += n * FLOAT32 * heads  # the threshold; the output is wo's operand
-            size += heads * n * kept_bits(setup.tokens, setup.tokens // setup.sequence_length) / setup.tokens / 8
-            return size + 8 * setup.tokens  # each row's first and last key
+            return size + n * FLOAT32 * heads + _where_weight_is(setup)  # the threshold; the output is wo's operand
         return size + 3 * n * FLOAT32 * heads  # maximum, threshold, normaliser
     size += n * FLOAT32 * heads  # log-sum-exp
     if setup.cuda:
@@ -106,6 +104,33 @@ def _attention(setup: Setup) -> float:
     if network.positions == "nape" or network.window:
         size += n * w * heads * setup.sequence_length  # with a bias, the CPU keeps the weights of whole documents
     return size
+
+
+def _where_weight_is(setup: Setup) -> float:
+    """Bits of tiles and of single keys; each row's first and last key."""
+    n, tokens = setup.local_tokens, setup.tokens
+    return setup.network.n_heads * n * kept_bits(tokens, tokens // setup.sequence_length) / tokens / 8 + 8 * tokens
+
+
+def kept_of_attention(setup: Setup) -> float:
+    """Bytes of attention that a block keeps where the rest of it is recomputed. Of entmax by Triton, a token and head:
+    its threshold before the last step, and that step's slope and length (12 bytes), and where weight is; with
+    "selective" the output (w D) and its threshold or log-sum-exp (4; the PyTorch entmax's three numbers 12) too."""
+    network, n, mode = setup.network, setup.local_tokens, setup.activation_checkpointing
+    heads, selective = network.n_heads, mode == "selective"
+    size = 0.0
+    if network.attention.is_entmax and uses_triton(setup):
+        # a compiled block keeps what its backward reads: the output makes the start of the last step needless
+        size = _where_weight_is(setup) + (0 if selective and setup.compiled else 3 * n * FLOAT32 * heads)
+    biased = not network.attention.is_entmax and (network.positions == "nape" or network.window is not None)
+    if not selective or (biased and not setup.cuda):  # that is no single operation on CPUs
+        return size
+    numbers = 3 if network.attention.is_entmax and not uses_triton(setup) else 1
+    return size + attention_output(setup) + numbers * n * FLOAT32 * heads
+
+
+def attention_output(setup: Setup) -> float:
+    return float(setup.local_tokens * setup.product_bytes * setup.network.n_heads * setup.network.head_size)
 
 
 def uses_triton(setup: Setup) -> bool:

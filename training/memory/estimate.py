@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from training.memory.activations import block_activations, norm_activations, outside_blocks
+from training.memory.activations import (
+    attention_output,
+    block_activations,
+    kept_of_attention,
+    norm_activations,
+    outside_blocks,
+)
 from training.memory.setup import FLOAT32, Setup
 from training.memory.states import Part, block_matrices, states
 from training.memory.workspace import backward_workspace, compiled_backward, loss_workspace
@@ -37,16 +43,18 @@ def estimate(setup: Setup) -> Estimate:
     kept = block_activations(setup)
     block, block_input = sum(kept.values()), setup.local_tokens * setup.residual_bytes * setup.network.d_model
     layers, mode = setup.network.n_layers, setup.activation_checkpointing
-    per_layer = {"none": block, "full": block_input, "offload": 0}[mode]
+    attention = kept_of_attention(setup)
+    per_layer = {"none": block, "offload": attention}.get(mode, block_input + attention)
     outside = outside_blocks(setup)
     if mode == "offload":
         # the last norm's operands too: x, and from the CPU's composite of operations x again and x / rms
         moved = 1 if setup.cuda else 3
         outside -= (moved if setup.cuda else moved - 1) * block_input
         result.host["blocks' inputs (pinned)"] = Part((layers + moved) * block_input, "(L + 1) n C r")
-    formula = {"none": "L x one block", "full": "L n C r", "offload": "on the host"}[mode]
+    formula = {"none": "L x one block, ", "offload": ""}.get(mode, "L n C r, ")
+    formula += "L x what is kept of attention, " * (mode != "none" and attention > 0)
     result.lasting["activations"] = Part(
-        layers * per_layer + outside, f"{formula}, and n x (last norm, positions, token ids)"
+        layers * per_layer + outside, f"{formula}n x (last norm, positions, token ids)"
     )
     gradients = 0 if setup.keeps_gradients else result.lasting["gradients"].bytes  # that are still to come
     own = 0 if setup.keeps_gradients else FLOAT32 * sum(block_matrices(setup.network))
@@ -54,9 +62,10 @@ def estimate(setup: Setup) -> Estimate:
     # the head's gradient: a tied one waits for the embedding's, another is where gradients are
     head = table if setup.network.tie_embeddings else 0
     # a block that is recomputed: its input is there already, or comes back from the host
-    again = {"none": 0, "full": block - block_input, "offload": block}[mode] + backward_workspace(setup)
+    again = (0 if mode == "none" else block - per_layer) + backward_workspace(setup)
     if setup.compiled and mode != "none":
-        again = max(again, compiled_backward(setup) - (block_input if mode == "full" else 0))
+        there = (block_input if mode != "offload" else 0) + (attention_output(setup) if mode == "selective" else 0)
+        again = max(again, compiled_backward(setup) - there)
     if mode != "offload":
         again -= setup.local_tokens * norm_activations(setup, setup.network.d_model)  # the last norm's are gone
     result.phases = {

@@ -1,34 +1,20 @@
-"""What the forward pass keeps for backward: everything, or only each block's input, on the device or in CPU memory."""
+"""What the forward pass keeps for backward: everything, or of each block its input, on the device or in CPU memory, and
+what is expensive to compute again."""
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Block
 
-ActivationCheckpointing = Literal["none", "full", "offload"]
+ActivationCheckpointing = Literal["none", "selective", "full", "offload"]
 SMALL_ELEMENTS = 2**18  # so few are not worth another piece
 COPIES_UNDER_WAY = 2  # of blocks' inputs, which are on the device that long
-
-
-def checkpoint_blocks(blocks: nn.ModuleList) -> None:
-    """Recompute each block's activations in backward. There is no randomness inside, so no RNG state is kept."""
-    for block in blocks:
-        block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
-
-
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # a function of this file: torch.compile passes over a functools.partial of torch's own function without a word
-    def checkpointed(*args: Any) -> Tensor:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-
-    return checkpointed
 
 
 def tile_feed_forward(blocks: list[Block], tokens: int) -> None:

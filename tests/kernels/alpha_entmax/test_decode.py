@@ -117,7 +117,7 @@ def test_grouped_heads_and_padded_head_dims(head_dim: int, kv_heads: int) -> Non
 @torch.no_grad()
 def test_more_keys_than_one_block_of_the_solver(n_keys: int) -> None:
     """Small scores near alpha 1 (all keys have weight), large ones (few have)."""
-    for size in (0.1, 3.0):
+    for size in (0.03, 0.1, 0.3, 3.0):
         q, k, v = (draw(1, 1, n, 16, seed=i) for i, n in enumerate((1, n_keys, n_keys)))
         check(q * size, k, v, per_head([1.1], 1))
         check(q * size, k, v, 1.5)

@@ -15,11 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import kernels.alpha_entmax.attention
+import kernels.alpha_entmax.backward_launches
 import kernels.alpha_entmax.launches
 import kernels.common.backends
 from kernels import entmax_attention
 from kernels.alpha_entmax.attention import unsupported_by_triton
-from kernels.alpha_entmax.operator import entmax_attention_triton
+from kernels.alpha_entmax.operator import sum_operator, thresholds_operator
 from tests.kernels.conftest import SLOPES
 from tests.kernels.helpers import (
     DEVICE,
@@ -31,7 +32,7 @@ from tests.kernels.helpers import (
     int32,
     needs_cuda,
     needs_triton,
-    operator,
+    operators,
     per_head,
 )
 
@@ -42,11 +43,16 @@ ROOT = Path(__file__).parents[3]
 # Tracing and recomputation
 
 
-def test_registered_operator_is_sound() -> None:
+@pytest.mark.parametrize("stats", [False, True])
+def test_registered_operators_are_sound(stats: bool) -> None:
+    """Among other things: the sum changes none of the thresholds that it is given."""
     q, k, v, _ = draw_qkv(4, 2, 9, 9)
-    slopes = torch.tensor(SLOPES, device=DEVICE)
-    arguments = (q, k, v, per_head(MIXED), 0.25, "general", True, int32(0, 4, 9), None, slopes, None, True, True, True)
-    torch.library.opcheck(entmax_attention_triton, arguments)
+    alpha, slopes = per_head(MIXED), torch.tensor(SLOPES, device=DEVICE)
+    shared = (0.25, "general")
+    given = (*shared, True, int32(0, 4, 9), None, slopes, None, True, stats, True)
+    torch.library.opcheck(thresholds_operator, inputs := (q.detach(), k.detach(), alpha.detach(), *given))
+    found = thresholds_operator(*inputs)
+    torch.library.opcheck(sum_operator, (q, k, v, alpha, *found, *shared, slopes, True, stats))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
@@ -135,7 +141,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch) -> None:
 
 def test_differentiating_what_kept_nothing() -> None:
     q, k, v, _ = draw_qkv(1, 1, 3, 3)
-    out = operator(q, k, v, per_head(1.5, 1))[0]
+    out = operators(q, k, v, per_head(1.5, 1))[0].out
     with pytest.raises(RuntimeError, match="gradient=False"):
         out.sum().backward()
 
@@ -169,7 +175,8 @@ def test_first_call_compiles_in_half_a_minute(tmp_path) -> None:
 def test_a_new_length_compiles_nothing() -> None:
     names = ("key_intervals", "entmax_scan", "entmax_refine", "entmax_sum")
     names += ("entmax_backward_queries", "entmax_backward_keys")
-    modules = [kernels.common.tiles, kernels.alpha_entmax.launches]
+    launches = (kernels.alpha_entmax.launches, kernels.alpha_entmax.backward_launches)
+    modules = [kernels.common.tiles, *launches]
     functions = [getattr(next(m for m in modules if hasattr(m, name)), name) for name in names]
 
     def compiled() -> int:

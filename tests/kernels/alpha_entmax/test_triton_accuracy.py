@@ -14,7 +14,6 @@ import kernels.alpha_entmax.results
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
 from kernels.alpha_entmax.reference import _bisect_threshold, entmax_reference
-from kernels.alpha_entmax.results import ForwardResults
 from kernels.alpha_entmax.threshold import power_of
 from tests.kernels.conftest import CASES, SLOPES, Case
 from tests.kernels.helpers import (
@@ -32,7 +31,7 @@ from tests.kernels.helpers import (
     int32,
     needs_cuda,
     needs_triton,
-    operator,
+    operators,
     options_of,
     per_head,
     visible_scores,
@@ -130,7 +129,7 @@ def scattered(near: float, far: float) -> tuple[Tensor, ...]:
 def passes_over_keys(inputs: tuple[Tensor, ...], alpha: float) -> tuple[list[int], Tensor]:
     """Which query tiles go over single keys, and int (query tiles, keys): the key bits."""
     q, k, v, _ = (x.detach() for x in inputs)
-    found = ForwardResults(*operator(q, k, v, per_head(alpha, 1).detach(), causal=False, gradient=True))
+    _, found = operators(q, k, v, per_head(alpha, 1).detach(), causal=False, gradient=True)
     bits = (found.key_bits.view(2, -1, 1) >> torch.arange(32, device=DEVICE)) & 1
     return found.sparse[0, 0].tolist(), bits.flatten(1)[:, :N_KEYS]
 
@@ -245,6 +244,25 @@ def test_gradients_do_not_show_the_last_step_of_the_threshold(dtype: torch.dtype
     assert_errors(ours, tuple(oracle[x] for x in NAMES), truth, tuple(2 * EPS * x.norm() for x in truth))
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS if CUDA else [torch.float16], ids=str)
+@pytest.mark.parametrize(("alpha", "size"), [(1.5, 0.05), (1.5, 0.2), (1.65, 0.02)])
+@pytest.mark.parametrize("single_keys", [False, True])
+def test_many_keys_of_nearly_even_weights(
+    alpha: float, size: float, dtype: torch.dtype, single_keys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their scores lie within hundredths of the threshold, where a step of 0.05 is no small one. Queries agree, so that
+    tiles of them have few keys with weight."""
+    monkeypatch.setattr(kernels.alpha_entmax.results, "SHORTEST_KEY_LIST", 0 if single_keys else 10**6)
+    q, k, v, weight = draw_qkv(1, 1, 64, 32768 if CUDA else 4096, dtype=dtype)
+    agreeing = (q.detach()[:, :, :1] + 0.01 * q.detach()) * size
+    inputs = (agreeing.requires_grad_(), k, v, weight)
+    alphas = per_head(alpha, 1)
+    truth = compute(inputs, alphas, "reference", torch.float64)
+    oracle = attention_oracle(*inputs, alphas)
+    ours = compute(inputs, alphas, "triton")
+    assert_errors(ours, tuple(oracle[x] for x in NAMES), truth, tuple(2 * EPS * x.norm() for x in truth))
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alphas", [1.5, 2.0, [1.05, 1.1, 1.25, 1.5, 1.75, 2.0]], ids=str)
@@ -255,7 +273,7 @@ def test_thresholds(alphas, dtype: torch.dtype, size: float) -> None:
     q, k, v = (q * size).detach(), k.detach(), v.detach()
     alpha = per_head(alphas, heads).detach()
     power = power_of(alphas if isinstance(alphas, float) else alpha)
-    tau = ForwardResults(*operator(q.requires_grad_(), k, v, alpha, power=power, gradient=True)).tau.detach()
+    tau = operators(q.requires_grad_(), k, v, alpha, power=power, gradient=True)[0].tau
     q = q.detach()
     hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=DEVICE).triu(1)
     wide = alpha.double()[:, None, None]

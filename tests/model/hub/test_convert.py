@@ -70,7 +70,7 @@ def test_there_and_back(family: str, sources: Path, tmp_path: Path, capsys: pyte
 
 
 def test_large_models_are_cut(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.hub.convert, "FILE_BYTES", 2**14)
+    monkeypatch.setattr(model.hub.run_folder, "FILE_BYTES", 2**14)
     assert convert(sources / "llama", "--output", tmp_path / "run") == 0
     found = resolve_checkpoint(tmp_path / "run")
     assert len(list(found.path.glob("state-*.safetensors"))) > 2

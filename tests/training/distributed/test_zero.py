@@ -65,6 +65,19 @@ def test_losses_and_gradient_norms_equal_those_of_one_process(single: Path, divi
         assert found[step] == pytest.approx(values, rel=1e-5), step
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointed_blocks_at_stage_3(
+    mode: str, single: Path, train: TrainProcess, wider: Path, tmp_path: Path
+) -> None:
+    """Recomputed, they gather weights that forward found gathered."""
+    options = ("--model.activation_checkpointing", mode)
+    done = train("--run_dir", tmp_path / "run", *on_two(3), *options, configs=(wider,))
+    assert done.returncode == 0, done.stderr
+    found = logged(tmp_path / "run")
+    for step, values in logged(single).items():
+        assert found[step] == pytest.approx(values, rel=1e-5), step
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_bit_identical(
     divided: RunDirs, stage: int, train: TrainProcess, wider: Path, tmp_path: Path

@@ -24,6 +24,7 @@ MODELS = {
 MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "full": {"activation_checkpointing": "full"},
+    "selective": {"activation_checkpointing": "selective"},
     "offload": {"activation_checkpointing": "offload"},
     "tiled": {"mlp_tile_tokens": 100},
     "full-tiled": {"activation_checkpointing": "full", "mlp_tile_tokens": 100},

@@ -7,16 +7,22 @@ import pytest
 import torch
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
 
+import kernels.alpha_entmax.results
 import model.transformer
 import training.module
+import training.step.recomputation
 from model.attention import make_metadata
 from model.sequence_parallel import SequenceShards
+from tests.kernels.helpers import needs_triton
 from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make
+from training.memory.activations import kept_of_attention
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.activations import KeepOnHost
+from training.step.recomputation import _contexts
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -40,8 +46,22 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 def compile_without_inductor(module: LanguageModule) -> None:
     """Divides forward from backward as for a GPU, without compiling C++."""
+    torch._dynamo.reset()  # or blocks stay eager past so many tests
     for block in module.model.blocks:
         block.compile(backend="aot_eager_decomp_partition")
+
+
+def kept_results(patch: pytest.MonkeyPatch) -> list[dict[Any, Any]]:
+    """Gets, for each eager block that is checkpointed, the results of operators that it keeps by itself."""
+    storages: list[dict[Any, Any]] = []
+
+    def recorded(kept: Any) -> Any:
+        contexts = _contexts(kept)
+        storages.append(contexts[0].results)
+        return contexts
+
+    patch.setattr(training.step.recomputation, "_contexts", recorded)
+    return storages
 
 
 def measured_activations(module: LanguageModule, setup: Setup) -> int:
@@ -55,7 +75,11 @@ def measured_activations(module: LanguageModule, setup: Setup) -> int:
 
     with saved, autocast(setup.precision), pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.transformer, "make_metadata", recorded)
+        kept = kept_results(patch)
         module.training_step(data, 0)
+    for x in tree_leaves(list(map(dict, kept))):
+        if isinstance(x, Tensor):
+            saved.pack(x)
     return saved.bytes + data["tokens"].nbytes + data["labels"].nbytes
 
 
@@ -69,12 +93,38 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize(("name", "mode"), [("asentmax-nape", "none"), ("asentmax-nape", "tiled")])
+@pytest.mark.parametrize(("name", "mode"), [("asentmax-nape", mode) for mode in ("none", "tiled", "selective")])
 def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
     module, setup = make(MODELS[name], precision, **MODES[mode])
     compile_without_inductor(module)
     found = measured_activations(module, setup)
     assert estimate(replace(setup, compiled=True)).lasting["activations"].bytes == pytest.approx(found, rel=0.03)
+
+
+class TestKeptOfAttention:
+    pytestmark = needs_triton
+
+    @pytest.fixture(params=["full", "selective"])
+    def trained(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[LanguageModule, Setup]:
+        """With the Triton kernels, which the estimate expects on CUDA alone, and single keys' bits."""
+        monkeypatch.setattr(kernels.alpha_entmax.results, "SHORTEST_KEY_LIST", 0)
+        network = MODELS["asentmax-nape"]
+        network = replace(network, n_layers=1, attention=replace(network.attention, backend="triton"))
+        return make(network, activation_checkpointing=request.param)
+
+    def test_by_triton(self, trained: tuple[LanguageModule, Setup], monkeypatch: pytest.MonkeyPatch) -> None:
+        module, setup = trained
+        kept = kept_results(monkeypatch)
+        module.training_step(batch(), 0)
+        found = sum(x.nbytes for x in tree_leaves(list(map(dict, kept))))
+        assert kept_of_attention(replace(setup, cuda=True)) == pytest.approx(found, rel=0.02) and found > 0
+
+    def test_by_triton_compiled(self, trained: tuple[LanguageModule, Setup]) -> None:
+        module, setup = trained
+        compile_without_inductor(module)
+        found, setup = measured_activations(module, setup), replace(setup, compiled=True)
+        others = estimate(setup).lasting["activations"].bytes - kept_of_attention(setup)
+        assert others + kept_of_attention(replace(setup, cuda=True)) == pytest.approx(found, rel=0.015)
 
 
 def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
@@ -105,7 +155,8 @@ def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("heads", "mode", "compiled"), [((4, 2), "none", False), ((4, 1), "none", False), ((4, 2), "full", True)]
+    ("heads", "mode", "compiled"),
+    [((4, 2), "none", False), ((4, 1), "none", False), ((4, 2), "full", True), ((4, 2), "selective", True)],
 )
 def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int], mode: str, compiled: bool) -> None:
     """One rank of two, whose partner's part of each exchange is made up."""

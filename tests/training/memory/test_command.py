@@ -32,7 +32,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert any("peak per device" in line for line in lines) and "blocks' inputs (pinned)" in lines[-1]
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "offload"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_no_part_is_negative_and_the_peak_is_the_largest_phase(
     batch: int, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

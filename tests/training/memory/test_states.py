@@ -45,7 +45,7 @@ def test_what_makes_room_makes_room() -> None:
     network = ModelConfig(**{**BASE, "n_layers": 8, "d_ff": 256})
     plain = Setup(network, 65536, 65536, precision="bf16-mixed", loss_backend="liger")
     steps = [
-        plain, replace(plain, activation_checkpointing="full"), replace(plain, activation_checkpointing="offload"),
+        plain, *(replace(plain, activation_checkpointing=mode) for mode in ("selective", "full", "offload")),
         replace(plain, activation_checkpointing="offload", mlp_tile_tokens=4096),
         replace(plain, activation_checkpointing="offload", mlp_tile_tokens=4096, sequence_parallel=2, ranks=2),
     ]  # fmt: skip

@@ -1,0 +1,137 @@
+"""Makes an entmax run of a softmax run: the same weights, and queries scaled head by head so that outputs stay close.
+
+    python -m eval.to_entmax RUN --data FOLDER --alpha 1.5 --output runs/entmax
+
+alpha-entmax of softmax's own scores is far too sharp. For each head the factor of its scores is found with which
+entmax's outputs come closest to softmax's, in squares, over windows of the corpus's train split; it goes into the
+projection of that head's queries. Where queries are normalised by head, which undoes such factors, one for all heads of
+a layer goes into the norm's weight. OUTPUT is a run folder of step 0, for `train.py --init_from` (with
+configs/stages/converted.yaml) and the commands of eval.
+"""
+
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.command_line import CommandParser
+from common.errors import UsageError, run_command
+from common.new_folder import check_new, written_aside
+from data.store import TokenStore
+from data.tokenizer import load_tokenizer
+from eval.common.options import check_least, config_of
+from eval.common.scoring import Runtime
+from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
+from eval.common.windows import choose_windows
+from model.checkpoint import resolve_checkpoint
+from model.config import AttentionConfig
+from model.hub.run_folder import NETWORK, write_run
+from model.loading import load_model
+from model.softmax_to_entmax import HeadFactors, find_factors, scaled_weights
+
+
+@dataclass(frozen=True)
+class ConversionConfig:
+    """How factors are found.
+
+    Args:
+        alpha: Of all heads; between 1.01 and 2, where training may move it.
+        samples: Windows that are looked at, all at once.
+        length: Tokens of a window. None takes the checkpoint's training length, 2,048 at most.
+        seed: Of the choice of windows.
+        device: "auto" takes CUDA where there is one, else the CPU.
+        precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
+    """
+
+    alpha: float = 1.5
+    samples: int = 8
+    length: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_least(self, {"samples": 1, "length": 16, "seed": 0})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        return to_entmax(options.run, Path(options.data), Path(options.output), config_of(ConversionConfig, options))
+
+    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.to_entmax", description=__doc__)
+    parser.add_argument("run", type=str, help="softmax run folder (newest complete checkpoint), checkpoint or export")
+    parser.add_argument("--data", type=str, required=True, help="prepared corpus with a train split")
+    parser.add_argument("--output", type=str, required=True, help="a new run folder")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_class_arguments(ConversionConfig)
+    return parser
+
+
+def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> list[str]:
+    """Writes the run folder `output`. Returns the lines of a table.
+
+    Raises FileNotFoundError, ValueError: what cannot be converted, and the way out.
+    """
+    check_new(output, "--output")
+    device, found = choose_device(config.device), resolve_checkpoint(run)
+    kind = found.architecture.attention.kind
+    if kind != "softmax":
+        raise UsageError(f"{run} has attention {kind}: expected a softmax model")
+    attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)  # checks alpha
+    subject = Subject(found.path.name, found)
+    store = TokenStore(data / "train", verify="size")
+    check_tokenizer(subject, data, store)
+    loaded = load_model(found.path, device)
+    length = config.length or min(loaded.training_length, 2048)
+    windows = choose_windows(store, length, config.samples, config.seed)
+    if not windows:
+        raise UsageError(f"{data}/train has no document of {length} tokens: pass a smaller --length")
+    tokens = np.stack([store.document(number)[start : start + length] for number, start in windows])
+    runtime = Runtime(device, choose_autocast(config.precision, subject, device), length)
+    on_device = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    with tqdm(total=loaded.config.n_layers, desc="factors, by layer", leave=False) as bar:
+        layers = find_factors(loaded.model, on_device, config.alpha, runtime.precision(), bar.update)
+    network = replace(loaded.config, attention=attention)
+    weights = scaled_weights(loaded.model, network, [layer.factor for layer in layers])
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    with written_aside(output, "--output") as aside:
+        write_run(
+            aside, output, network, weights, tokenizer,
+            length=loaded.training_length, source=f"{found.path}, softmax as alpha-entmax",
+        )  # fmt: skip
+    return [*table(layers), f"{output}: alpha {config.alpha}, {len(windows)} windows of {length:,} tokens",
+            f"train with it: train.py --config {output / NETWORK} --config configs/stages/converted.yaml "
+            f"--init_from {output} ..."]  # fmt: skip
+
+
+def table(layers: Sequence[HeadFactors]) -> list[str]:
+    """One line a layer."""
+    lines = ["layer  factor: least, median, most   error at factor 1   error   keys with weight"]
+    for number, one in enumerate(layers):
+        low, middle, high = (float(one.factor.quantile(share)) for share in (0, 0.5, 1))
+        lines.append(
+            f"{number:>5}  {low:13.2f}  {middle:6.2f}  {high:4.2f}   {float(one.error_at_1.mean()):17.3f}   "
+            f"{float(one.error.mean()):5.3f}   {float(one.keys.mean()):16.1f}"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Launches of the backward kernels: what they allocate, and how each pass is called."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.alpha_entmax.backward_keys import entmax_backward_keys
+from kernels.alpha_entmax.backward_queries import entmax_backward_queries
+from kernels.alpha_entmax.launches import launch_of, shared_arguments
+from kernels.alpha_entmax.results import ListBits, kept_triangular, listed_entries
+from kernels.alpha_entmax.tuning import PassLaunch
+from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, strides, unit_stride
+from kernels.common.tiles import Intervals
+from kernels.common.tuning import program_count
+from kernels.common.visibility import TILE
+
+
+class _Backward:
+    """The two passes of a backward: queries, which finds delta, then keys. shared: arguments of all passes."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tau: Tensor, lists: ListBits, shared: dict[str, Any]
+    ) -> None:
+        self.q, self.k, self.v, self.lists, self.shared = q, k, v, lists, shared
+        self.listed = lists.row_bits.numel() > 0
+        self.n_key_blocks = ceil_div(k.shape[2], TILE)
+        self.counters = torch.zeros(2, dtype=torch.int32, device=q.device)
+        self.shared |= dict(
+            p_v=v,
+            p_do=grad,
+            p_delta=torch.empty_like(tau),
+            p_sparse=lists.sparse,
+            triangular=int(kept_triangular(lists.key_bits, q.shape[2], k.shape[2])),
+            KEYS=self.listed,
+            BM=TILE,
+            **strides("v", v),
+            **strides("o", grad),
+        )
+
+    def _run(self, kernel: Any, launch: PassLaunch, n_tasks: int, tiles: int, **arguments: Any) -> None:
+        """Programs with lists of so many tiles each."""
+        n_programs, entries = program_count(launch, self.q.device, n_tasks), listed_entries(tiles)
+        kernel[(n_programs,)](
+            p_list=torch.empty(n_programs * tiles, dtype=torch.int32, device=self.q.device),
+            p_entries=torch.empty(n_programs * entries if self.listed else 0, dtype=torch.uint16, device=self.q.device),
+            n_tasks=n_tasks,
+            capacity=tiles,
+            key_capacity=entries,
+            STEP=launch.step,
+            STAGES=launch.stages,
+            **launch.options,
+            **self.shared,
+            **arguments,
+        )
+
+    def queries(self, out: Tensor, with_dalpha: bool) -> tuple[Tensor, Tensor]:
+        """dq, and dalpha's part of each query tile, float32 (B, H, query tiles), empty unless with_dalpha."""
+        batch, heads, n_blocks = *self.q.shape[:2], self.shared["n_blocks"]
+        dq, key_bits = torch.empty_like(self.q), self.lists.key_bits
+        dalpha = torch.empty((batch, heads, n_blocks) if with_dalpha else 0, dtype=torch.float32, device=self.q.device)
+        self._run(
+            entmax_backward_queries,
+            launch_of(self.q, "backward_queries"),
+            batch * heads * n_blocks,
+            self.n_key_blocks,
+            p_counter=self.counters,
+            p_out=out,
+            p_key_bits=key_bits,
+            stride_key_bits=key_bits.stride(1) if self.listed else 0,
+            n_key_words=self.n_key_blocks * (TILE // 32),
+            p_dq=dq,
+            p_dalpha=dalpha,
+            DALPHA=with_dalpha,
+            **strides("s", out),
+            **strides("d", dq),
+        )
+        return dq, dalpha
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """dk and dv, in memory that the lists of the pass over queries had, where they fit."""
+        dk, dv, row_bits = torch.empty_like(self.k), torch.empty_like(self.v), self.lists.row_bits
+        launch = launch_of(self.q, "backward_keys")
+        self._run(
+            entmax_backward_keys,
+            launch,
+            self.k.shape[0] * self.k.shape[1] * self.n_key_blocks,
+            self.shared["n_blocks"],
+            p_counter=self.counters[1:],
+            p_row_bits=row_bits,
+            stride_row_bits=row_bits.stride(1) if self.listed else 0,
+            p_dk=dk,
+            p_dv=dv,
+            n_key_blocks=self.n_key_blocks,
+            TRANSPOSED=launch.transposed,
+            **strides("d", dk),
+            **strides("e", dv),
+        )
+        return dk, dv
+
+
+@bfloat16_as_float32(n_outputs=3)
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    out: Tensor,
+    tau: Tensor,
+    bits: Tensor,
+    key_bits: Tensor,
+    row_bits: Tensor,
+    sparse: Tensor,
+    rows: Tensor,
+    blocks: Tensor,
+    scale: float,
+    power: str,
+    alibi_slopes: Tensor | None,
+    with_dalpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v; dalpha float32 (H,), 0 unless with_dalpha."""
+    q, k, v, grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(grad)
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(alpha)
+    keys = ListBits(key_bits, row_bits, sparse)
+    shared = shared_arguments(q, k, alpha, scale, alibi_slopes, tau, bits, Intervals(rows, blocks), power)
+    passes = _Backward(q, k, v, grad, tau, keys, shared)
+    dalpha = torch.zeros_like(alpha)
+    with on_device(q):
+        dq, parts = passes.queries(out, with_dalpha)
+        if with_dalpha:
+            dalpha = parts.sum((0, 2))
+        return dq, *passes.keys(), dalpha
