@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from html import unescape
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -82,15 +82,23 @@ class HtmlTree(SourceTree):
         return root.resolve().name
 
     def _documents_paths(self) -> Iterator[tuple[str, list[Path]]]:
-        for root in self.roots:
-            files = each_once(sorted(self._files_below(root), key=_natural))
+        yield from self._found
+
+    @cached_property
+    def _found(self) -> list[tuple[str, list[Path]]]:
+        """As _documents_paths, looked for once: there may be a hundred thousand files."""
+        below = {root: sorted(self._files_below(root), key=_natural) for root in self.roots}
+        kept = set(each_once([path for files in below.values() for path in files]))
+        documents: list[tuple[str, list[Path]]] = []
+        for root, files in below.items():
             if not files:
                 raise FileNotFoundError(f"no file below {root} matches {self.include}; change include or exclude")
             parts: dict[Path, list[Path]] = {}
-            for path in files:
+            for path in filter(kept.__contains__, files):
                 part = {"root": root, "folder": path.parent, "page": path}[self.join]
                 parts.setdefault(part, []).append(path)
-            yield from ((self.group_of(root, members[0]), members) for members in parts.values())
+            documents += [(self.group_of(root, members[0]), members) for members in parts.values()]
+        return documents
 
     def documents(self, skip: int) -> Iterator[Document]:
         for group, paths in itertools.islice(self._documents_paths(), skip, None):

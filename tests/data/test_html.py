@@ -60,6 +60,19 @@ def test_folders_and_pages_are_documents(book: Path) -> None:
     assert order(last.text or "") == ["Deep"]
 
 
+def test_linked_files_are_read_once_and_said_once(
+    book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "other" / "a.html", "Other", "<p>x</p>")
+    (tmp_path / "other" / "link.html").symlink_to(book / "lost.html")
+    (book / "again.html").symlink_to(book / "ch2.html")
+    corpus = HtmlTree([str(book), str(tmp_path / "other")])
+    first, second = (document.text or "" for document in corpus.documents(0))
+    assert corpus.groups() and corpus.identity()
+    assert first.count("größer") == 1 and "alone" in first and "alone" not in second
+    assert capsys.readouterr().out == "2 files of the corpus are named more than once; each is read once\n"
+
+
 def test_roots_are_groups(book: Path, tmp_path: Path) -> None:
     write(tmp_path / "other" / "a.htm", "Other", "<p>x</p>")
     corpus = HtmlTree([str(book), str(tmp_path / "other")], exclude=["part", "lost.*"])
