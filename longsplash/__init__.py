@@ -11,11 +11,26 @@ block_sparse_attention is what kernels/ calls block_sparse_softmax_attention: so
 of keys, for prefill.
 """
 
-from kernels import block_sparse_softmax_attention as block_sparse_attention
-from kernels import entmax, entmax_attention
-from longsplash.models import add_alpha, load_alpha
-from longsplash.registering import register
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longsplash.public import add_alpha, block_sparse_attention, entmax, entmax_attention, load_alpha, register
 
 __version__ = "0.1.0"
 
 __all__ = ["add_alpha", "block_sparse_attention", "entmax", "entmax_attention", "load_alpha", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    """One of the names above (PEP 562): torch, triton and the kernels take seconds, which `import longsplash` alone,
+    as plugins and `longsplash.hub` do it, need not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from longsplash import public
+
+    globals().update((each, getattr(public, each)) for each in __all__)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

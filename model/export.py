@@ -77,10 +77,10 @@ def _export(found: CheckpointInfo, output: Path, dtype: torch.dtype, shard_size:
 
 
 def check_output(checkpoint: CheckpointInfo, output: Path) -> None:
-    """Raises UsageError for a folder that is not new, or inside the checkpoint or its run's checkpoints."""
+    """Raises UsageError for a folder that is not new, or inside the checkpoint or its run."""
     check_new(output)
     folder = checkpoint.path.resolve()
-    kept = folder.parent if folder.parent.name == "checkpoints" else folder
+    kept = folder.parents[1] if folder.parent.name == "checkpoints" else folder
     if output.resolve().is_relative_to(kept):
         raise UsageError(f"output {output} is inside {kept}, which belongs to training: expected a folder elsewhere")
 

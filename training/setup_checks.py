@@ -12,26 +12,22 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Timer
 
 from common.errors import UsageError
+from common.outputs import check_writable
 from model.config import ModelConfig
 from model.flops import matmul_parameters
 from training.options import on_cuda
+from training.resume.run_folder import is_first_process
 from training.throughput import GIB
 
 
 def usable_folder(run_dir: str) -> Path:
-    """The folder of --run_dir, made where it is not there yet. Raises UsageError where nothing can be written there."""
+    """The folder of --run_dir, which is not made yet: its lock does that, and removes what it made of a run that never
+    began. Raises UsageError where nothing can be written there."""
     if not run_dir.strip():
         raise UsageError("--run_dir is empty: expected the run's folder")
-    folder = Path(run_dir)
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--run_dir {folder} is a file: expected a folder, or a path where one can be made")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run_dir {folder} cannot be made ({error.strerror}): choose another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--run_dir {folder} cannot be written to: choose another folder, or change its permissions")
-    return folder
+    if is_first_process():  # others would remove its folder under its hands
+        check_writable(Path(run_dir), "--run_dir")
+    return Path(run_dir)
 
 
 def check_runs_here(network: ModelConfig, device: torch.device) -> None:

@@ -28,6 +28,11 @@ WITHOUT_EFFECT = {
     "auto_map", "_name_or_path", "_model_name_or_path", "id2label", "label2id", "name", "is_llama_config",
     "rope_interleaved", "transformers.js_config",
 }  # fmt: skip
+OF_ENTMAX = {  # keys of longsplash.hub's configs besides
+    "alpha", "learn_alpha", "alpha_min", "alpha_max", "alpha_from", "alpha_progress", "adaptive_temperature",
+    "temperature_offset", "temperature_range", "temperature_bias", "positions", "nape_slopes", "nope_layers",
+    "qkv_bias", "qk_norm",
+}  # fmt: skip
 QKV_BIASED = ("qwen2",)
 QK_NORMED = ("qwen3",)
 DEFAULT_ROPE = {"rope_type", "rope_theta", "type"}
@@ -44,18 +49,26 @@ ROPE_KEYS = {  # rope_type: its keys besides
 
 
 def architecture_of(config: Any) -> ModelConfig:
-    """Ours, with softmax attention, of a transformers config (a PreTrainedConfig of one of FAMILIES).
+    """Ours of a transformers config: a PreTrainedConfig of one of FAMILIES, whose attention is softmax, or of
+    longsplash.hub.
 
     Raises UsageError that names what this code has no model for.
     """
     family = config.model_type
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, MODEL_TYPE):
         raise UsageError(f"model_type is {family!r}, which cannot be converted: expected one of {', '.join(FAMILIES)}")
     _refuse_unknown(config)
     layers = config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None)
     with_rope = getattr(config, "no_rope_layers", None) or [1] * layers  # 1 where a layer rotates
     base, scaling = _rope(config)
+    softmax: dict[str, Any] = dict(
+        positions="rope",
+        nope_layers=[layer for layer, rotates in enumerate(with_rope) if not rotates],
+        qkv_bias=family in QKV_BIASED,
+        qk_norm=family in QK_NORMED,
+        attention=AttentionConfig(kind="softmax"),
+    )
     return ModelConfig(
         vocab_size=config.vocab_size,
         n_layers=layers,
@@ -64,25 +77,46 @@ def architecture_of(config: Any) -> ModelConfig:
         n_kv_heads=config.num_key_value_heads,
         d_ff=config.intermediate_size,
         head_dim=head_dim if head_dim and head_dim * config.num_attention_heads != config.hidden_size else None,
-        positions="rope",
         rope_base=base,
         rope_scaling=scaling,
-        nope_layers=[layer for layer, rotates in enumerate(with_rope) if not rotates],
-        qkv_bias=family in QKV_BIASED,
-        qk_norm=family in QK_NORMED,
         tie_embeddings=config.tie_word_embeddings,
         norm_eps=config.rms_norm_eps,
         init_std=config.initializer_range,
         window=_window(config),
-        attention=AttentionConfig(kind="softmax"),
+        **(_of_entmax(config) if family == MODEL_TYPE else softmax),
     )
+
+
+def _of_entmax(config: Any) -> dict[str, Any]:
+    """What _entmax wrote, but for sizes and rotary positions. Raises UsageError for an alpha on its way."""
+    if config.alpha_progress != 1:
+        raise UsageError(
+            f"alpha_progress in config.json is {config.alpha_progress}: its alpha was still on its way, which a run "
+            "of step 0 has no place for; expected 1: convert an export of the run's end, or start from the run itself"
+        )
+    attention = AttentionConfig(
+        kind="asentmax" if config.adaptive_temperature else "entmax",
+        alpha=config.alpha,
+        learn_alpha=config.learn_alpha,
+        alpha_min=config.alpha_min,
+        alpha_max=config.alpha_max,
+        temperature_offset=config.temperature_offset,
+        temperature_range=config.temperature_range,
+        temperature_bias=config.temperature_bias,
+    )
+    same = ("positions", "nape_slopes", "qkv_bias", "qk_norm")
+    return {key: getattr(config, key) for key in same} | {
+        "nope_layers": list(config.nope_layers),
+        "attention": attention,
+    }
 
 
 def _refuse_unknown(config: Any) -> None:
     """Raises UsageError for a key that is neither represented nor without effect, and is not what the family has."""
     usual = type(config)().to_dict()
+    known = REPRESENTED | WITHOUT_EFFECT | (OF_ENTMAX if config.model_type == MODEL_TYPE else set())
     for key, value in config.to_dict().items():
-        if key in REPRESENTED | WITHOUT_EFFECT or value == usual.get(key) or value is None:
+        if key in known or value == usual.get(key) or value is None:
             continue
         if key == "quantization_config" and value.get("quant_method") == "gguf":  # read as plain numbers
             continue
@@ -101,7 +135,7 @@ def _window(config: Any) -> int | None:
         )
     if kinds:
         return config.sliding_window if kinds == {"sliding_attention"} else None
-    return config.sliding_window if config.model_type == "mistral" else None
+    return config.sliding_window if config.model_type in ("mistral", MODEL_TYPE) else None
 
 
 def _rope(config: Any) -> tuple[float, RopeScaling | None]:

@@ -97,8 +97,8 @@ def convert(
                 f"expected {TOLERANCE:.0e}; it computes something that its config.json does not say"
             )
     return [
-        f"{output}: {n_weights:,} weights of {source}, {theirs.config.model_type} as softmax with rope, "
-        f"{length:,} tokens of context; logits within {error:.1e} of their spread",
+        f"{output}: {n_weights:,} weights of {source}, {theirs.config.model_type} as {network.attention.kind} with "
+        f"{network.positions}, {length:,} tokens of context; logits within {error:.1e} of their spread",
         f"train with it: train.py --config {output / NETWORK} --init_from {output} ...",
     ]
 
@@ -121,6 +121,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UsageError(f"converting models needs transformers: {INSTALL}") from error
+    import longsplash.hub  # noqa: F401 — exported entmax models have its classes
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -141,10 +143,10 @@ def _config(source: Source) -> Any:
 
 
 def load_source(source: Source) -> Any:
-    """transformers' model, in float32."""
+    """transformers' model, in float32. Raises UsageError for weights that are not the config's."""
     with _loading(source):
         model, found = _transformers().AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            source.name, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,  # which are refused below
             **source.options,
         )  # fmt: skip
@@ -153,6 +155,12 @@ def load_source(source: Source) -> Any:
         if names:
             listed = ", ".join(names[:5])
             raise UsageError(f"{source.name} has {kind.replace('_', ' ')}, of {len(names)} the first: {listed}")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise UsageError(
+            f"{source.name} has an lm_head.weight that differs from its embedding, but tie_word_embeddings in its "
+            "config.json is true: set that to false to keep the head, or remove lm_head.weight"
+        )
     return model.eval()
 
 

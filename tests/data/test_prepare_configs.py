@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,30 @@ def test_linux_yaml_on_a_stand_in(prepared: Path, tmp_path: Path, monkeypatch: p
     texts = {tokenizer.decode(heldout.document(i).tolist()) for i in range(heldout.num_documents)}
     assert texts == {"".join(f"/* {one} {name} */\nint x;\n" for name in ("a.c", "b.h")) for one in groups}
     assert TokenStore(tmp_path / "out" / "train").num_documents == len(by_name)
+
+
+def test_debian_docs_yaml_on_a_stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command finds the packages, and each held-out one is a document."""
+    text = (CONFIGS / "prepare_debian_docs.yaml").read_text()
+    config = yaml.safe_load(text)
+    (expression,) = re.findall(r"sed -n '(.*?)'", text)
+    command = ["sed", "-n", expression, str(CONFIGS / "prepare_debian_docs.yaml")]
+    packages = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert [f"debian-docs/{name}" for name in packages] == config["corpus"]["init_args"]["paths"]
+    assert len(packages) > 100 and set(config["heldout_groups"]) < set(packages)
+    page = "<html><body><p>This is the manual of {0}, which everybody should read before it is used.</p></body></html>"
+    for name in packages:
+        folder = tmp_path / "debian-docs" / name / "usr" / "share" / "doc" / name
+        folder.mkdir(parents=True)
+        (folder / "index.html").write_text(page.format(name))
+        (folder / "genindex.html").write_text(page.format("nothing"))
+    monkeypatch.chdir(tmp_path)
+    settings = [f"--tokenizer.path={prepared / 'tokenizer.model'}", "--output=out", "--workers=1"]
+    main([f"--config={CONFIGS / 'prepare_debian_docs.yaml'}", *settings])
+    tokenizer, heldout = load_tokenizer(tmp_path / "out" / "tokenizer.model"), TokenStore(tmp_path / "out" / "heldout")
+    assert "manual of debian-policy, which" in tokenizer.decode(heldout.document(0).tolist())
+    assert heldout.num_documents == len(config["heldout_groups"])
+    assert TokenStore(tmp_path / "out" / "train").num_documents == len(packages) - heldout.num_documents
 
 
 def write_hub_folder(folder: Path, file_name: str, rows: list[dict[str, object]], config: str) -> None:

@@ -56,9 +56,11 @@ def test_large_models_are_cut_with_an_index(tmp_path: Path) -> None:
         (["nowhere", "out"], "nowhere: no such folder"),
         (["RUN", "RUN"], "is not empty: expected a new folder"),
         (["RUN", "RUN/file"], "RUN/file is a file: expected a new folder"),
-        (["RUN", "RUN/file/below"], "RUN/file/below cannot be written (Not a directory)"),
-        (["RUN", "RUN/checkpoints/exported"], "is inside RUN/checkpoints, which belongs to training"),
-        (["RUN", "RUN/checkpoints/step-00000010/exported"], "is inside RUN/checkpoints, which belongs to training"),
+        (["RUN", "RUN/../other/below"], "other/below cannot be written (Not a directory)"),
+        (["RUN", "RUN/exported"], "is inside RUN, which belongs to training"),
+        (["RUN/checkpoints/step-00000010", "RUN/exported"], "is inside RUN, which belongs to training"),
+        (["RUN", "RUN/checkpoints/exported"], "is inside RUN, which belongs to training"),
+        (["RUN", "RUN/checkpoints/step-00000010/exported"], "is inside RUN, which belongs to training"),
         (["RUN", "RUN/" + "x" * 300], "cannot be written (File name too long): choose another"),
         (["RUN", "/proc/none"], "No such file or directory"),
         (["RUN", "out", "--dtype", "float16"], "--dtype"),
@@ -70,7 +72,8 @@ def test_mistakes_are_one_line(
     arguments: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save(tmp_path / "run", 10, Transformer(CONFIG)).parents[1]
-    (run / "file").write_text("kept")
+    for file in (run / "file", run.parent / "other"):
+        file.write_text("kept")
     before = sorted(run.rglob("*"))
     assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
     line = capsys.readouterr().err.strip()

@@ -112,6 +112,10 @@ def test_what_cannot_be_converted_is_one_line(
     weights = load_file(nan / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
+    headed = changed(sources / "qwen3", tmp_path / "headed")
+    weights = load_file(headed / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 2
+    save_file(weights, headed / "model.safetensors", metadata={"format": "pt"})
     for path in silent_model.glob("tokenizer*"):
         path.unlink()
     run = save(tmp_path / "a run", 10, Transformer(CONFIG)).parent.parent
@@ -145,6 +149,7 @@ def test_what_cannot_be_converted_is_one_line(
         ((cut, "--output", new), "cannot be loaded by transformers"),
         ((broken, "--output", new), "cannot be loaded by transformers"),
         ((nan, "--output", new), "has model.norm.weight, which is not finite"),
+        ((headed, "--output", new), "has an lm_head.weight that differs from its embedding"),
         ((silent_model, "--output", new), "has no tokenizer that transformers loads"),
         ((run, "--output", new), "is a run of this code already"),
         ((llama, "--output", llama / "run"), "is inside"),

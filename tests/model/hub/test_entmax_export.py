@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import longsplash.hub  # noqa: F401 — registers
 import model.export
+import model.hub.convert
 from data.tokenizer import load_tokenizer
 from eval.generation import generate
 from model.config import AttentionConfig, ModelConfig, RopeScaling
@@ -40,7 +41,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no positions": (dict(positions="nope"), dict(kind="asentmax")),
     "without rope in a layer": (dict(positions="rope", nope_layers=[1]), dict(kind="asentmax")),
     "yarn": (
-        dict(positions="rope", rope_scaling=RopeScaling("yarn", factor=2.0, original_length=16)),
+        dict(positions="rope", rope_scaling=RopeScaling("yarn", factor=2.0, original_length=16, high_turns=32.0)),
         dict(kind="asentmax"),
     ),
     "annealing": (dict(positions="rope"), dict(kind="entmax", anneal_steps=40, anneal_from=1.05)),
@@ -97,6 +98,24 @@ def test_logits_and_gradients_are_ours(name: str, device: str, tmp_path: Path) -
     for key, grad in wanted.items():
         assert grad is not None and weights[key].grad is not None, key
         assert (weights[key].grad - grad).norm() <= 1e-4 * grad.norm(), key
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("annealing")])
+@torch.no_grad()
+def test_a_folder_becomes_the_run_again(name: str, tmp_path: Path) -> None:
+    ours, folder = exported(tmp_path, name)
+    assert model.hub.convert.main([str(folder), "--output", str(tmp_path / "again")]) == 0
+    again = load_model(tmp_path / "again")
+    assert again.config == ours.config
+    assert torch.equal(again.model(ids()), ours(ids()))
+
+
+def test_an_alpha_on_its_way_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = exported(tmp_path, "annealing")
+    capsys.readouterr()
+    assert model.hub.convert.main([str(folder), "--output", str(tmp_path / "again")]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "alpha_progress in config.json is 0.25" in line and "start from the run itself" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.checkpoint import CheckpointInfo, checkpoint_folder, resolve_checkpoint
+from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import AttentionConfig, ModelConfig
 from model.loading import load_model
 from model.transformer import Transformer
@@ -219,14 +219,20 @@ def test_a_stage_extends_resumes_exactly_and_then_ignores_init_from(
     [
         (("--init_from", "FIRST", "--model.network.d_ff", 48), ("d_ff 32 (config: 48)", "--init_from")),
         (("--init_from", "FIRST", "--resume", "FIRST"), ("--init_from", "use one of them")),
+        (
+            ("--init_from", "FIRST", "--model.network.attention.kind", "softmax", "--data.sources", "OTHER"),
+            ("was trained with tokenizer", "use the data it was trained on"),
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(
-    train: TrainProcess, first_stage: Path, tmp_path: Path, options: tuple[Any, ...], parts: tuple[str, ...]
-) -> None:
-    filled = [first_stage if option == "FIRST" else option for option in options]
+    train: TrainProcess, first_stage: Path, other_corpus: Path, tmp_path: Path, options: tuple[Any, ...],
+    parts: tuple[str, ...],
+) -> None:  # fmt: skip
+    given = {"FIRST": first_stage, "OTHER": f"[{{path: {other_corpus}}}]"}
+    filled = [given.get(option, option) for option in options]
     done = train("--run_dir", tmp_path / "run", "--model.network.positions", "rope", *filled)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     for part in parts:
         assert part in done.stderr
-    assert not checkpoint_folder(tmp_path / "run", 0).parent.exists()
+    assert not (tmp_path / "run").exists()
