@@ -2,15 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UsageError
 
 
-def check_new(output: Path, name: str = "output") -> None:
-    """Raises UsageError for a folder that is not new or empty. name: of the argument, for the message."""
+def check_new(output: Path, name: str = "output", outside: Iterable[Path] = ()) -> None:
+    """Raises UsageError for a folder that is not new or empty, or is inside one of `outside`. name: of the argument,
+    for the message."""
     try:
         if output.exists() and not output.is_dir():
             raise UsageError(f"{name} {output} is a file: expected a new folder")
@@ -18,6 +19,11 @@ def check_new(output: Path, name: str = "output") -> None:
             raise UsageError(f"{name} {output} is not empty: expected a new folder")
     except OSError as error:
         raise UsageError(f"{name} {output} cannot be written ({error.strerror}): choose another folder") from error
+    for kept in outside:
+        if output.resolve().is_relative_to(kept.resolve()):
+            raise UsageError(
+                f"{name} {output} is inside {kept.resolve()}, which belongs to training: expected a folder elsewhere"
+            )
 
 
 @contextmanager

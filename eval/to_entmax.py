@@ -14,6 +14,7 @@ from common.interrupts import end_on_ctrl_c
 if __name__ == "__main__":
     end_on_ctrl_c()  # the imports take seconds
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from common.command_line import CommandParser
 from common.errors import UsageError, run_command
 from common.new_folder import check_new, written_aside
+from common.outputs import check_writable
 from data.store import TokenStore
 from data.tokenizer import load_tokenizer
 from eval.common.options import check_least, config_of
@@ -34,10 +36,12 @@ from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
 from eval.common.windows import choose_windows
 from model.checkpoint import resolve_checkpoint
-from model.config import AttentionConfig
+from model.config import AttentionConfig, ModelConfig
 from model.hub.run_folder import NETWORK, write_run
 from model.loading import load_model
 from model.softmax_to_entmax import HeadFactors, find_factors, scaled_weights
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class ConversionConfig:
     """How factors are found.
 
     Args:
-        alpha: Of all heads; between 1.01 and 2, where training may move it.
+        alpha: Of all heads; more than 1.01 and less than 2, where training may move it.
         samples: Windows that are looked at, all at once.
         length: Tokens of a window. None takes the checkpoint's training length, 2,048 at most.
         seed: Of the choice of windows.
@@ -62,6 +66,11 @@ class ConversionConfig:
 
     def __post_init__(self) -> None:
         check_least(self, {"samples": 1, "length": 16, "seed": 0})
+        bounds = AttentionConfig(kind="entmax")  # of a learned alpha
+        if not bounds.alpha_min < self.alpha < bounds.alpha_max:
+            raise ValueError(
+                f"alpha is {self.alpha}: expected more than {bounds.alpha_min}, less than {bounds.alpha_max}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,12 +98,13 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
 
     Raises FileNotFoundError, ValueError: what cannot be converted, and the way out.
     """
-    check_new(output, "--output")
     device, found = choose_device(config.device), resolve_checkpoint(run)
+    check_new(output, "--output", outside=[found.belongings, data])
+    check_writable(output.resolve().parent)
     kind = found.architecture.attention.kind
     if kind != "softmax":
         raise UsageError(f"{run} has attention {kind}: expected a softmax model")
-    attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)  # checks alpha
+    attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)
     subject = Subject(found.path.name, found)
     store = TokenStore(data / "train", verify="size")
     check_tokenizer(subject, data, store)
@@ -103,7 +113,10 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
     windows = choose_windows(store, length, config.samples, config.seed)
     if not windows:
         raise UsageError(f"{data}/train has no document of {length} tokens: pass a smaller --length")
+    _check_memory(loaded.config, len(windows), length, device)
     tokens = np.stack([store.document(number)[start : start + length] for number, start in windows])
+    if (most := int(tokens.max())) >= loaded.config.vocab_size:
+        raise UsageError(f"{data}/train has token {most} of {loaded.config.vocab_size}: {store.way_out}")
     runtime = Runtime(device, choose_autocast(config.precision, subject, device), length)
     on_device = torch.from_numpy(tokens.astype(np.int64)).to(device)
     with tqdm(total=loaded.config.n_layers, desc="factors, by layer", leave=False) as bar:
@@ -119,6 +132,25 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
     return [*table(layers), f"{output}: alpha {config.alpha}, {len(windows)} windows of {length:,} tokens",
             f"train with it: train.py --config {output / NETWORK} --config configs/stages/converted.yaml "
             f"--init_from {output} ..."]  # fmt: skip
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the device: free ones of a GPU, the machine's for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_memory(network: ModelConfig, windows: int, length: int, device: torch.device) -> None:
+    """Raises UsageError for more tokens than the device can hold: a system that runs out of memory kills unrelated
+    programs."""
+    width = 4 * network.d_model + 3 * network.d_ff + 8 * network.n_heads * network.head_size  # alive at once
+    needed, there = 4 * windows * length * width, _memory(device)
+    if needed > there:
+        raise UsageError(
+            f"{windows:,} windows of {length:,} tokens need about {needed / GIB:,.1f} GiB, all at once, and {device} "
+            f"has {there / GIB:,.1f}: pass at most --samples {max(1, windows * there // needed)}, or a smaller --length"
+        )
 
 
 def table(layers: Sequence[HeadFactors]) -> list[str]:

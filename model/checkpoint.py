@@ -64,6 +64,12 @@ class CheckpointInfo:
         return check_keys(self.meta, kinds, str(_marker(self.path)), way_out(self.path))
 
     @property
+    def belongings(self) -> Path:
+        """The run's folder, or the checkpoint's own where it lies elsewhere."""
+        folder = self.path.resolve()
+        return folder.parents[1] if folder.parent.name == "checkpoints" else folder
+
+    @property
     def tokenizer(self) -> dict[str, Any]:
         """ "path" and "fingerprint" of the tokenizer that it was trained with; the path is that of the run's own copy,
         where a converted run has one. Raises ValueError as `require`."""

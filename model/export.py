@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 
 from common.command_line import CommandParser
-from common.errors import UsageError, run_command
+from common.errors import run_command
 from common.new_folder import check_new, written_aside
 from model.checkpoint import EXPORT_CONFIG, CheckpointInfo, resolve_checkpoint, write_complete
 from model.hub.files import save_weights
@@ -78,11 +78,7 @@ def _export(found: CheckpointInfo, output: Path, dtype: torch.dtype, shard_size:
 
 def check_output(checkpoint: CheckpointInfo, output: Path) -> None:
     """Raises UsageError for a folder that is not new, or inside the checkpoint or its run."""
-    check_new(output)
-    folder = checkpoint.path.resolve()
-    kept = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-    if output.resolve().is_relative_to(kept):
-        raise UsageError(f"output {output} is inside {kept}, which belongs to training: expected a folder elsewhere")
+    check_new(output, outside=[checkpoint.belongings])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

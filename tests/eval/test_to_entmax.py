@@ -1,5 +1,6 @@
 """python -m eval.to_entmax: factors of heads, and the run folder that it writes."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,9 @@ def test_the_run_folder(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys:
     assert (near - exact).norm() < 0.05 * exact.norm()  # the temperature starts near 1
 
 
-def test_refusals(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     softmax, entmax = make_run(tmp_path / "softmax", "softmax"), make_run(tmp_path / "asentmax", "asentmax")
     stranger = make_run(tmp_path / "stranger", "softmax", fingerprint="another")
     output, data = ("--output", tmp_path / "new"), ("--data", corpus)
@@ -142,8 +145,25 @@ def test_refusals(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytes
 
     assert "has attention asentmax: expected a softmax model" in line(entmax, *data, *output)
     assert "is not empty: expected a new folder" in line(softmax, *data, "--output", softmax)
+    for inside in (softmax / "new", softmax / "checkpoints" / "new", corpus / "train" / "new"):
+        assert "which belongs to training: expected a folder elsewhere" in line(softmax, *data, "--output", inside)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(eval.to_entmax, "find_factors", None)  # all is refused before minutes of work
+    assert "--output" in line(softmax, *data, "--output", tmp_path / "file" / "new")
     assert "another" in line(stranger, *data, *output)
-    assert "attention.alpha: expected a start strictly inside" in line(softmax, *data, *output, "--alpha", 2)
+    for alpha in (1.01, 2):
+        assert f"alpha is {alpha:.3g}" in line(softmax, *data, *output, "--alpha", alpha)
     assert "no document of 100000 tokens: pass a smaller --length" in line(softmax, *data, *output, "--length", 100000)
     assert "samples is 0: expected at least 1" in line(softmax, *data, *output, "--samples", 0)
+    monkeypatch.setattr(eval.to_entmax, "_memory", lambda device: 2**20)
+    assert "all at once, and cpu has 0.0: pass at most --samples" in line(softmax, *data, *output, "--samples", 100)
     assert not (tmp_path / "new").exists()
+
+
+def test_damaged_tokens(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    softmax = make_run(tmp_path / "softmax", "softmax")
+    shutil.copytree(corpus, tmp_path / "damaged")
+    for shard in (tmp_path / "damaged" / "train").glob("*.bin"):
+        shard.write_bytes(b"\xff" * shard.stat().st_size)
+    given = (softmax, "--data", tmp_path / "damaged", "--output", tmp_path / "new", "--length", 64)
+    assert "has token 65535 of" in failing_line(capsys, eval.to_entmax.main, *given)
