@@ -110,6 +110,8 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
     check_tokenizer(subject, data, store)
     loaded = load_model(found.path, device)
     length = config.length or min(loaded.training_length, 2048)
+    if length > loaded.training_length:
+        raise UsageError(f"length is {length}: expected at most the training length, {loaded.training_length} tokens")
     windows = choose_windows(store, length, config.samples, config.seed)
     if not windows:
         raise UsageError(f"{data}/train has no document of {length} tokens: pass a smaller --length")

@@ -153,10 +153,12 @@ def test_refusals(
     assert "another" in line(stranger, *data, *output)
     for alpha in (1.01, 2):
         assert f"alpha is {alpha:.3g}" in line(softmax, *data, *output, "--alpha", alpha)
-    assert "no document of 100000 tokens: pass a smaller --length" in line(softmax, *data, *output, "--length", 100000)
+    assert "length is 129: expected at most the training length, 128" in line(softmax, *data, *output, "--length", 129)
     assert "samples is 0: expected at least 1" in line(softmax, *data, *output, "--samples", 0)
     monkeypatch.setattr(eval.to_entmax, "_memory", lambda device: 2**20)
     assert "all at once, and cpu has 0.0: pass at most --samples" in line(softmax, *data, *output, "--samples", 100)
+    monkeypatch.setattr(eval.to_entmax, "choose_windows", lambda *_: [])
+    assert "no document of 128 tokens: pass a smaller --length" in line(softmax, *data, *output)
     assert not (tmp_path / "new").exists()
 
 
