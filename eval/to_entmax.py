@@ -35,9 +35,9 @@ from eval.common.options import check_least, config_of
 from eval.common.scoring import Runtime
 from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
 from eval.common.windows import choose_windows
-from model.checkpoint import resolve_checkpoint
+from model.checkpoint import NETWORK, resolve_checkpoint
 from model.config import AttentionConfig, ModelConfig
-from model.hub.run_folder import NETWORK, write_run
+from model.hub.run_folder import write_run
 from model.loading import load_model
 from model.softmax_to_entmax import HeadFactors, find_factors, scaled_weights
 

@@ -27,6 +27,8 @@ TRAINER_STATE = "trainer.ckpt"
 STATE_FILE = "state-{:05d}.safetensors"
 EXPORT_CONFIG = "config.json"
 TOKENIZER_FOLDER = "tokenizer"  # of a converted run
+NETWORK = "network.yaml"  # likewise: its architecture, for --config of train.py
+RUN_FILES = ("config.yaml", NETWORK)  # of a trained run, of a converted one
 FORMAT = 2
 WEIGHT = "weight/"
 CHECKSUM = "xxh3_64"
@@ -65,9 +67,13 @@ class CheckpointInfo:
 
     @property
     def belongings(self) -> Path:
-        """The run's folder, or the checkpoint's own where it lies elsewhere."""
+        """The run's folder, if it is one (copied checkpoints may lie anywhere); else that of the checkpoints, or this
+        one's where it lies by itself."""
         folder = self.path.resolve()
-        return folder.parents[1] if folder.parent.name == "checkpoints" else folder
+        if folder.parent.name != "checkpoints":
+            return folder
+        run = folder.parents[1]
+        return run if any((run / name).exists() for name in RUN_FILES) else folder.parent
 
     @property
     def tokenizer(self) -> dict[str, Any]:

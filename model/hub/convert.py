@@ -28,10 +28,11 @@ from common.command_line import CommandParser
 from common.errors import UsageError, error_line, run_command
 from common.new_folder import check_new, written_aside
 from data.tokenizer import Tokenizer, load_tokenizer
+from model.checkpoint import NETWORK
 from model.checksums import is_finite
 from model.config import ModelConfig
 from model.hub.architecture import architecture_of
-from model.hub.run_folder import NETWORK, write_run
+from model.hub.run_folder import write_run
 from model.hub.weights import is_alias, our_name
 from model.loading import load_model
 

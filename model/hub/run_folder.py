@@ -12,12 +12,11 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from data.tokenizers.copying import copy_tokenizer
-from model.checkpoint import STATE_FILE, TOKENIZER_FOLDER, WEIGHT, checkpoint_folder, share, write_complete
+from model.checkpoint import NETWORK, STATE_FILE, TOKENIZER_FOLDER, WEIGHT, checkpoint_folder, share, write_complete
 from model.config import ModelConfig
 from model.version import code_version
 
 FILE_BYTES = 4 * 2**30  # of a file of weights
-NETWORK = "network.yaml"  # the architecture, for --config of train.py
 
 
 def write_run(

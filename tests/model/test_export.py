@@ -72,13 +72,18 @@ def test_mistakes_are_one_line(
     arguments: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save(tmp_path / "run", 10, Transformer(CONFIG)).parents[1]
-    for file in (run / "file", run.parent / "other"):
+    for file in (run / "file", run / "config.yaml", run.parent / "other"):
         file.write_text("kept")
     before = sorted(run.rglob("*"))
     assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: ") and part.replace("RUN", str(run)) in line and "\n" not in line
     assert sorted(run.rglob("*")) == before and (run / "file").read_text() == "kept"
+
+
+def test_copied_checkpoints_may_lie_beside_the_export(tmp_path: Path) -> None:
+    folder = save(tmp_path, 10, Transformer(CONFIG))
+    assert main([str(folder), str(tmp_path / "exported")]) == 0 and (tmp_path / "exported").is_dir()
 
 
 @pytest.mark.parametrize("stage", ["weights", "marker", "Ctrl-C"])

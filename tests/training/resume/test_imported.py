@@ -60,7 +60,7 @@ def test_conversion_starts_at_softmax_and_resumes(train: TrainProcess, imported:
     whole = losses_of("whole", 8)
     sharp = losses_of("sharp", 3, "--model.network.attention.anneal_steps", 0, "--model.network.attention.alpha", 1.9)
     assert whole[0] == pytest.approx(softmax[0], rel=0.01)
-    assert sharp[0] != pytest.approx(softmax[0], rel=0.01)
+    assert abs(whole[0] - softmax[0]) < 0.5 * abs(sharp[0] - softmax[0]), (softmax[0], whole[0], sharp[0])
     killed = train(
         "--run_dir", tmp_path / "parts", "--trainer.max_steps", 8, *options,
         "--trainer.callbacks", "[{class_path: tests.training.faults.callbacks.KillAfterStep, init_args: {step: 4}}]",
