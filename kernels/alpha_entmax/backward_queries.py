@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import lane_sums, support_distance, support_power, support_power_and_log
-from kernels.common.key_lists import KEY_CHUNK, gather_rows, key_scores, key_words, step_entries
+from kernels.common.key_lists import gather_rows, key_scores, key_words, list_row_keys, step_entries
 from kernels.common.tiles import (
     LENGTHS,
     add_position_bias,
     head_offset,
     head_scales,
-    list_row_entries,
+    list_row_tiles,
     load_rows,
     query_task,
     store_rows,
@@ -103,7 +103,7 @@ def entmax_backward_queries(
             whole_tiles = tl.load(p_sparse + i_tile) == 0
         n_inner, n_edge = 0, 0
         if whole_tiles:
-            n_inner, n_edge = list_row_entries(
+            n_inner, n_edge = list_row_tiles(
                 p_bits + i_tile * n_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
             )
 
@@ -136,9 +136,9 @@ def entmax_backward_queries(
             n_inner, n_edge = 0, 0
             if not whole_tiles:
                 p_key_words = key_words(p_key_bits, i_bh, i_block, stride_key_bits, n_key_words, triangular)
-                n_inner, n_edge = list_row_entries(
-                    p_key_words, p_entries, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM, key_capacity,
-                    KEY_CHUNK,
+                n_inner, n_edge = list_row_keys(
+                    p_key_words, p_entries, tile_lo * BM, tl.minimum(tile_hi * BM, n_keys), inner_lo * BM,
+                    inner_hi * BM, key_capacity,
                 )  # fmt: skip
             whole, count = n_inner // STEP, n_inner + n_edge
             anchor = i_block * BM + tl.load(p_block + 4)

@@ -19,7 +19,7 @@ from kernels.common.key_lists import (
     is_sparse,
     key_scores,
     key_words,
-    list_keys_of_tiles,
+    list_row_keys,
     mark_rows,
     step_entries,
     store_marks,
@@ -31,7 +31,7 @@ from kernels.common.tiles import (
     head_offset,
     head_scales,
     keep_marked,
-    list_row_entries,
+    list_row_tiles,
     listed_scores,
     load_rows,
     mark_listed,
@@ -235,7 +235,7 @@ def entmax_refine(
         tau = tl.load(p_tau + o_bh + row, mask=inside, other=float("inf"))  # [BM]
         i_tile = i_bh.to(tl.int64) * n_blocks + i_block
         p_words = p_bits + i_tile * n_words
-        n_inner, n_edge = list_row_entries(
+        n_inner, n_edge = list_row_tiles(
             p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
         )  # fmt: skip
         passes = 0
@@ -268,8 +268,9 @@ def entmax_refine(
             sparse = is_sparse(count, marked + n_edge_marked)
             tl.store(p_sparse + i_tile, sparse.to(tl.uint8))
             if sparse:
-                inner_keys, edge_keys = list_keys_of_tiles(
-                    p_key_words, p_list, capacity, p_keys, n_inner, n_edge, n_keys, key_capacity
+                inner_keys, edge_keys = list_row_keys(
+                    p_key_words, p_keys, tile_lo * BM, tl.minimum(tile_hi * BM, n_keys), inner_lo * BM, inner_hi * BM,
+                    key_capacity,
                 )
                 tau, step, norm_slope = refine_over_keys(
                     q, p_k_head, stride_kt, p_keys, inner_keys, edge_keys, key_capacity, tau, alpha, beta, z_scale,

@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from kernels.alpha_entmax.threshold import curved_step, lane_sums, norm_and_slope, support_distance, support_power
-from kernels.common.key_lists import KEY_CHUNK, gather_rows, key_scores, key_words, step_entries
+from kernels.common.key_lists import gather_rows, key_scores, key_words, list_row_keys, step_entries
 from kernels.common.tiles import (
     LENGTHS,
     flag_listed,
     head_offset,
     head_scales,
     keep_marked,
-    list_row_entries,
+    list_row_tiles,
     listed_scores,
     load_rows,
     mark_listed,
@@ -138,9 +138,9 @@ def entmax_sum(
             whole_tiles = tl.load(p_sparse + i_tile) == 0
             if not whole_tiles:
                 p_key_words = key_words(p_key_bits, i_bh, i_block, stride_key_bits, n_key_words, triangular)
-                n_inner, n_edge = list_row_entries(
-                    p_key_words, p_keys, tile_lo * BM, tile_hi * BM, inner_lo * BM, inner_hi * BM, key_capacity,
-                    KEY_CHUNK,
+                n_inner, n_edge = list_row_keys(
+                    p_key_words, p_keys, tile_lo * BM, tl.minimum(tile_hi * BM, n_keys), inner_lo * BM, inner_hi * BM,
+                    key_capacity,
                 )  # fmt: skip
                 whole, count = n_inner // STEP, n_inner + n_edge
                 anchor = i_block * BM + tl.load(p_block + 4)
@@ -156,7 +156,7 @@ def entmax_sum(
                 )  # fmt: skip
         n_inner, n_edge = 0, 0
         if whole_tiles:
-            n_inner, n_edge = list_row_entries(
+            n_inner, n_edge = list_row_tiles(
                 p_words, p_list, tile_lo, tile_hi, inner_lo, inner_hi, capacity, LIST_CHUNK
             )  # fmt: skip
         p_edge_marks = p_marks

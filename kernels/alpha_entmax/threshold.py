@@ -10,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-# libdevice's fast_log2f is one instruction (2 ** -22 absolute), tl.log2 about twenty; the interpreter has only tl.log2
-FAST_LOG2 = tl.constexpr(not triton.knobs.runtime.interpret)
-
+from kernels.common.tiles import INTRINSICS
 
 # Largest step of the threshold (in units of z, at alpha <= 1.5) after which no further refinement is made, and a fifth
 # of the largest N - 1 that it may start from: the weighted sum takes the next one to first order, which outputs in 16
@@ -30,7 +28,7 @@ def power_of(alpha: float | Tensor) -> str:
 @triton.jit
 def log2(x):
     """log2 of float32, -inf at 0."""
-    if FAST_LOG2:
+    if INTRINSICS:  # one instruction (2 ** -22 absolute), tl.log2 about twenty
         return libdevice.fast_log2f(x)
     else:
         return tl.log2(x)

@@ -8,10 +8,11 @@ after inner ones.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from kernels.common.tiles import add_position_bias, append_entries, bit_or, nan_maximum
+from kernels.common.tiles import INTRINSICS, add_position_bias, bit_or, nan_maximum
 
-KEY_CHUNK = tl.constexpr(4096)  # keys examined at once when a list is built
+LIST_WORDS = tl.constexpr(512)  # words of 32 entries examined at once when a list is built
 MARKED_TILES = tl.constexpr(128)  # tiles whose marks become key bits at once
 FIRST_TILES = tl.constexpr(32)  # tiles of a list after which marking stops if most of their keys are marked
 SPARSE_PERCENT = tl.constexpr(70)  # of the tiles' entries, below which passes follow single ones
@@ -89,10 +90,13 @@ def spread(pairs):
 @triton.jit
 def bit_count(word):
     """Bits set in int32."""
-    x = word - ((word >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x + (x >> 8) + (x >> 16) + (x >> 24)) & 63
+    if INTRINSICS:
+        return libdevice.popc(word)
+    else:
+        x = word - ((word >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        return (x + (x >> 8) + (x >> 16) + (x >> 24)) & 63
 
 
 @triton.jit
@@ -119,28 +123,39 @@ def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words):
 
 
 @triton.jit
-def keys_of_tiles(p_words, p_tiles, tile_step, n_tiles, start, n_keys):
-    """KEY_CHUNK keys of listed tiles, and which of them have their bit."""
-    i = start + tl.arange(0, KEY_CHUNK)
-    inside = i < n_tiles * 64
-    key = tl.load(p_tiles + i // 64 * tile_step, mask=inside, other=0) * 64 + i % 64
-    word = tl.load(p_words + key // 32, mask=inside, other=0)
-    return key, (((word >> (i % 32)) & 1) != 0) & (key < n_keys)
+def append_bits(p_list, word, entry, inner, n_inner, n_edge, capacity):
+    """Appends entry + i to a list for every bit i of `word`: to its front where `inner`, else to its back. Counts go on
+    where it is full.
+
+    word, entry, inner: [words], at most 1023. The work is that of the words and of the most bits in one, not of all
+    entries that might be listed.
+    """
+    count = bit_count(word)
+    share = tl.where(inner, count, count << 16)  # 32 * 1023 entries need 15 bits
+    before = tl.cumsum(share, 0) - share
+    slot = tl.where(inner, n_inner + (before & 0xFFFF), capacity - 1 - n_edge - (before >> 16))
+    for _ in range(0, tl.max(count, 0)):
+        lowest = word & -word
+        tl.store(p_list + slot, entry + bit_count(lowest - 1), mask=(word != 0) & (slot >= 0) & (slot < capacity))
+        word ^= lowest
+        slot += tl.where(inner, 1, -1)
+    total = tl.sum(share, 0)
+    return n_inner + (total & 0xFFFF), n_edge + (total >> 16)
 
 
 @triton.jit
-def list_keys_of_tiles(p_words, p_tiles, tiles, p_list, n_tiles, n_edge_tiles, n_keys, capacity):
-    """The list of the keys with a bit in a list of tiles (of capacity `tiles`). Returns how many are inner, how many
-    edges."""
+def list_row_keys(p_words, p_list, lo, hi, inner_lo, inner_hi, capacity):
+    """Lists the keys of [lo, hi) that have their bit in the words of one query tile. Returns how many are inner, how
+    many edges. Bounds are multiples of 32, but for hi."""
     tl.debug_barrier()  # all warps have written their bits
     n_inner, n_edge = 0, 0
-    for start in range(0, n_tiles * 64, KEY_CHUNK):
-        key, live = keys_of_tiles(p_words, p_tiles, 1, n_tiles, start, n_keys)
-        n_inner, n_edge = append_entries(p_list, key, live, live, n_inner, n_edge, capacity)
-    for start in range(0, n_edge_tiles * 64, KEY_CHUNK):
-        key, live = keys_of_tiles(p_words, p_tiles + tiles - 1, -1, n_edge_tiles, start, n_keys)
-        n_inner, n_edge = append_entries(p_list, key, live, key < 0, n_inner, n_edge, capacity)  # none is inner
-    tl.debug_barrier()
+    for start in range(lo, hi, 32 * LIST_WORDS):
+        key = start + 32 * tl.arange(0, LIST_WORDS)
+        word = tl.load(p_words + key // 32, mask=key < hi, other=0)
+        word = tl.where(key + 32 > hi, word & ((1 << tl.maximum(hi - key, 0)) - 1), word)
+        inner = (key >= inner_lo) & (key < inner_hi)
+        n_inner, n_edge = append_bits(p_list, word, key, inner, n_inner, n_edge, capacity)
+    tl.debug_barrier()  # the whole program reads the list next
     return n_inner, n_edge
 
 

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from kernels.common.visibility import TILE
 
+# whether device functions may use the GPU's own instructions (libdevice), which the interpreter has not
+INTRINSICS = tl.constexpr(not triton.knobs.runtime.interpret)
+
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_tasks", "n_blocks", "n_key_blocks", "n_words", "capacity", "batch_step"]
 LENGTHS += [
+    "n_items",
     "n_key_words",
     "triangular",
     "key_capacity",
@@ -219,8 +223,8 @@ def add_position_bias(x, query_position, key, anchor, slope):
 
 @triton.jit
 def append_entries(p_list, index, live, inner, n_inner, n_edge, capacity):
-    """Appends the live ones of `index` (tiles, or single keys or queries) to a list: inner ones from its front, edges
-    from its back. Counts go on where it is full."""
+    """Appends the live ones of `index` to a list of tiles: inner ones from its front, edges from its back. Counts go on
+    where it is full."""
     count = (live & inner).to(tl.int32) + ((live & ~inner).to(tl.int32) << 16)
     before = tl.cumsum(count, 0) - count
     slot = tl.where(inner, n_inner + (before & 0xFFFF), capacity - 1 - n_edge - (before >> 16))
@@ -230,9 +234,9 @@ def append_entries(p_list, index, live, inner, n_inner, n_edge, capacity):
 
 
 @triton.jit
-def list_row_entries(p_bits, p_list, lo, hi, inner_lo, inner_hi, capacity, CHUNK: tl.constexpr):
-    """Lists the live key tiles (or single keys) of one query tile, of [lo, hi), from its bit mask. Returns how many are
-    inner, how many edges."""
+def list_row_tiles(p_bits, p_list, lo, hi, inner_lo, inner_hi, capacity, CHUNK: tl.constexpr):
+    """Lists the live key tiles of one query tile, of [lo, hi), from its bit mask. Returns how many are inner, how many
+    edges."""
     n_inner, n_edge = 0, 0
     for start in range(lo, hi, CHUNK):
         entry = start + tl.arange(0, CHUNK)
