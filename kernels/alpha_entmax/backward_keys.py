@@ -16,6 +16,7 @@ from kernels.common.tiles import (
     append_entries,
     head_offset,
     head_scales,
+    is_visible,
     load_rows,
     store_rows,
 )
@@ -115,7 +116,7 @@ def add_key_gradients(
             if BIAS:
                 x = add_position_bias(x, (row + offset)[None, :], key[:, None], tl.min(key, 0), slope)
             if MASKED:
-                x = tl.where((key[:, None] >= first[None, :]) & (key[:, None] < end[None, :]), x, float("-inf"))
+                x = tl.where(is_visible(key[:, None], first[None, :], end[None, :]), x, float("-inf"))
             u = support_distance(x, z_scale, tau[None, :])
             dp -= delta[None, :]
         else:
@@ -124,7 +125,7 @@ def add_key_gradients(
             if BIAS:
                 x = add_position_bias(x, (row + offset)[:, None], key[None, :], tl.min(key, 0), slope)
             if MASKED:
-                x = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), x, float("-inf"))
+                x = tl.where(is_visible(key[None, :], first[:, None], end[:, None]), x, float("-inf"))
             u = support_distance(x, z_scale, tau[:, None])
             dp -= delta[:, None]
         w = support_power(u, beta, POWER)

@@ -19,6 +19,7 @@ from kernels.common.visibility import TILE
 
 # Queries from which on the pass over keys is planned (column_plan.py): counting takes longer than it saves before
 SHORTEST_PLAN = 8192
+PARTS_PER_PROGRAM = 2  # at most, each of which takes memory for its sums
 LEAST_STEPS = 16  # of a part: each lists its queries anew
 COUNTING_PARTS = 8  # programs that share the queries of 32 key tiles
 PLANNED_ITEMS = 1024  # at once
@@ -99,7 +100,7 @@ class _Backward:
             **{name: self.shared[name] for name in ("n_queries", "n_blocks", "n_words", "triangular", "KEYS")},
             n_key_blocks=self.n_key_blocks,
         )
-        max_parts = 2 * n_programs
+        max_parts = PARTS_PER_PROGRAM * n_programs
         plan = dict(
             p_parts=torch.empty(max_parts, PLAN_FIELDS.value, dtype=torch.int32, device=self.q.device),
             p_cuts=torch.empty(n_items, CUT_FIELDS.value, dtype=torch.int32, device=self.q.device),

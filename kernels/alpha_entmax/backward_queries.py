@@ -15,6 +15,7 @@ from kernels.common.tiles import (
     add_position_bias,
     head_offset,
     head_scales,
+    is_visible,
     list_row_tiles,
     load_rows,
     query_task,
@@ -51,7 +52,7 @@ def add_query_gradients(
             if BIAS:
                 x = add_position_bias(x, position[:, None], key[None, :], start, slope)
             if MASKED:
-                x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
+                x = tl.where(is_visible(key[None, :], first[:, None], end[:, None]), x, float("-inf"))
         u = support_distance(x, z_scale, tau[:, None])
         dp -= delta[:, None]
         if DALPHA:

@@ -151,7 +151,7 @@ class _Forward:
     def refine(self, tolerance: float) -> None:
         n_programs, arguments = self._over_lists(launch_of(self.q, "refine"), self.counters[1:])
         rows = self.found.row_bits.numel() > 0
-        marks = self.capacity * MARK_WORDS.value if self.keys else self.capacity // 32 + 2
+        marks = (self.capacity // 2 + 1) * MARK_WORDS.value if self.keys else self.capacity // 32 + 2
         entmax_refine[(n_programs,)](
             p_flags=self._flags(n_programs * self.capacity),
             p_marks=self._empty(n_programs, marks),

@@ -6,7 +6,6 @@ import triton.language as tl
 
 from kernels.alpha_entmax.threshold import (
     is_far,
-    lane_sums,
     newton_step,
     norm_and_slope,
     support_distance,
@@ -20,9 +19,9 @@ from kernels.common.key_lists import (
     key_scores,
     key_words,
     list_row_keys,
+    mark_keys,
     mark_rows,
     step_entries,
-    store_marks,
     write_key_bits,
 )
 from kernels.common.tiles import (
@@ -82,13 +81,14 @@ def mark_tiles(
     """Marks the keys and (if ROWS) the (query, tile) pairs of listed tiles [first_tile, count) with a score above the
     row's limit. A limit of NaN marks all: such a row spoils what it sees."""
     rows = tl.zeros([BM, 4], tl.int32)  # for each of the four lanes that share a row
+    marks = tl.zeros([BM // 16, 8, 4], tl.int32)
     for n in tl.range(first_tile, count, num_stages=STAGES):
         tile = tl.load(p_list + n * list_step)
         x = listed_scores(
             q, p_k, stride_k, tile, slope, first, end, position, n_keys, D, BD, BM, BIAS, MASKED, PRECISION
         )
         excess = x - limit[:, None]
-        store_marks(p_marks, n, excess)
+        marks = mark_keys(p_marks, marks, excess, n, n == count - 1)
         if ROWS:
             excess = tl.reduce(tl.reshape(excess, (BM, BM // 8, 4, 2)), 3, nan_maximum)
             excess = tl.reduce(excess, 1, nan_maximum)  # [BM, 4]
@@ -111,8 +111,8 @@ def sum_key_powers(
         x, _ = key_scores(q, p_k, stride_k, key, slope, first, end, position, anchor, D, BD, BIAS, MASKED, PRECISION)
         u = support_distance(x, z_scale, tau[:, None])
         w = support_power(u, beta, POWER)
-        power_sum += lane_sums(w * u)
-        slope_sum += lane_sums(w)
+        power_sum += tl.sum(w * u, 1)
+        slope_sum += tl.sum(w, 1)
     return power_sum, slope_sum
 
 
@@ -163,8 +163,8 @@ def refine_over_keys(
     norm_slope = tl.full([BM], 1.0, tl.float32)
     step = tl.full([BM], 1.0, tl.float32)
     while (tl.max(is_far(step, norm_slope, alpha, tolerance).to(tl.int32), 0) > 0) & (passes < MAX_STEPS):
-        power_sum = tl.zeros([BM, 4], tl.float32)
-        slope_sum = tl.zeros([BM, 4], tl.float32)
+        power_sum = tl.zeros([BM], tl.float32)
+        slope_sum = tl.zeros([BM], tl.float32)
         power_sum, slope_sum = sum_key_powers(
             q, p_k, stride_k, p_keys, 0, whole, n_inner, count, capacity, power_sum, slope_sum, tau, z_scale, beta,
             slope, first, end, position, anchor, D, BD, BM, BIAS, False, PRECISION, POWER, STAGES,
@@ -173,7 +173,7 @@ def refine_over_keys(
             q, p_k, stride_k, p_keys, whole, tl.cdiv(count, BM), n_inner, count, capacity, power_sum, slope_sum, tau,
             z_scale, beta, slope, first, end, position, anchor, D, BD, BM, BIAS, True, PRECISION, POWER, STAGES,
         )  # fmt: skip
-        tau, step, norm_slope = raise_by_newton(tau, tl.sum(power_sum, 1), tl.sum(slope_sum, 1), alpha, POWER)
+        tau, step, norm_slope = raise_by_newton(tau, power_sum, slope_sum, alpha, POWER)
         passes += 1
     return tau, step, norm_slope
 
@@ -215,7 +215,7 @@ def entmax_refine(
     p_list += i_program * capacity
     if KEYS:
         p_keys += i_program * key_capacity
-        p_marks += i_program * capacity * MARK_WORDS
+        p_marks += i_program * (capacity // 2 + 1) * MARK_WORDS
     else:
         p_marks += i_program * (capacity // 32 + 2)
     task = tl.atomic_add(p_counter, 1)
@@ -244,7 +244,7 @@ def entmax_refine(
             # covers the rounding of this and of the products compared; rows that see nothing keep +inf
             limit -= tl.where(tau < float("inf"), tl.abs(limit) * 5e-7, 0.0)
             p_head_rows = p_row_bits + i_bh.to(tl.int64) * stride_row_bits
-            p_edge_marks = p_marks + n_inner * MARK_WORDS
+            p_edge_marks = p_marks + (n_inner + 1) // 2 * MARK_WORDS
             p_edges = p_list + capacity - 1
             p_key_words = key_words(p_key_bits, i_bh, i_block, stride_key_bits, n_key_words, triangular)
             count, marked, goal = 0, 0, tl.minimum(n_inner, FIRST_TILES)

@@ -9,11 +9,15 @@ from kernels.common.tiles import (
     LENGTHS,
     add_position_bias,
     bit_or,
+    is_visible,
     load_rows,
     nan_maximum,
     store_live_bits,
     tile_range,
 )
+
+FIRST_BLOCKS = tl.constexpr(4)  # of keys before the first update of the bound
+NEAREST_BLOCKS = tl.constexpr(8)  # of keys that come before the spread ones
 
 
 @triton.jit
@@ -36,7 +40,7 @@ def scan_block(
     if BIAS:
         x = add_position_bias(x, position[:, None], key[None, :], block * (SPAN * TILE), slope)
     if MASKED:
-        x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
+        x = tl.where(is_visible(key[None, :], first[:, None], end[:, None]), x, float("-inf"))
     # maxima stay within a thread: the dot gives it columns 2 i and 2 i + 1 of every eight, for i one of four lanes
     folded = tl.reduce(tl.reshape(x, (ROWS, SPAN, FOLD, TILE // FOLD)), 2, nan_maximum)  # [ROWS, SPAN, TILE // FOLD]
     best = tl.maximum(best, tl.reshape(folded, (ROWS, SPAN * TILE // FOLD)), propagate_nan=tl.PropagateNan.ALL)
@@ -56,15 +60,28 @@ def far_limit(threshold, best_dot, z_scale, slope, sees, position, SIZE: tl.cons
 
 
 @triton.jit
+def block_in_order(n, lo, hi, SPREAD: tl.constexpr):
+    """The n-th of blocks [lo, hi) to scan: backwards. If SPREAD the first one (attention sinks), the nearest, then
+    strides through the rest: an early bound from all over a row marks few tiles in vain."""
+    block = hi - 1 - n
+    if SPREAD:
+        rest = hi - lo - 1 - NEAREST_BLOCKS
+        stride = tl.where(rest % 37 != 0, 37, tl.where(rest % 41 != 0, 41, 1))  # coprime with rest: meets each once
+        far = lo + 1 + (n - 1 - NEAREST_BLOCKS) * stride % tl.maximum(rest, 1)
+        block = tl.where(n == 0, lo, tl.where(n <= NEAREST_BLOCKS, hi - n, far))
+    return block
+
+
+@triton.jit
 def scan_range(
     q, p_k, stride_k, p_flags, capacity, lo, hi, limit, best, tau, alpha, beta, z_scale, slope, best_dot,
     first, end, sees, position, n_keys,
     D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    FOLD: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, SKIP_FAR: tl.constexpr, SINK_FIRST: tl.constexpr,
+    FOLD: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, SKIP_FAR: tl.constexpr, SPREAD: tl.constexpr,
     MASKED: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scans blocks [max(lo, limit), hi) backwards (the first one before all others if SINK_FIRST). After every CHUNK of
-    them flags the marked tiles and raises the bound and, under position bias, the limit."""
+    """Scans blocks [max(lo, limit), hi) in the order of block_in_order. After every CHUNK of them (fewer at first) flags
+    the marked tiles and raises the bound and, under position bias, the limit."""
     TILES: tl.constexpr = ROWS // TILE
     row_tile = tl.arange(0, TILES)[:, None]
     done = 0
@@ -72,10 +89,9 @@ def scan_range(
     while done < total:
         running = tau[:, None] + tl.zeros([1, 4], tl.float32)
         marks = tl.zeros([ROWS, SPAN, 4], tl.int32)
-        for n in tl.range(done, tl.minimum(done + CHUNK, total), num_stages=STAGES):
-            block = hi - 1 - n
-            if SINK_FIRST:
-                block = tl.where(n == 0, lo, hi - n)
+        size = tl.minimum(tl.maximum(done, FIRST_BLOCKS), CHUNK)  # the first bounds, from few keys, mark much in vain
+        for n in tl.range(done, tl.minimum(done + size, total), num_stages=STAGES):
+            block = block_in_order(n, lo, hi, SPREAD)
             best, running, marks = scan_block(
                 q, p_k, stride_k, block, n - done, best, running, marks, z_scale, slope, first, end, position, n_keys,
                 D, BD, TILE, ROWS, SPAN, FOLD, BIAS, MASKED, PRECISION,
@@ -83,14 +99,12 @@ def scan_range(
         marks = tl.reshape(tl.reduce(marks, 2, bit_or), (TILES, TILE, SPAN))
         marks = tl.reduce(marks, 1, bit_or)  # [TILES, SPAN]
         n = tl.arange(0, CHUNK)
-        block = hi - 1 - done - n
-        if SINK_FIRST:
-            block = tl.where(done + n == 0, lo, hi - done - n)
+        block = block_in_order(done + n, lo, hi, SPREAD)
         marked = (marks[:, :, None] >> n[None, None, :]) & 1  # [TILES, SPAN, CHUNK]
         tile = block[None, None, :] * SPAN + tl.arange(0, SPAN)[None, :, None]
         tl.store(p_flags + row_tile[:, :, None] * capacity + tile, 1, mask=marked != 0)
         tau = raise_threshold(best * z_scale, tau, alpha, beta, 1, POWER)
-        done += CHUNK
+        done += size
         if SKIP_FAR:
             limit = tl.maximum(limit, far_limit(tau, best_dot, z_scale, slope, sees, position, SPAN * TILE))
             total = hi - tl.maximum(lo, limit)
@@ -146,8 +160,7 @@ def entmax_scan(
             q_norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
             best_dot = q_norm * key_norm * 1.0001  # covers rounding in the dots
 
-        # Newest keys first, then the first tile (attention sinks), then the rest backwards: an early good bound
-        # marks few tiles in vain
+        # Keys that not all rows see first: the newest
         best = tl.full([ROWS, KEYS // FOLD], float("-inf"), tl.float32)
         tau = tl.where(sees, float("-inf"), float("inf"))  # [ROWS]
         limit = block_lo

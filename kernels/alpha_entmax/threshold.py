@@ -65,12 +65,12 @@ def support_power(u, beta, POWER: tl.constexpr):
 @triton.jit
 def support_power_and_log(u, beta, POWER: tl.constexpr):
     """support_power(u) and a finite log2(u), from one logarithm."""
-    log_u = log2(tl.maximum(u, 1e-30))
+    log_u = log2(u)
     if POWER == "general":  # noqa: SIM108
-        w = tl.where(u > 0, tl.exp2((beta - 1) * log_u), 0.0)
+        w = tl.exp2(tl.maximum(beta - 1, 1e-7) * log_u)
     else:
         w = support_power(u, beta, POWER)
-    return w, log_u
+    return w, tl.maximum(log_u, -100.0)
 
 
 @triton.jit

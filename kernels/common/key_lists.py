@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from kernels.common.tiles import INTRINSICS, add_position_bias, bit_or, nan_maximum
+from kernels.common.tiles import INTRINSICS, add_position_bias, bit_or, is_visible, nan_maximum
 
 LIST_WORDS = tl.constexpr(512)  # words of 32 entries examined at once when a list is built
 MARKED_TILES = tl.constexpr(128)  # tiles whose marks become key bits at once
 FIRST_TILES = tl.constexpr(32)  # tiles of a list after which marking stops if most of their keys are marked
 SPARSE_PERCENT = tl.constexpr(70)  # of the tiles' entries, below which passes follow single ones
-MARK_WORDS = tl.constexpr(16)  # int32 of marks for 64 entries: four lanes of each of four warps hold 16 bits
+MARK_WORDS = tl.constexpr(16)  # int32 of marks for two tiles: four lanes of each of four warps hold 16 bits of each
 
 
 @triton.jit
@@ -68,17 +68,23 @@ def gather_rows(p, index, stride, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.
 
 
 @triton.jit
-def store_marks(p_marks, n, excess):
+def mark_keys(p_marks, marks, excess, n, last):
     """Marks the columns of step n where excess ([64, 64]) is above 0 or NaN in any row. Warps write apart: a dot hands
-    a thread columns 2 i and 2 i + 1 of every eight, of rows r and r + 8, and eight threads share its columns."""
+    a thread columns 2 i and 2 i + 1 of every eight, of rows r and r + 8, and eight threads share its columns.
+
+    marks: int32 [warps, 8, 4], of the present pair of steps, kept in registers until the second (or the last) of it, as
+    a store synchronises warps.
+    """
     ROWS: tl.constexpr = excess.shape[0]
     excess = tl.reduce(tl.reshape(excess, (ROWS // 16, 2, 8, 8, 4, 2)), 1, nan_maximum)  # [warps, 8, 8, 4, 2]
     bit = 1 << (2 * tl.arange(0, 8)[None, None, :, None, None] + tl.arange(0, 2)[None, None, None, None, :])
     word = tl.where(excess <= 0, 0, bit)
-    word = tl.reduce(tl.reduce(word, 4, bit_or), 2, bit_or)  # [warps, 8, 4]
-    word = tl.reduce(word, 1, bit_or)  # [warps, 4]
-    place = tl.arange(0, ROWS // 16)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(p_marks + n * MARK_WORDS + place, word)
+    marks |= tl.reduce(tl.reduce(word, 4, bit_or), 2, bit_or) << (16 * (n % 2))
+    if last | (n % 2 == 1):
+        place = tl.arange(0, ROWS // 16)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(p_marks + n // 2 * MARK_WORDS + place, tl.reduce(marks, 1, bit_or))
+        marks = tl.zeros_like(marks)
+    return marks
 
 
 @triton.jit
@@ -109,11 +115,11 @@ def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words):
         n = start + tl.arange(0, MARKED_TILES)
         inside = n < n_tiles
         tile = tl.load(p_tiles + n * tile_step, mask=inside, other=0)
-        p = p_marks + n[:, None] * MARK_WORDS + lane
+        p = p_marks + (n // 2)[:, None] * MARK_WORDS + lane
         mask = inside[:, None]
         marks = tl.load(p, mask=mask, other=0) | tl.load(p + 4, mask=mask, other=0)
         marks = marks | tl.load(p + 8, mask=mask, other=0) | tl.load(p + 12, mask=mask, other=0)
-        # bit 2 i + j of lane l is column 8 i + 2 l + j
+        marks = marks >> (16 * (n % 2))[:, None]  # bit 2 i + j of lane l is column 8 i + 2 l + j
         low = tl.reduce(spread(marks & 255) << 2 * lane, 1, bit_or)
         high = tl.reduce(spread((marks >> 8) & 255) << 2 * lane, 1, bit_or)
         tl.store(p_words + 2 * tile, low, mask=inside)
@@ -124,8 +130,8 @@ def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words):
 
 @triton.jit
 def append_bits(p_list, word, entry, inner, n_inner, n_edge, capacity):
-    """Appends entry + i to a list for every bit i of `word`: to its front where `inner`, else to its back. Counts go on
-    where it is full.
+    """Appends entry + i to a list for every bit i of `word`: to its front where `inner`, else to its back. There must be
+    room.
 
     word, entry, inner: [words], at most 1023. The work is that of the words and of the most bits in one, not of all
     entries that might be listed.
@@ -136,7 +142,7 @@ def append_bits(p_list, word, entry, inner, n_inner, n_edge, capacity):
     slot = tl.where(inner, n_inner + (before & 0xFFFF), capacity - 1 - n_edge - (before >> 16))
     for _ in range(0, tl.max(count, 0)):
         lowest = word & -word
-        tl.store(p_list + slot, entry + bit_count(lowest - 1), mask=(word != 0) & (slot >= 0) & (slot < capacity))
+        tl.store(p_list + slot, entry + bit_count(lowest - 1), mask=word != 0)
         word ^= lowest
         slot += tl.where(inner, 1, -1)
     total = tl.sum(share, 0)
@@ -201,5 +207,5 @@ def key_scores(
     if BIAS:
         x = add_position_bias(x, position[:, None], key[None, :], anchor, slope)
     if MASKED:
-        x = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), x, float("-inf"))
+        x = tl.where(is_visible(key[None, :], first[:, None], end[:, None]), x, float("-inf"))
     return x, k

@@ -317,6 +317,12 @@ def flag_listed(p_list, list_step, p_flags, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def is_visible(key, first, end):
+    """Whether first <= key < end, broadcast: one comparison of unsigned numbers. end >= first."""
+    return (key - first).to(tl.uint32, bitcast=True) < (end - first).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def tile_scores(
     q, k, tile, slope, first, end, position, BM: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -327,7 +333,7 @@ def tile_scores(
     if BIAS:
         x = add_position_bias(x, position[:, None], key[None, :], tile * BM, slope)
     if MASKED:
-        x = tl.where((key >= first[:, None]) & (key < end[:, None]), x, float("-inf"))
+        x = tl.where(is_visible(key[None, :], first[:, None], end[:, None]), x, float("-inf"))
     return x
 
 

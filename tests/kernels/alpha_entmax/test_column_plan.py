@@ -1,0 +1,95 @@
+"""The pass over keys in parts of even cost."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.alpha_entmax.backward_launches as backward_launches
+from tests.kernels.helpers import DEVICE, MIXED, check_float32, compute, draw_qkv, needs_triton, per_head
+
+pytestmark = needs_triton
+
+N_TOKENS = 300  # 5 tiles
+
+
+def with_sink(n_queries: int = N_TOKENS, batch: int = 1) -> tuple[Tensor, ...]:
+    """Two query heads to a key head; every query weighs key 3, as a trained model's its first token, and few others."""
+    q, k, v, weight = draw_qkv(4, 2, n_queries, N_TOKENS, batch=batch, size=2.0)
+    q, k = q.detach().clone(), k.detach().clone()
+    q[..., 0], k[..., 0] = 8.0, 0.0
+    k[:, :, 3, 0] = 12.0
+    return q.requires_grad_(), k.requires_grad_(), v, weight
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each pass over keys was planned as."""
+    found: list[dict[str, Any]] = []
+    plan = backward_launches._Backward._plan
+
+    def spy(self: Any, *given: Any) -> dict[str, Any]:
+        found.append(plan(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(backward_launches._Backward, "_plan", spy)
+    monkeypatch.setattr(backward_launches, "PARTS_PER_PROGRAM", 16)  # the interpreter has two programs
+    return found
+
+
+def check_plan(plan: dict[str, Any]) -> None:
+    """Parts follow one another within their item, from step 0 on, and the sums of all have a place."""
+    n_parts = plan["p_n_parts"].item()
+    parts, cuts = plan["p_parts"][:n_parts].tolist(), plan["p_cuts"].tolist()
+    assert n_parts <= plan["p_sums"].shape[0]
+    assert n_parts == sum(count for _, count in cuts)
+    place = 0
+    for item, (first, count) in enumerate(cuts):
+        if count:
+            assert first == place and count > 1
+            mine = parts[first : first + count]
+            assert [part[0] for part in mine] == [item] * count
+            assert [part[1] for part in mine] == [0] + [part[2] for part in mine[:-1]]
+            assert all(start < stop for _, start, stop in mine)
+            place += count
+
+
+@pytest.mark.parametrize("longest", [0, 1 << 15], ids=["tiles", "keys"])
+@pytest.mark.parametrize("alpha", [1.5, MIXED], ids=str)
+def test_a_sink_is_cut(longest: int, alpha: Any, plans: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.alpha_entmax.results.LONGEST_KEY_LIST", longest)
+    monkeypatch.setattr(backward_launches, "SHORTEST_PLAN", 0)
+    inputs = with_sink()
+    check_float32(inputs, alpha)
+    (plan,) = plans
+    check_plan(plan)
+    n_tiles = plan["p_tile_counts"].shape[-1]
+    assert plan["p_cuts"].view(2, n_tiles, 2)[:, 0, 1].tolist() != [0, 0]  # the sink's tile
+    if longest:
+        assert (plan["p_query_counts"][:, 0] > 0.9 * N_TOKENS).all()
+    assert (plan["p_tile_counts"][:, 0] == n_tiles).all()
+
+
+@pytest.mark.parametrize("options", [{}, dict(causal=False), dict(window=100)], ids=str)
+def test_documents_windows_and_batches_are_planned(options: dict, plans: list) -> None:
+    check_float32(with_sink(batch=2), MIXED, **options)
+    check_float32(with_sink(100), MIXED, kv_lens=torch.tensor([250], dtype=torch.int32, device=DEVICE), **options)
+    documents = torch.tensor([0, 5, 5, 210, N_TOKENS], dtype=torch.int32, device=DEVICE)
+    check_float32(with_sink(), MIXED, cu_seqlens=documents, **options)
+    assert len(plans) == 3
+    for plan in plans:
+        check_plan(plan)
+
+
+def test_parts_are_no_shorter_than_asked(plans: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a part would be shorter than LEAST_STEPS nothing is cut, and sums are those of a pass without a plan."""
+    monkeypatch.setattr(backward_launches, "LEAST_STEPS", 1000)
+    inputs = with_sink()
+    planned = compute(inputs, per_head(MIXED), "triton")
+    assert plans[0]["p_n_parts"].item() == 0
+    monkeypatch.setattr("kernels.alpha_entmax.results.LONGEST_KEY_LIST", 0)  # lists of tiles, which need no plan
+    tiles = compute(inputs, per_head(MIXED), "triton")
+    assert len(plans) == 1
+    for x, y in zip(planned, tiles, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
