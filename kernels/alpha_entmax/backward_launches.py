@@ -23,6 +23,7 @@ PARTS_PER_PROGRAM = 2  # at most, each of which takes memory for its sums
 LEAST_STEPS = 16  # of a part: each lists its queries anew
 COUNTING_PARTS = 8  # programs that share the queries of 32 key tiles
 PLANNED_ITEMS = 1024  # at once
+ADDED_ROWS, ADDED_PARTS = 8, 8  # of sums, at once
 
 
 class _Backward:
@@ -150,7 +151,7 @@ class _Backward:
             **plan,
         )
         if planned:
-            add_parts[(n_items,)](
+            add_parts[(n_items, TILE // ADDED_ROWS)](
                 p_sums=plan["p_sums"],
                 p_cuts=plan["p_cuts"],
                 p_dk=dk,
@@ -158,6 +159,8 @@ class _Backward:
                 groups=self.k.shape[1],
                 n_keys=self.k.shape[2],
                 n_key_blocks=self.n_key_blocks,
+                ROWS=ADDED_ROWS,
+                AT_ONCE=ADDED_PARTS,
                 **{name: self.shared[name] for name in ("D", "BD", "BM")},
                 **strides("d", dk),
                 **strides("e", dv),

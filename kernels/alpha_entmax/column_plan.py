@@ -122,21 +122,25 @@ def plan_columns(
 def add_parts(
     p_sums, p_cuts, p_dk, p_dv, stride_db, stride_dh, stride_dt, stride_eb, stride_eh, stride_et,
     groups, n_keys, n_key_blocks,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One program per item: dk and dv of those that were cut, from float32 p_sums (parts, 2, BM, BD)."""
-    item = tl.program_id(0)
+    """One program per (item, ROWS of its keys): dk and dv of items that were cut, from float32 p_sums
+    (parts, 2, BM, BD), AT_ONCE parts at a time."""
+    item, first_row = tl.program_id(0), tl.program_id(1) * ROWS
     part = tl.load(p_cuts + item * CUT_FIELDS)
     n_parts = tl.load(p_cuts + item * CUT_FIELDS + 1)
     if n_parts > 0:
         i_bg, i_key_block = item // n_key_blocks, item % n_key_blocks
-        place = tl.arange(0, BM)[:, None] * BD + tl.arange(0, BD)[None, :]
-        dk, dv = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
-        for i in range(part, part + n_parts):
-            p = p_sums + tl.cast(i, tl.int64) * (2 * BM * BD) + place
-            dk += tl.load(p)
-            dv += tl.load(p + BM * BD)
+        place = (first_row + tl.arange(0, ROWS))[None, :, None] * BD + tl.arange(0, BD)[None, None, :]
+        dk, dv = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
+        for start in range(0, n_parts, AT_ONCE):
+            i = start + tl.arange(0, AT_ONCE)
+            p = p_sums + (part + i).to(tl.int64)[:, None, None] * (2 * BM * BD) + place
+            mask = (i < n_parts)[:, None, None] & (place >= 0)
+            dk += tl.sum(tl.load(p, mask=mask, other=0.0), 0)
+            dv += tl.sum(tl.load(p + BM * BD, mask=mask, other=0.0), 0)
         o_d = head_offset(i_bg // groups, i_bg % groups, stride_db, stride_dh)
         o_e = head_offset(i_bg // groups, i_bg % groups, stride_eb, stride_eh)
-        store_rows(p_dk + o_d, dk, i_key_block * BM, stride_dt, n_keys, BM, D, BD)
-        store_rows(p_dv + o_e, dv, i_key_block * BM, stride_et, n_keys, BM, D, BD)
+        start = i_key_block * BM + first_row
+        store_rows(p_dk + o_d, dk, start, stride_dt, n_keys, ROWS, D, BD)
+        store_rows(p_dv + o_e, dv, start, stride_et, n_keys, ROWS, D, BD)

@@ -60,16 +60,19 @@ def far_limit(threshold, best_dot, z_scale, slope, sees, position, SIZE: tl.cons
 
 
 @triton.jit
-def block_in_order(n, lo, hi, SPREAD: tl.constexpr):
-    """The n-th of blocks [lo, hi) to scan: backwards. If SPREAD the first one (attention sinks), the nearest, then
-    strides through the rest: an early bound from all over a row marks few tiles in vain."""
-    block = hi - 1 - n
+def far_stride(rest):
+    """A stride that meets each of `rest` blocks once."""
+    return tl.where(rest % 37 != 0, 37, tl.where(rest % 41 != 0, 41, 1))
+
+
+@triton.jit
+def block_in_order(n, lo, hi, far, SPREAD: tl.constexpr):
+    """The n-th of blocks [lo, hi) to scan: backwards. If SPREAD the first one (attention sinks), the nearest, then those
+    that `far` counts: strides through the rest, as an early bound from all over a row marks few tiles in vain."""
     if SPREAD:
-        rest = hi - lo - 1 - NEAREST_BLOCKS
-        stride = tl.where(rest % 37 != 0, 37, tl.where(rest % 41 != 0, 41, 1))  # coprime with rest: meets each once
-        far = lo + 1 + (n - 1 - NEAREST_BLOCKS) * stride % tl.maximum(rest, 1)
-        block = tl.where(n == 0, lo, tl.where(n <= NEAREST_BLOCKS, hi - n, far))
-    return block
+        return tl.where(n == 0, lo, tl.where(n <= NEAREST_BLOCKS, hi - n, lo + 1 + far))
+    else:
+        return hi - 1 - n
 
 
 @triton.jit
@@ -84,14 +87,19 @@ def scan_range(
     the marked tiles and raises the bound and, under position bias, the limit."""
     TILES: tl.constexpr = ROWS // TILE
     row_tile = tl.arange(0, TILES)[:, None]
-    done = 0
+    done, far = 0, 0
     total = hi - tl.maximum(lo, limit)
+    rest = tl.maximum(hi - lo - 1 - NEAREST_BLOCKS, 1)
+    stride = far_stride(rest) % rest if SPREAD else 0
     while done < total:
         running = tau[:, None] + tl.zeros([1, 4], tl.float32)
         marks = tl.zeros([ROWS, SPAN, 4], tl.int32)
         size = tl.minimum(tl.maximum(done, FIRST_BLOCKS), CHUNK)  # the first bounds, from few keys, mark much in vain
         for n in tl.range(done, tl.minimum(done + size, total), num_stages=STAGES):
-            block = block_in_order(n, lo, hi, SPREAD)
+            block = block_in_order(n, lo, hi, far, SPREAD)
+            if SPREAD:
+                far += tl.where(n > NEAREST_BLOCKS, stride, 0)
+                far -= tl.where(far >= rest, rest, 0)
             best, running, marks = scan_block(
                 q, p_k, stride_k, block, n - done, best, running, marks, z_scale, slope, first, end, position, n_keys,
                 D, BD, TILE, ROWS, SPAN, FOLD, BIAS, MASKED, PRECISION,
@@ -99,7 +107,7 @@ def scan_range(
         marks = tl.reshape(tl.reduce(marks, 2, bit_or), (TILES, TILE, SPAN))
         marks = tl.reduce(marks, 1, bit_or)  # [TILES, SPAN]
         n = tl.arange(0, CHUNK)
-        block = block_in_order(done + n, lo, hi, SPREAD)
+        block = block_in_order(done + n, lo, hi, (done + n - 1 - NEAREST_BLOCKS) * stride % rest, SPREAD)
         marked = (marks[:, :, None] >> n[None, None, :]) & 1  # [TILES, SPAN, CHUNK]
         tile = block[None, None, :] * SPAN + tl.arange(0, SPAN)[None, :, None]
         tl.store(p_flags + row_tile[:, :, None] * capacity + tile, 1, mask=marked != 0)

@@ -27,14 +27,14 @@ class PassLaunch(Launch):
 
 
 SCAN = {
-    64: ScanLaunch(warps=8, stages=3, programs=2, registers=128, tiles=2, span=2, fold=2),
+    64: ScanLaunch(warps=8, stages=2, programs=2, registers=128, tiles=2, span=2, fold=2),
     128: ScanLaunch(warps=4, stages=3, programs=2, tiles=2, fold=2),
 }
 PASSES = {
     64: {
         "refine": PassLaunch(warps=4, stages=2, programs=4, registers=128),
         "sum": PassLaunch(warps=4, stages=3, programs=3, registers=168),
-        "backward_queries": PassLaunch(warps=4, stages=4, programs=3, registers=168, step=32),
+        "backward_queries": PassLaunch(warps=4, stages=3, programs=3, registers=168, step=32),
         "backward_keys": PassLaunch(warps=4, stages=3, programs=2),
     },
     128: {

@@ -89,6 +89,16 @@ def test_documents_cross_chunks_of_the_scan() -> None:
     check_float32(draw_qkv(1, 1, n_tokens, n_tokens), [1.4], cu_seqlens=int32(0, 30, 1190, 1190, n_tokens))
 
 
+@pytest.mark.parametrize("n_blocks", [1, 9, 10, 11, 30, 46, 50, *([1526] if CUDA else [])])
+def test_the_order_of_the_scan_leaves_out_no_tile(n_blocks: int) -> None:
+    """Equal scores: every tile has weight. Past the first and the 8 nearest, 37 or 41 or both divide the blocks of 128
+    keys, or are more than they are."""
+    q, k, v, _ = (x.detach() for x in draw_qkv(1, 1, 1, 128 * n_blocks))
+    _, found = operators(q, torch.zeros_like(k), v, per_head(1.5, 1).detach())
+    bits = (found.bits.view(-1, 1) >> torch.arange(32, device=DEVICE)) & 1
+    assert bits.flatten()[: 2 * n_blocks].all()
+
+
 @pytest.mark.parametrize("n_queries", [1, 5] if CUDA else [3])
 def test_more_tiles_than_one_chunk_of_a_list(n_queries: int) -> None:
     """Flat scores: every tile is live, in the list of the queries as in their bits."""
