@@ -7,8 +7,8 @@ Per tile: dP = dO v^T, ds = w (dP - delta), with delta of the pass over queries.
 import triton
 import triton.language as tl
 
-from kernels.alpha_entmax.threshold import support_distance, support_power
 from kernels.alpha_entmax.column_plan import CUT_FIELDS, PLAN_FIELDS, column_steps
+from kernels.alpha_entmax.threshold import support_distance, support_power
 from kernels.common.key_lists import append_bits, gather_rows, row_words, step_entries
 from kernels.common.tiles import (
     LENGTHS,

@@ -16,11 +16,11 @@ from kernels.common.tiles import Intervals
 from kernels.common.tuning import program_count
 from kernels.common.visibility import TILE
 
-
 # Queries from which on the pass over keys is planned (column_plan.py): counting takes longer than it saves before
 SHORTEST_PLAN = 8192
-PARTS_PER_PROGRAM = 2  # at most, each of which takes memory for its sums
-LEAST_STEPS = 16  # of a part: each lists its queries anew
+SHARES_PER_PROGRAM = 2  # of all steps: the longest tasks are shorter than two shares
+LEAST_STEPS = 16  # of a share: each part lists its queries anew
+ITEMS_PER_PART = 16  # at least, so that sums of parts take a fourth of k's memory in 16 bits
 COUNTING_PARTS = 8  # programs that share the queries of 32 key tiles
 PLANNED_ITEMS = 1024  # at once
 ADDED_ROWS, ADDED_PARTS = 8, 8  # of sums, at once
@@ -91,7 +91,8 @@ class _Backward:
     def _plan(self, launch: PassLaunch, n_programs: int, n_items: int) -> dict[str, Any]:
         """Which items of the pass over keys are cut into which parts; arguments of that pass."""
         heads, words = self.q.shape[0] * self.q.shape[1], tile_words(self.k.shape[2])
-        counts = torch.zeros(2, heads, self.n_key_blocks, dtype=torch.int32, device=self.q.device)
+        aligned = ceil_div(heads * self.n_key_blocks, 4) * 4  # Triton compiles anew for addresses that are not
+        counts = torch.zeros(2, aligned, dtype=torch.int32, device=self.q.device)
         counted = dict(p_tile_counts=counts[0], p_query_counts=counts[1])
         count_columns[(words, heads, COUNTING_PARTS)](
             p_bits=self.shared["p_bits"],
@@ -101,7 +102,7 @@ class _Backward:
             **{name: self.shared[name] for name in ("n_queries", "n_blocks", "n_words", "triangular", "KEYS")},
             n_key_blocks=self.n_key_blocks,
         )
-        max_parts = PARTS_PER_PROGRAM * n_programs
+        max_parts = ceil_div(n_items, ITEMS_PER_PART)
         plan = dict(
             p_parts=torch.empty(max_parts, PLAN_FIELDS.value, dtype=torch.int32, device=self.q.device),
             p_cuts=torch.empty(n_items, CUT_FIELDS.value, dtype=torch.int32, device=self.q.device),
@@ -112,7 +113,8 @@ class _Backward:
             n_key_blocks=self.n_key_blocks,
             repeat=self.shared["repeat"],
             max_parts=max_parts,
-            least=LEAST_STEPS,
+            shares=SHARES_PER_PROGRAM * n_programs,
+            LEAST=LEAST_STEPS,
             STEP=launch.step,
             PARTS=TILE // launch.step,
             KEYS=self.listed,

@@ -61,7 +61,9 @@ def count_columns(
 
 
 @triton.jit
-def column_steps(p_tile_counts, p_query_counts, o_count, mask, STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr):
+def column_steps(
+    p_tile_counts, p_query_counts, o_count, mask, STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
     """Steps of key tiles for one query head, and whether they follow single queries."""
     tiles = tl.load(p_tile_counts + o_count, mask=mask, other=0)
     steps, sparse = tiles * PARTS, tiles < 0
@@ -86,25 +88,39 @@ def item_steps(
     return total
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def parts_of(steps, share):
+    """Into how many parts items are cut: those of two shares or more into as many as they have, others not (0)."""
+    parts = steps // share
+    return tl.where(parts > 1, parts, 0)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "max_parts", "shares"])
 def plan_columns(
-    p_tile_counts, p_query_counts, p_parts, p_cuts, p_n_parts, n_items, n_key_blocks, repeat, max_parts, least,
-    STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+    p_tile_counts, p_query_counts, p_parts, p_cuts, p_n_parts, n_items, n_key_blocks, repeat, max_parts, shares,
+    LEAST: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program. Cuts items of 2 n steps or more into as many parts of about n, at least `least`, steps as that gives
-    at most max_parts in all: n is a max_parts-th of all steps. p_parts: int32 (max_parts, 3). p_cuts: int32
-    (items, 2). p_n_parts: int32, how many parts."""
+    """One program. A share is one of `shares` equal shares of all steps, but no less than LEAST steps, and doubled
+    until at most max_parts parts are of that length. p_parts: int32 (max_parts, 3). p_cuts: int32 (items, 2).
+    p_n_parts: int32, how many parts."""
     total = tl.zeros([SIZE], tl.int64)
     for start in range(0, n_items, SIZE):
         item = start + tl.arange(0, SIZE)
         total += item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, STEP, PARTS, KEYS)
-    share = tl.maximum((tl.sum(total, 0) + max_parts - 1) // max_parts, least).to(tl.int32)
+    share = tl.maximum((tl.sum(total, 0) + shares - 1) // shares, LEAST).to(tl.int32)
+    n_parts = max_parts + 1
+    while n_parts > max_parts:
+        n_parts = 0
+        for start in range(0, n_items, SIZE):
+            item = start + tl.arange(0, SIZE)
+            steps = item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, STEP, PARTS, KEYS)
+            n_parts += tl.sum(parts_of(steps, share), 0)
+        share = tl.where(n_parts > max_parts, 2 * share, share)
     n_parts = 0
     for start in range(0, n_items, SIZE):
         item = start + tl.arange(0, SIZE)
         steps = item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, STEP, PARTS, KEYS)
-        parts = steps // share
-        parts = tl.where(parts > 1, parts, 0)
+        parts = parts_of(steps, share)
         part = n_parts + tl.cumsum(parts, 0) - parts
         tl.store(p_cuts + item * CUT_FIELDS, part, mask=item < n_items)
         tl.store(p_cuts + item * CUT_FIELDS + 1, parts, mask=item < n_items)

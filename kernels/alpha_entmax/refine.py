@@ -269,7 +269,12 @@ def entmax_refine(
             tl.store(p_sparse + i_tile, sparse.to(tl.uint8))
             if sparse:
                 inner_keys, edge_keys = list_row_keys(
-                    p_key_words, p_keys, tile_lo * BM, tl.minimum(tile_hi * BM, n_keys), inner_lo * BM, inner_hi * BM,
+                    p_key_words,
+                    p_keys,
+                    tile_lo * BM,
+                    tl.minimum(tile_hi * BM, n_keys),
+                    inner_lo * BM,
+                    inner_hi * BM,
                     key_capacity,
                 )
                 tau, step, norm_slope = refine_over_keys(

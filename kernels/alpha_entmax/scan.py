@@ -67,8 +67,8 @@ def far_stride(rest):
 
 @triton.jit
 def block_in_order(n, lo, hi, far, SPREAD: tl.constexpr):
-    """The n-th of blocks [lo, hi) to scan: backwards. If SPREAD the first one (attention sinks), the nearest, then those
-    that `far` counts: strides through the rest, as an early bound from all over a row marks few tiles in vain."""
+    """The n-th of blocks [lo, hi) to scan: backwards. If SPREAD the first one (attention sinks), the nearest, then what
+    `far` counts, strides through the rest: an early bound from all over a row marks few tiles in vain."""
     if SPREAD:
         return tl.where(n == 0, lo, tl.where(n <= NEAREST_BLOCKS, hi - n, lo + 1 + far))
     else:
@@ -83,8 +83,8 @@ def scan_range(
     FOLD: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, SKIP_FAR: tl.constexpr, SPREAD: tl.constexpr,
     MASKED: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scans blocks [max(lo, limit), hi) in the order of block_in_order. After every CHUNK of them (fewer at first) flags
-    the marked tiles and raises the bound and, under position bias, the limit."""
+    """Scans blocks [max(lo, limit), hi) in the order of block_in_order. After every CHUNK of them (fewer at first) it
+    flags the marked tiles and raises the bound and, under position bias, the limit."""
     TILES: tl.constexpr = ROWS // TILE
     row_tile = tl.arange(0, TILES)[:, None]
     done, far = 0, 0

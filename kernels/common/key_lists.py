@@ -130,8 +130,8 @@ def write_key_bits(p_marks, p_tiles, tile_step, first, n_tiles, p_words):
 
 @triton.jit
 def append_bits(p_list, word, entry, inner, n_inner, n_edge, capacity):
-    """Appends entry + i to a list for every bit i of `word`: to its front where `inner`, else to its back. There must be
-    room.
+    """Appends entry + i to a list for every bit i of `word`: to its front where `inner`, else to its back. It
+    must have room.
 
     word, entry, inner: [words], at most 1023. The work is that of the words and of the most bits in one, not of all
     entries that might be listed.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels.alpha_entmax.backward_launches as backward_launches
-from tests.kernels.helpers import DEVICE, MIXED, check_float32, compute, draw_qkv, needs_triton, per_head
+from tests.kernels.helpers import DEVICE, MIXED, check_float32, draw_qkv, needs_triton
 
 pytestmark = needs_triton
 
@@ -34,7 +34,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return found[-1]
 
     monkeypatch.setattr(backward_launches._Backward, "_plan", spy)
-    monkeypatch.setattr(backward_launches, "PARTS_PER_PROGRAM", 16)  # the interpreter has two programs
+    monkeypatch.setattr(backward_launches, "SHARES_PER_PROGRAM", 16)  # the interpreter has two programs
+    monkeypatch.setattr(backward_launches, "ITEMS_PER_PART", 1)
     return found
 
 
@@ -64,11 +65,12 @@ def test_a_sink_is_cut(longest: int, alpha: Any, plans: list, monkeypatch: pytes
     check_float32(inputs, alpha)
     (plan,) = plans
     check_plan(plan)
-    n_tiles = plan["p_tile_counts"].shape[-1]
+    n_tiles = plan["p_cuts"].shape[0] // 2
     assert plan["p_cuts"].view(2, n_tiles, 2)[:, 0, 1].tolist() != [0, 0]  # the sink's tile
+    tiles, queries = (plan[name][: 4 * n_tiles].view(4, n_tiles) for name in ("p_tile_counts", "p_query_counts"))
     if longest:
-        assert (plan["p_query_counts"][:, 0] > 0.9 * N_TOKENS).all()
-    assert (plan["p_tile_counts"][:, 0] == n_tiles).all()
+        assert (queries[:, 0] > 0.9 * N_TOKENS).all()
+    assert (tiles[:, 0] == n_tiles).all()
 
 
 @pytest.mark.parametrize("options", [{}, dict(causal=False), dict(window=100)], ids=str)
@@ -83,13 +85,23 @@ def test_documents_windows_and_batches_are_planned(options: dict, plans: list) -
 
 
 def test_parts_are_no_shorter_than_asked(plans: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a part would be shorter than LEAST_STEPS nothing is cut, and sums are those of a pass without a plan."""
+    """Where a share would be shorter than LEAST_STEPS nothing is cut."""
     monkeypatch.setattr(backward_launches, "LEAST_STEPS", 1000)
-    inputs = with_sink()
-    planned = compute(inputs, per_head(MIXED), "triton")
+    check_float32(with_sink(), MIXED)
     assert plans[0]["p_n_parts"].item() == 0
-    monkeypatch.setattr("kernels.alpha_entmax.results.LONGEST_KEY_LIST", 0)  # lists of tiles, which need no plan
-    tiles = compute(inputs, per_head(MIXED), "triton")
-    assert len(plans) == 1
-    for x, y in zip(planned, tiles, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("items_per_part", [2, 5, 10])
+def test_parts_are_no_more_than_there_is_memory_for(
+    items_per_part: int, plans: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares are doubled until they are."""
+    monkeypatch.setattr(backward_launches, "ITEMS_PER_PART", items_per_part)
+    check_float32(with_sink(), MIXED)
+    check_plan(plans[0])
+
+
+def test_a_short_pass_has_no_plan(plans: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.alpha_entmax.results.LONGEST_KEY_LIST", 0)  # lists of tiles, which need none
+    check_float32(with_sink(), MIXED)
+    assert not plans

@@ -174,7 +174,7 @@ def test_first_call_compiles_in_half_a_minute(tmp_path) -> None:
 @needs_cuda
 def test_a_new_length_compiles_nothing() -> None:
     names = ("key_intervals", "entmax_scan", "entmax_refine", "entmax_sum")
-    names += ("entmax_backward_queries", "entmax_backward_keys")
+    names += ("entmax_backward_queries", "count_columns", "plan_columns", "entmax_backward_keys", "add_parts")
     launches = (kernels.alpha_entmax.launches, kernels.alpha_entmax.backward_launches)
     modules = [kernels.common.tiles, *launches]
     functions = [getattr(next(m for m in modules if hasattr(m, name)), name) for name in names]
