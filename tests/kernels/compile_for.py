@@ -3,9 +3,11 @@
     TRITON_INTERPRET=0 python -m tests.kernels.compile_for 9.0 64-bfloat16 64-float32 rows
 
 The compute capability, and for what: head dim and dtype of attention, or the row-wise op. Prints a line a compilation:
-what it is for, the kernel's name and its shared memory in bytes.
+what it is for, the kernel's name, its shared memory in bytes, and how often it moves a product to another layout, which
+in a loop costs more than the product.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +36,7 @@ LAUNCHING = {
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
 }
 CHOOSING = (kernels.alpha_entmax.attention, kernels.block_sparse.attention, kernels.alpha_entmax.rowwise)
+MOVED = re.compile(r"convert_layout .*: tensor<\d{2,}x\d{2,}xf32, #mma\d*> ->")
 CUDA = torch.device("cuda", 0)
 doing: list[str] = []
 
@@ -82,7 +85,8 @@ def pretend(capability: str) -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
-        print(doing[-1], self.fn.__name__, compiled.metadata.shared, flush=True)
+        moved = sum(bool(MOVED.search(line)) for line in compiled.asm["ttgir"].splitlines())
+        print(doing[-1], self.fn.__name__, compiled.metadata.shared, moved, flush=True)
         return compiled
 
     JITFunction.run = compile_only

@@ -17,11 +17,15 @@ ATTENTION = {
     "entmax_refine",
     "entmax_sum",
     "entmax_backward_queries",
+    "count_columns",
+    "plan_columns",
     "entmax_backward_keys",
+    "add_parts",
     "decode_scores",
     "decode_threshold",
     "decode_values",
 }
+UNMOVED = {"entmax_scan", "entmax_refine", "entmax_sum", "entmax_backward_queries"}
 BLOCK_SPARSE, ROWS = {"block_sparse_softmax"}, {"entmax_rows_forward", "entmax_rows_backward"}
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
@@ -49,6 +53,8 @@ def test_kernels_compile_and_fit(capability: str, what: tuple[str, ...], kernels
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    memory = [line.split()[1:] for line in done.stdout.splitlines()]
-    assert {name for name, _ in memory} == kernels
-    assert max(int(size) for _, size in memory) <= SHARED_MEMORY[capability]
+    compiled = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert {name for name, *_ in compiled} == kernels
+    assert max(int(size) for _, size, _ in compiled) <= SHARED_MEMORY[capability]
+    if capability == "9.0":  # their loops are the hot ones, and only there would they move a product
+        assert {name: moved for name, _, moved in compiled if name in UNMOVED} == dict.fromkeys(UNMOVED, "0")
