@@ -39,7 +39,7 @@ from model.checkpoint import NETWORK, resolve_checkpoint
 from model.config import AttentionConfig, ModelConfig
 from model.hub.run_folder import write_run
 from model.loading import load_model
-from model.softmax_to_entmax import HeadFactors, find_factors, scaled_weights
+from model.softmax_to_entmax import LARGEST_FACTOR, SMALLEST_FACTOR, HeadFactors, find_factors, scaled_weights
 
 GIB = 2**30
 
@@ -131,7 +131,8 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
             aside, output, network, weights, tokenizer,
             length=loaded.training_length, source=f"{found.path}, softmax as alpha-entmax",
         )  # fmt: skip
-    return [*table(layers), f"{output}: alpha {config.alpha}, {len(windows)} windows of {length:,} tokens",
+    return [*table(layers), *bounded(layers),
+            f"{output}: alpha {config.alpha}, {len(windows)} windows of {length:,} tokens",
             f"train with it: train.py --config {output / NETWORK} --config configs/stages/converted.yaml "
             f"--init_from {output} ..."]  # fmt: skip
 
@@ -165,6 +166,18 @@ def table(layers: Sequence[HeadFactors]) -> list[str]:
             f"{float(one.error.mean()):5.3f}   {float(one.keys.mean()):16.1f}"
         )
     return lines
+
+
+def bounded(layers: Sequence[HeadFactors]) -> list[str]:
+    """A line about the heads for which the search ended at a bound, if any did."""
+    heads = [
+        f"{number}.{head}" for number, one in enumerate(layers) for head in one.at_bound.nonzero().flatten().tolist()
+    ]
+    if not heads:
+        return []
+    more = f" and {len(heads) - 8} more" if len(heads) > 8 else ""
+    return [f"the search ended at a bound of {SMALLEST_FACTOR:.4f} to {LARGEST_FACTOR:.0f} for layer.head "
+            f"{', '.join(heads[:8])}{more}: compare perplexities before and after"]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import yaml
 
 import eval.run
 import eval.to_entmax
+from eval.to_entmax import bounded
 from kernels import entmax_attention
 from model.attention import Attention, AttentionMetadata
 from model.checkpoint import resolve_checkpoint
@@ -18,7 +19,15 @@ from model.config import AttentionConfig, ModelConfig
 from model.kv_cache import Extension
 from model.loading import load_model
 from model.override import override_attention
-from model.softmax_to_entmax import find_factors, golden_section, scaled_weights
+from model.softmax_to_entmax import (
+    LARGEST_FACTOR,
+    SMALLEST_FACTOR,
+    STEPS,
+    HeadFactors,
+    find_factors,
+    golden_section,
+    scaled_weights,
+)
 from model.transformer import Transformer
 from tests.eval.conftest import MakeRun, failing_line
 from training.resume.transfer import transfer_weights
@@ -86,6 +95,16 @@ def test_factors_are_the_best(variant: str) -> None:
         assert (best <= less).all() and (best <= more).all(), (variant, less, best, more)
         if config.qk_norm:
             assert (layer.factor == layer.factor[0]).all()
+
+
+@pytest.mark.parametrize(("wanted", "at_bound"), [(2e-3, True), (0.3, False), (3.0, True)])
+def test_a_search_that_ends_at_a_bound_is_named(wanted: float, at_bound: bool) -> None:
+    low, high = torch.tensor([SMALLEST_FACTOR]), torch.tensor([LARGEST_FACTOR])
+    factor = golden_section(lambda x: (x / wanted).log().square(), low, high, STEPS)
+    layer = HeadFactors(factor, torch.ones(1), torch.ones(1), torch.ones(1))
+    assert layer.at_bound.tolist() == [at_bound]
+    lines = bounded([HeadFactors(*[torch.full((1,), 0.5)] * 4), layer])
+    assert len(lines) == at_bound and all("0.0078 to 1 for layer.head 1.0: compare" in line for line in lines)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
