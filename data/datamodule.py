@@ -203,13 +203,14 @@ class PackedDataModule(lightning.LightningDataModule):
         """The first val_sequences held-out sequences, in an order that does not depend on the seed."""
         if not self.val_sequences:
             return []
-        packing = self._content.heldout_sequences()
         rank, world_size = self._rank_and_world_size()
-        self._check_validation(packing, world_size)
+        packing = self.validation_packing(world_size)
         dataset = PackedDataset(packing, self.val_sequences)
         return self._loader(dataset, ValidationSampler(dataset, self.micro_batch_size, rank, world_size))
 
-    def _check_validation(self, packing: Sequences, world_size: int) -> None:
+    def validation_packing(self, world_size: int) -> Sequences:
+        """The held-out sequences. Raises ValueError where ranks cannot share val_sequences, or there are fewer."""
+        packing = self._content.heldout_sequences()
         if self.val_sequences % (self.micro_batch_size * world_size):
             raise ValueError(
                 f"data.val_sequences {self.val_sequences} is not a multiple of micro_batch_size "
@@ -220,6 +221,7 @@ class PackedDataModule(lightning.LightningDataModule):
                 f"data.val_sequences is {self.val_sequences}, but the held-out splits give only "
                 f"{packing.sequences_per_pass} sequences of {self.sequence_length} tokens; use fewer or hold out more"
             )
+        return packing
 
     def _order(self) -> dict[str, Any]:
         """Everything besides the number of a sample that decides what it holds."""

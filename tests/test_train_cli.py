@@ -110,6 +110,7 @@ def test_the_run_folder_keeps_the_resolved_config_and_a_finished_run_ends_at_onc
         (["--data.sources", "[{path: nowhere}]"], ["nowhere", "data.prepare"]),
         (["--validation.every_n_steps", 5, "--data.val_sequences", 0], ["val_sequences is 0"]),
         (["--validation.every_n_steps", 5, "--data.val_sequences", 4000], ["val_sequences", "4000"]),
+        (["--validation.every_n_steps", 5, "--data.val_sequences", 3], ["val_sequences 3", "micro_batch_size 2"]),
         (["--resume", "nowhere"], ["nowhere", "no such folder"]),
         (["--wandb.mode", "on"], ["wandb.mode", "offline", "on"]),
         (["--guard.max_skipped", 500], ["guard.max_skipped is 500", "guard.window 128"]),
@@ -117,10 +118,12 @@ def test_the_run_folder_keeps_the_resolved_config_and_a_finished_run_ends_at_onc
         (["--profile.steps", -1], ["profile.steps is -1", "at least 0"]),
     ],
 )  # fmt: skip
-def test_one_line_for_each_mistake(options: list[object], parts: list[str], refused: Refused) -> None:
+def test_one_line_for_each_mistake(options: list[object], parts: list[str], refused: Refused, tmp_path: Path) -> None:
     line = refused(*options)
     for part in parts:
         assert part in line, line
+    # who is refused leaves nothing; the lock goes with the process
+    assert [path.name for path in tmp_path.glob("run/**/*") if path.name != ".lock"] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

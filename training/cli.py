@@ -278,6 +278,10 @@ class TrainingCLI(LightningCLI):
                 f"model.network.vocab_size is {vocab_size}, but the tokenizer {self.datamodule.tokenizer_path} has "
                 f"{self.datamodule.vocab_size} pieces: set it to at least that"
             )
+        # before the run folder has a record
+        resolve_loss_backend(self.model.loss_backend, self.trainer.strategy.root_device)
+        if self.config_init.validation.every_n_steps:
+            self.datamodule.validation_packing(self.trainer.world_size // self.config_init.parallel.sequence_parallel)
         if self.start.checkpoint:
             check_tokenizer(
                 self.start.checkpoint,
