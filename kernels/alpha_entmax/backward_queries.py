@@ -57,15 +57,15 @@ def add_query_gradients(
         dp -= delta[:, None]
         if DALPHA:
             w, log_u = support_power_and_log(u, beta, POWER)
-            entropy = w * u * (1 - 0.6931471805599453 * log_u)
+            share = u * (1 - 0.6931471805599453 * log_u)  # e / w
         else:
             w = support_power(u, beta, POWER)
         ds = w * dp
         slope_sum += lane_sums(w)
         slope_dp += lane_sums(ds)
         if DALPHA:
-            entropy_sum += lane_sums(entropy)
-            entropy_dp += lane_sums(entropy * dp)
+            entropy_sum += lane_sums(w * share)
+            entropy_dp += lane_sums(ds * share)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         slope_keys = tl.dot(w.to(k.dtype), k, slope_keys, input_precision=PRECISION)
     return dq, slope_keys, slope_sum, slope_dp, entropy_sum, entropy_dp
