@@ -17,21 +17,10 @@ COUNTED = tl.constexpr(128)  # words of 32 key tiles, or items, at once
 
 
 @triton.jit
-def count_bits(p, first, stop, part, n_parts):
-    """int32 [32]: how many of p[first ... stop - 1] have each bit, of the blocks of words that are this part's."""
+def count_bits(p, stride, first, stop, part, n_parts):
+    """int32 [32]: how many of the words p[stride i], first <= i < stop, have each bit; of this part's blocks of words."""
     total = tl.zeros([COUNTED, 32], tl.int32)
     for start in range(first + part * COUNTED, stop, n_parts * COUNTED):
-        i = start + tl.arange(0, COUNTED)
-        word = tl.load(p + i, mask=i < stop, other=0)
-        total += (word[:, None] >> tl.arange(0, 32)[None, :]) & 1
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def count_strided_bits(p, stride, stop, part, n_parts):
-    """count_bits of p[0], p[stride], ... up to p[(stop - 1) stride]."""
-    total = tl.zeros([COUNTED, 32], tl.int32)
-    for start in range(part * COUNTED, stop, n_parts * COUNTED):
         i = start + tl.arange(0, COUNTED)
         word = tl.load(p + i.to(tl.int64) * stride, mask=i < stop, other=0)
         total += (word[:, None] >> tl.arange(0, 32)[None, :]) & 1
@@ -51,12 +40,12 @@ def count_columns(
     tile = i_word * 32 + tl.arange(0, 32)
     o_count = i_bh.to(tl.int64) * n_key_blocks + tile
     p_words = p_bits + i_bh.to(tl.int64) * n_blocks * n_words + i_word
-    count = count_strided_bits(p_words, n_words, n_blocks, part, n_parts)
+    count = count_bits(p_words, n_words, 0, n_blocks, part, n_parts)
     tl.atomic_add(p_tile_counts + o_count, count, mask=(tile < n_key_blocks) & (count > 0))
     if KEYS:
         p_rows = row_words(p_row_bits + i_bh.to(tl.int64) * stride_row_bits, i_word, n_queries, triangular)
         first = tl.where(triangular != 0, 2048 * i_word, 0)
-        count = count_bits(p_rows, first, n_queries, part, n_parts)
+        count = count_bits(p_rows, 1, first, n_queries, part, n_parts)
         tl.atomic_add(p_query_counts + o_count, count, mask=(tile < n_key_blocks) & (count > 0))
 
 
