@@ -18,7 +18,7 @@ COUNTED = tl.constexpr(128)  # words of 32 key tiles, or items, at once
 
 @triton.jit
 def count_bits(p, stride, first, stop, part, n_parts):
-    """int32 [32]: how many of the words p[stride i], first <= i < stop, have each bit; of this part's blocks of words."""
+    """int32 [32]: how many of the words p[stride i], first <= i < stop, have each bit; of this part of the blocks."""
     total = tl.zeros([COUNTED, 32], tl.int32)
     for start in range(first + part * COUNTED, stop, n_parts * COUNTED):
         i = start + tl.arange(0, COUNTED)
