@@ -94,7 +94,7 @@ class _Backward:
         aligned = ceil_div(heads * self.n_key_blocks, 4) * 4  # Triton compiles anew for addresses that are not
         counts = torch.zeros(2, aligned, dtype=torch.int32, device=self.q.device)
         counted = dict(p_tile_counts=counts[0], p_query_counts=counts[1])
-        count_columns[(words, heads, COUNTING_PARTS)](
+        count_columns[(heads, words, COUNTING_PARTS)](
             p_bits=self.shared["p_bits"],
             p_row_bits=self.lists.row_bits,
             stride_row_bits=self.lists.row_bits.stride(1) if self.listed else 0,
@@ -129,7 +129,7 @@ class _Backward:
         """dk and dv, in memory that the lists of the pass over queries had, where they fit."""
         dk, dv, row_bits = torch.empty_like(self.k), torch.empty_like(self.v), self.lists.row_bits
         n_items, launch = self.k.shape[0] * self.k.shape[1] * self.n_key_blocks, launch_of(self.q, "backward_keys")
-        planned = self.listed or self.q.shape[2] > SHORTEST_PLAN
+        planned = self.listed or (self.q.shape[2] > SHORTEST_PLAN and n_items > ITEMS_PER_PART)  # else nothing is cut
         n_programs = program_count(launch, self.q.device, 2 * n_items if planned else n_items)  # items may be cut
         plan = dict.fromkeys(("p_tile_counts", "p_query_counts", "p_parts", "p_cuts", "p_n_parts", "p_sums"))
         if planned:

@@ -33,10 +33,10 @@ def count_columns(
     triangular,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (word of 32 key tiles, batch and head, part of the queries). p_tile_counts, p_query_counts: int32
+    """One program per (batch and head, word of 32 key tiles, part of the queries). p_tile_counts, p_query_counts: int32
     (B, H, key tiles), zeros before: query tiles marked in p_bits and (if KEYS) queries in p_row_bits. Integers: any
     order of the parts gives the same."""
-    i_word, i_bh, part, n_parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    i_bh, i_word, part, n_parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     tile = i_word * 32 + tl.arange(0, 32)
     o_count = i_bh.to(tl.int64) * n_key_blocks + tile
     p_words = p_bits + i_bh.to(tl.int64) * n_blocks * n_words + i_word
@@ -81,7 +81,8 @@ def item_steps(
 def parts_of(steps, share):
     """Into how many parts items are cut: those of two shares or more into as many as they have, others not (0)."""
     parts = steps // share
-    return tl.where(parts > 1, parts, 0)
+    length = tl.cdiv(steps, tl.maximum(parts, 1))
+    return tl.where(parts > 1, tl.cdiv(steps, tl.maximum(length, 1)), 0)  # as many as lengths leave no part empty
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "max_parts", "shares"])

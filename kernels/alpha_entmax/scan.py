@@ -54,7 +54,8 @@ def far_limit(threshold, best_dot, z_scale, slope, sees, position, SIZE: tl.cons
     """First block of SIZE keys that can matter under position bias, 0 where slope is 0: |q| |k| bounds every score
     (Cauchy-Schwarz) and the bias falls by `slope` per key, so keys beyond that reach need no scores at all."""
     reach = (best_dot - threshold / z_scale) / tl.where(slope > 0, slope, 1.0)
-    first = tl.where(sees, position.to(tl.float32) - tl.minimum(reach, 1e9) - 1, 1e9)
+    reach = tl.where(reach < 1e9, reach, 1e9)  # NaN too
+    first = tl.where(sees, position.to(tl.float32) - reach - 1, 1e9)
     first = tl.where(slope > 0, first, 0.0)
     return tl.maximum(tl.min(first, 0), 0.0).to(tl.int32) // SIZE
 

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import kernels.alpha_entmax.backward_launches as backward_launches
+from kernels.alpha_entmax.column_plan import parts_of
 from tests.kernels.helpers import DEVICE, MIXED, check_float32, draw_qkv, needs_triton
 
 pytestmark = needs_triton
@@ -89,6 +92,24 @@ def test_parts_are_no_shorter_than_asked(plans: list, monkeypatch: pytest.Monkey
     monkeypatch.setattr(backward_launches, "LEAST_STEPS", 1000)
     check_float32(with_sink(), MIXED)
     assert plans[0]["p_n_parts"].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "parts"), [(31, 16, 0), (32, 16, 2), (289, 16, 17), (1032, 16, 61), (0, 1, 0)]
+)
+def test_no_part_is_empty(steps: int, share: int, parts: int) -> None:
+    found = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    _parts[(1,)](torch.tensor([steps], dtype=torch.int32, device=DEVICE), share, found)
+    assert found.item() == parts
+    if parts:
+        length = -(-steps // parts)
+        assert (parts - 1) * length < steps <= parts * length
+
+
+@triton.jit
+def _parts(p_steps, share, p_parts):
+    i = tl.arange(0, 1)
+    tl.store(p_parts + i, parts_of(tl.load(p_steps + i), share))
 
 
 @pytest.mark.parametrize("items_per_part", [2, 5, 10])
