@@ -111,7 +111,7 @@ def sum_key_powers(
         x, _ = key_scores(q, p_k, stride_k, key, slope, first, end, position, anchor, D, BD, BIAS, MASKED, PRECISION)
         u = support_distance(x, z_scale, tau[:, None])
         w = support_power(u, beta, POWER)
-        power_sum += tl.sum(w * u, 1)
+        power_sum += tl.sum(w * u, 1)  # sums of each lane's own make the compiler move the whole product here
         slope_sum += tl.sum(w, 1)
     return power_sum, slope_sum
 
