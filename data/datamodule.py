@@ -105,6 +105,7 @@ class PackedDataModule(lightning.LightningDataModule):
         self.val_sequences = val_sequences
         self.consumed_samples = 0
         self._packing: Packing | None = None  # once training reads it
+        self._heldout: Sequences | None = None  # once validation_packing was asked for
         self._content: TokenSource
         if task.name is None:
             self._content = Mixture(
@@ -210,7 +211,9 @@ class PackedDataModule(lightning.LightningDataModule):
 
     def validation_packing(self, world_size: int) -> Sequences:
         """The held-out sequences. Raises ValueError where ranks cannot share val_sequences, or there are fewer."""
-        packing = self._content.heldout_sequences()
+        if self._heldout is None:
+            self._heldout = self._content.heldout_sequences()
+        packing = self._heldout
         if self.val_sequences % (self.micro_batch_size * world_size):
             raise ValueError(
                 f"data.val_sequences {self.val_sequences} is not a multiple of micro_batch_size "

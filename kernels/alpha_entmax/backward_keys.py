@@ -193,9 +193,8 @@ def entmax_backward_keys(
             steps, sparse = 2147483647, False
             if PLANNED:
                 steps, sparse = column_steps(
-                    p_tile_counts, p_query_counts, i_bh * n_key_blocks + i_key_block, n_key_blocks > 0, STEP, PARTS,
-                    KEYS,
-                )  # fmt: skip
+                    p_tile_counts, p_query_counts, i_bh * n_key_blocks + i_key_block, BM, STEP, KEYS
+                )
             first_one, stop_one = tl.maximum(first_step - before, 0), tl.minimum(stop_step - before, steps)
             if PLANNED:
                 before += steps

@@ -16,9 +16,10 @@ from kernels.common.tiles import Intervals
 from kernels.common.tuning import program_count
 from kernels.common.visibility import TILE
 
-# Queries from which on the pass over keys is planned (column_plan.py): counting takes longer than it saves before
+# The pass over keys is planned (column_plan.py) past so many queries, and where it follows single ones; shorter ones,
+# where three more launches weigh more, have not been timed with a plan
 SHORTEST_PLAN = 8192
-SHARES_PER_PROGRAM = 2  # of all steps: the longest tasks are shorter than two shares
+SHARES_PER_PROGRAM = 2  # of all steps
 LEAST_STEPS = 16  # of a share: each part lists its queries anew
 ITEMS_PER_PART = 16  # at least, so that sums of parts take a fourth of k's memory in 16 bits
 COUNTING_PARTS = 8  # programs that share the queries of 32 key tiles
@@ -91,7 +92,7 @@ class _Backward:
     def _plan(self, launch: PassLaunch, n_programs: int, n_items: int) -> dict[str, Any]:
         """Which items of the pass over keys are cut into which parts; arguments of that pass."""
         heads, words = self.q.shape[0] * self.q.shape[1], tile_words(self.k.shape[2])
-        aligned = ceil_div(heads * self.n_key_blocks, 4) * 4  # Triton compiles anew for addresses that are not
+        aligned = ceil_div(heads * self.n_key_blocks, 4) * 4  # Triton compiles anew for addresses of no whole 16 bytes
         counts = torch.zeros(2, aligned, dtype=torch.int32, device=self.q.device)
         counted = dict(p_tile_counts=counts[0], p_query_counts=counts[1])
         count_columns[(heads, words, COUNTING_PARTS)](
@@ -115,8 +116,8 @@ class _Backward:
             max_parts=max_parts,
             shares=SHARES_PER_PROGRAM * n_programs,
             LEAST=LEAST_STEPS,
+            BM=TILE,
             STEP=launch.step,
-            PARTS=TILE // launch.step,
             KEYS=self.listed,
             SIZE=PLANNED_ITEMS,
             **counted,

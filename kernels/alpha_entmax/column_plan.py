@@ -13,12 +13,12 @@ from kernels.common.tiles import LENGTHS, head_offset, store_rows
 
 PLAN_FIELDS = tl.constexpr(3)  # of a part: item, first step, step after the last
 CUT_FIELDS = tl.constexpr(2)  # of an item: its first part, how many (0 where it is not cut)
-COUNTED = tl.constexpr(128)  # words of 32 key tiles, or items, at once
+COUNTED = tl.constexpr(128)  # words of 32 key tiles at once
 
 
 @triton.jit
 def count_bits(p, stride, first, stop, part, n_parts):
-    """int32 [32]: how many of the words p[stride i], first <= i < stop, have each bit; of this part of the blocks."""
+    """int32 [32]: how many of the words p[stride i], first <= i < stop, have each bit. Counts one of n_parts shares."""
     total = tl.zeros([COUNTED, 32], tl.int32)
     for start in range(first + part * COUNTED, stop, n_parts * COUNTED):
         i = start + tl.arange(0, COUNTED)
@@ -44,20 +44,20 @@ def count_columns(
     tl.atomic_add(p_tile_counts + o_count, count, mask=(tile < n_key_blocks) & (count > 0))
     if KEYS:
         p_rows = row_words(p_row_bits + i_bh.to(tl.int64) * stride_row_bits, i_word, n_queries, triangular)
-        first = tl.where(triangular != 0, 2048 * i_word, 0)
+        first = tl.where(triangular != 0, 2048 * i_word, 0)  # row_words leaves out those before
         count = count_bits(p_rows, 1, first, n_queries, part, n_parts)
         tl.atomic_add(p_query_counts + o_count, count, mask=(tile < n_key_blocks) & (count > 0))
 
 
 @triton.jit
 def column_steps(
-    p_tile_counts, p_query_counts, o_count, mask, STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr
+    p_tile_counts, p_query_counts, o_count, BM: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """Steps of key tiles for one query head, and whether they follow single queries."""
-    tiles = tl.load(p_tile_counts + o_count, mask=mask, other=0)
-    steps, sparse = tiles * PARTS, tiles < 0
+    tiles = tl.load(p_tile_counts + o_count)
+    steps, sparse = tiles * (BM // STEP), tiles < 0
     if KEYS:
-        queries = tl.load(p_query_counts + o_count, mask=mask, other=0)
+        queries = tl.load(p_query_counts + o_count)
         sparse = is_sparse(queries, tiles)
         steps = tl.where(sparse, (queries + STEP - 1) // STEP, steps)
     return steps, sparse
@@ -66,15 +66,16 @@ def column_steps(
 @triton.jit
 def item_steps(
     p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat,
-    STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    BM: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Steps of items over the query heads that share their key head, 0 past n_items."""
     total = tl.zeros_like(item)
+    one = tl.minimum(item, n_items - 1)
     for i_repeat in range(0, repeat):
-        o_count = (item // n_key_blocks * repeat + i_repeat).to(tl.int64) * n_key_blocks + item % n_key_blocks
-        steps, _ = column_steps(p_tile_counts, p_query_counts, o_count, item < n_items, STEP, PARTS, KEYS)
+        o_count = (one // n_key_blocks * repeat + i_repeat).to(tl.int64) * n_key_blocks + one % n_key_blocks
+        steps, _ = column_steps(p_tile_counts, p_query_counts, o_count, BM, STEP, KEYS)
         total += steps
-    return total
+    return tl.where(item < n_items, total, 0)
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def parts_of(steps, share):
 @triton.jit(do_not_specialize=[*LENGTHS, "max_parts", "shares"])
 def plan_columns(
     p_tile_counts, p_query_counts, p_parts, p_cuts, p_n_parts, n_items, n_key_blocks, repeat, max_parts, shares,
-    LEAST: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+    LEAST: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program. A share is one of `shares` equal shares of all steps, but no less than LEAST steps, and doubled
     until at most max_parts parts are of that length. p_parts: int32 (max_parts, 3). p_cuts: int32 (items, 2).
@@ -96,20 +97,20 @@ def plan_columns(
     total = tl.zeros([SIZE], tl.int64)
     for start in range(0, n_items, SIZE):
         item = start + tl.arange(0, SIZE)
-        total += item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, STEP, PARTS, KEYS)
+        total += item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, BM, STEP, KEYS)
     share = tl.maximum((tl.sum(total, 0) + shares - 1) // shares, LEAST).to(tl.int32)
     n_parts = max_parts + 1
     while n_parts > max_parts:
         n_parts = 0
         for start in range(0, n_items, SIZE):
             item = start + tl.arange(0, SIZE)
-            steps = item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, STEP, PARTS, KEYS)
+            steps = item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, BM, STEP, KEYS)
             n_parts += tl.sum(parts_of(steps, share), 0)
         share = tl.where(n_parts > max_parts, 2 * share, share)
     n_parts = 0
     for start in range(0, n_items, SIZE):
         item = start + tl.arange(0, SIZE)
-        steps = item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, STEP, PARTS, KEYS)
+        steps = item_steps(p_tile_counts, p_query_counts, item, n_items, n_key_blocks, repeat, BM, STEP, KEYS)
         parts = parts_of(steps, share)
         part = n_parts + tl.cumsum(parts, 0) - parts
         tl.store(p_cuts + item * CUT_FIELDS, part, mask=item < n_items)
@@ -142,7 +143,7 @@ def add_parts(
         for start in range(0, n_parts, AT_ONCE):
             i = start + tl.arange(0, AT_ONCE)
             p = p_sums + (part + i).to(tl.int64)[:, None, None] * (2 * BM * BD) + place
-            mask = (i < n_parts)[:, None, None] & (place >= 0)
+            mask = (i < n_parts)[:, None, None]
             dk += tl.sum(tl.load(p, mask=mask, other=0.0), 0)
             dv += tl.sum(tl.load(p + BM * BD, mask=mask, other=0.0), 0)
         o_d = head_offset(i_bg // groups, i_bg % groups, stride_db, stride_dh)

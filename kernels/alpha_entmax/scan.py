@@ -62,8 +62,8 @@ def far_limit(threshold, best_dot, z_scale, slope, sees, position, SIZE: tl.cons
 
 @triton.jit
 def far_stride(rest):
-    """A stride that meets each of `rest` blocks once."""
-    return tl.where(rest % 37 != 0, 37, tl.where(rest % 41 != 0, 41, 1))
+    """A stride below `rest` (0 for one) that meets each of so many blocks once."""
+    return tl.where(rest % 37 != 0, 37, tl.where(rest % 41 != 0, 41, 1)) % rest
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def scan_range(
     done, far = 0, 0
     total = hi - tl.maximum(lo, limit)
     rest = tl.maximum(hi - lo - 1 - NEAREST_BLOCKS, 1)
-    stride = far_stride(rest) % rest if SPREAD else 0
+    stride = far_stride(rest) if SPREAD else 0
     while done < total:
         running = tau[:, None] + tl.zeros([1, 4], tl.float32)
         marks = tl.zeros([ROWS, SPAN, 4], tl.int32)
@@ -169,7 +169,7 @@ def entmax_scan(
             q_norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
             best_dot = q_norm * key_norm * 1.0001  # covers rounding in the dots
 
-        # Keys that not all rows see first: the newest
+        # The keys that only some rows see first: in causal attention the newest
         best = tl.full([ROWS, KEYS // FOLD], float("-inf"), tl.float32)
         tau = tl.where(sees, float("-inf"), float("inf"))  # [ROWS]
         limit = block_lo

@@ -93,7 +93,7 @@ def test_documents_cross_chunks_of_the_scan() -> None:
 def test_the_order_of_the_scan_leaves_out_no_tile(n_blocks: int) -> None:
     """Equal scores: every tile has weight. Past the first and the 8 nearest, 37 or 41 or both divide the blocks of 128
     keys, or are more than they are."""
-    q, k, v, _ = (x.detach() for x in draw_qkv(1, 1, 1, 128 * n_blocks))
+    q, k, v, _ = (x.detach() for x in draw_qkv(1, 1, 1, 128 * n_blocks, dtype=torch.float16))
     _, found = operators(q, torch.zeros_like(k), v, per_head(1.5, 1).detach())
     bits = (found.bits.view(-1, 1) >> torch.arange(32, device=DEVICE)) & 1
     assert bits.flatten()[: 2 * n_blocks].all()

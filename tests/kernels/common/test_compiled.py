@@ -56,5 +56,7 @@ def test_kernels_compile_and_fit(capability: str, what: tuple[str, ...], kernels
     compiled = [line.split()[1:] for line in done.stdout.splitlines()]
     assert {name for name, *_ in compiled} == kernels
     assert max(int(size) for _, size, _ in compiled) <= SHARED_MEMORY[capability]
-    if capability == "9.0":  # their loops are the hot ones, and only there would they move a product
-        assert {name: moved for name, _, moved in compiled if name in UNMOVED} == dict.fromkeys(UNMOVED, "0")
+    if capability == "9.0" and what[0] == "64-bfloat16":
+        moved = {name: int(count) for name, _, count in compiled}
+        assert {name: moved[name] for name in UNMOVED} == dict.fromkeys(UNMOVED, 0)
+        assert moved["entmax_backward_keys"] > 0  # behind its loops, to store: what is counted is still called so
