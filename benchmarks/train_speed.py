@@ -9,11 +9,11 @@
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
 freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps steps
-after two to warm up (--longest: the first step of that length). mode: model.activation_checkpointing. MFU:
-training.throughput.speed_metrics. live %: 64 x 64
-tiles with support, mean over layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is
-live: entmax's slowest case. With --sequence_parallel S a row is of one rank among S GPUs that share each sequence:
-its memory and MFU, and the tokens/s of all S together, less the time of exchanges (benchmarks/loopback.py).
+after two to warm up (--longest: one step after another, in which kernels compile). mode:
+model.activation_checkpointing. MFU: training.throughput.speed_metrics. live %: 64 x 64 tiles with support, mean over
+layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is live. With --sequence_parallel S
+a row is of one rank among S GPUs that share each sequence: its memory and MFU, and the tokens/s of all S together, less
+the time of exchanges (benchmarks/loopback.py).
 """
 
 from common.interrupts import end_on_ctrl_c
@@ -141,12 +141,12 @@ class Trial:
         return 100 * float(torch.stack([layer.live_share.mean() for layer in stats]).mean())
 
 
-def run(trial: Trial, row: Row, steps: int, warm_up: int) -> Row:
-    """Fills a row; out of memory is a result too."""
+def run(trial: Trial, row: Row, steps: int, warm_up: int, live: bool) -> Row:
+    """Fills a row; out of memory is a result too. live: another forward pass for the share of live tiles."""
     try:
         for name, value in trial.measure(row.tokens, row.length, steps, warm_up).items():
             setattr(row, name, value)
-        if warm_up:  # another forward pass, too long for the longest
+        if live:
             row.live_percent = trial.live_percent(row.length)
     except torch.cuda.OutOfMemoryError:
         # much that is reserved beyond that: PYTORCH_ALLOC_CONF=expandable_segments:True may help
@@ -187,7 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 8192, 32768], help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=32768, help="of a step, or one sequence if that is longer")
     parser.add_argument("--longest", nargs="*", type=int, default=[], metavar="LENGTH",
-                        help="one step of each length with activation checkpointing, until memory ends")  # fmt: skip
+                        help="one step of each after another, with checkpointing, until memory ends")  # fmt: skip
     parser.add_argument("--sequence_parallel", type=int, default=1, metavar="S", help="GPUs that share a sequence")
     parser.add_argument("--loss", default="auto", help="model.loss_backend")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
@@ -220,9 +220,9 @@ def main() -> int:
     print("model  attention mode       length  tokens   tokens/s    MFU peak GiB live %")
     rows: list[Row] = []
 
-    def add(trial: Trial, model: str, kind: str, length: int, steps: int, warm_up: int) -> Row:
+    def add(trial: Trial, model: str, kind: str, length: int, steps: int, warm_up: int, live: bool) -> Row:
         row = Row(model, kind, trial.module.checkpointing, step_tokens[length], length, None, None, None, None, None)
-        row = run(trial, row, steps, warm_up)
+        row = run(trial, row, steps, warm_up, live)
         rows.append(row)
         show(row)
         return row
@@ -234,7 +234,7 @@ def main() -> int:
                 torch._dynamo.reset()  # or compiled blocks of the mode before count towards the limit of recompilations
                 trial = Trial(model, kind, options.loss, ranks, {**shared, "activation_checkpointing": mode})
                 for length in options.lengths:
-                    add(trial, model, kind, length, options.steps, 2)
+                    add(trial, model, kind, length, options.steps, 2, live=True)
                 del trial
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -243,7 +243,7 @@ def main() -> int:
                 trial = Trial(model, kind, options.loss, ranks, {**shared, **checkpointed})
                 trial.compile_for_any_length()
                 for length in options.longest:
-                    if add(trial, model, kind, length, 1, 0).tokens_per_second is None:
+                    if add(trial, model, kind, length, 1, 1, live=False).tokens_per_second is None:
                         break
                 del trial
             gc.collect()

@@ -9,7 +9,7 @@ from kernels.alpha_entmax.backward_keys import entmax_backward_keys
 from kernels.alpha_entmax.backward_queries import entmax_backward_queries
 from kernels.alpha_entmax.column_plan import CUT_FIELDS, PLAN_FIELDS, add_parts, count_columns, plan_columns
 from kernels.alpha_entmax.launches import launch_of, shared_arguments
-from kernels.alpha_entmax.results import ListBits, kept_triangular, listed_entries, tile_words
+from kernels.alpha_entmax.results import ListBits, entry_dtype, kept_triangular, listed_entries, tile_words
 from kernels.alpha_entmax.tuning import PassLaunch
 from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, strides, unit_stride
 from kernels.common.tiles import Intervals
@@ -50,10 +50,10 @@ class _Backward:
 
     def _run(self, kernel: Any, launch: PassLaunch, n_programs: int, tiles: int, **arguments: Any) -> None:
         """Programs with lists of so many tiles each."""
-        entries = listed_entries(tiles)
+        entries, dtype = listed_entries(tiles), entry_dtype(tiles)
         kernel[(n_programs,)](
             p_list=torch.empty(n_programs * tiles, dtype=torch.int32, device=self.q.device),
-            p_entries=torch.empty(n_programs * entries if self.listed else 0, dtype=torch.uint16, device=self.q.device),
+            p_entries=torch.empty(n_programs * entries if self.listed else 0, dtype=dtype, device=self.q.device),
             capacity=tiles,
             key_capacity=entries,
             STEP=launch.step,

@@ -11,6 +11,7 @@ from kernels.alpha_entmax.results import (
     WeightedSum,
     empty_sum,
     empty_thresholds,
+    entry_dtype,
     kept_triangular,
     listed_entries,
     tile_words,
@@ -128,7 +129,7 @@ class _Forward:
         entries = listed_entries(self.capacity)
         return n_programs, dict(
             p_list=self._empty(n_programs, self.capacity),
-            p_keys=self._empty(n_programs * entries if self.keys else 0, dtype=torch.uint16),
+            p_keys=self._empty(n_programs * entries if self.keys else 0, dtype=entry_dtype(self.capacity)),
             key_capacity=entries,
             stride_key_bits=self.found.key_bits.stride(1) if self.keys else 0,
             triangular=int(kept_triangular(self.found.key_bits, self.q.shape[2], self.k.shape[2])),

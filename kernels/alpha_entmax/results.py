@@ -10,11 +10,12 @@ from kernels.common.launching import ceil_div
 from kernels.common.tiles import BLOCK_FIELDS
 from kernels.common.visibility import TILE
 
-# The bits of lists of keys grow with the square of the length (and entries hold 16 bits): past this, where they take an
-# eighth of what else is kept at head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192
-# tokens lost a tenth, shorter ones have not been timed
-LONGEST_KEY_LIST = 1 << 15
+# The bits of lists of keys grow with the square of the length: past this, where they take half of what else is kept at
+# head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192 tokens lost a tenth, shorter ones
+# have not been timed
+LONGEST_KEY_LIST = 1 << 17
 SHORTEST_KEY_LIST = 8192
+LONGEST_SHORT_ENTRY = 1 << 16  # keys (queries) that entries of 16 bits tell apart
 
 
 class Thresholds(NamedTuple):
@@ -93,6 +94,11 @@ def kept_bits(n_tokens: int, n_documents: int) -> int:
 def listed_entries(n_tiles: int) -> int:
     """Most single entries of a list in place of n_tiles tiles (key_lists.is_sparse), whole steps."""
     return ceil_div(n_tiles * TILE * SPARSE_PERCENT.value, 100 * TILE) * TILE
+
+
+def entry_dtype(n_tiles: int) -> torch.dtype:
+    """Of the entries of a list in place of n_tiles tiles."""
+    return torch.uint16 if n_tiles * TILE <= LONGEST_SHORT_ENTRY else torch.int32
 
 
 def empty_thresholds(

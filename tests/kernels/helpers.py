@@ -100,6 +100,10 @@ def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...
     e = p (1 - log u) times beta ** 2 (dP - mean of dP): near alpha = 1, 1 - log u hardly varies and sum w (dP - mean)
     is 0, so they cancel to a 1/3000 ... 1/40000; each has a handful of roundings, together about 2 EPS. Independent
     errors add up as squares.
+
+    Past alpha = 1.5 the slope of w = u ** (beta - 1) grows without bound towards u = 0. So what the rounding of a
+    score, EPS |q| |k| by random walk, makes of w counts for pairs within 16 such roundings of the threshold: whether
+    plain PyTorch lands as far from the truth there is chance.
     """
     q, k, v, weight = (x.detach().double() for x in inputs)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -114,8 +118,16 @@ def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...
     mean = ((w * product**2).sum(-1, keepdim=True) / w.sum(-1, keepdim=True).clamp(min=1e-300)).sqrt()
     dq = ((w * product) ** 2 @ k**2).sqrt() + mean * (w @ k).abs()
     dk = ((w * (product + mean)) ** 2).mT @ q**2
+    z = (alpha - 1) * scores.double()
+    above = z - (z - torch.where(p > 0, u, torch.inf)).amax(-1, keepdim=True)  # z - tau
+    off = EPS * (alpha - 1) * scale * q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, :, None]
+    close = (above.abs() <= 16 * off) & (beta < 2)
+    doubt = torch.where(close, (above + off).clamp(min=0) ** (beta - 1) - (above - off).clamp(min=0) ** (beta - 1), 0)
+    dp = weight @ v.mT
+    doubt = doubt * (dp - (w * dp).sum(-1, keepdim=True) / w.sum(-1, keepdim=True).clamp(min=1e-300))
+    dq_doubt, dk_doubt = (doubt**2 @ k**2).sum().sqrt() / EPS, (doubt.mT**2 @ q**2).sum().sqrt() / EPS
     terms = beta**2 * p * (1 - u.log()) * (product + mean)
-    cancelled = (0.0, scale * dq.norm(), scale * dk.sum().sqrt(), 0.0, 2 * terms.norm())
+    cancelled = (0.0, scale * (dq.norm() + dq_doubt), scale * (dk.sum().sqrt() + dk_doubt), 0.0, 2 * terms.norm())
     return tuple(EPS * (2 * x.norm() + more) for x, more in zip(truth, cancelled, strict=False))
 
 

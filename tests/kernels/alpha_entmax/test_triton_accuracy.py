@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels.alpha_entmax.attention
+import kernels.alpha_entmax.launches
 import kernels.alpha_entmax.results
 from benchmarks.oracle import attention_oracle
 from kernels import entmax_attention
@@ -34,6 +35,7 @@ from tests.kernels.helpers import (
     operators,
     options_of,
     per_head,
+    plain_attention,
     visible_scores,
 )
 
@@ -61,6 +63,7 @@ def test_position_bias_rounds_once() -> None:
 
 
 @needs_cuda
+@pytest.mark.timeout(1200)  # head dim 256 compiles for minutes
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
 @pytest.mark.parametrize("options", [{}, dict(window=300), dict(alibi_slopes=torch.tensor(SLOPES))], ids=str)
 def test_float32_at_length(options: dict, head_dim: int) -> None:
@@ -159,6 +162,39 @@ def test_single_keys_where_they_are_few(near: float, far: float, sparse: list[in
         if choice:
             assert (bits[tile] >= rows.any(0)).all() and bits[tile].float().mean() < 0.7
     check_float32(inputs, [1.5], causal=False)
+
+
+def test_entries_of_32_bits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lists take past LONGEST_SHORT_ENTRY."""
+    inputs, alpha = scattered(3.0, 0.02), per_head(1.5, 1)
+    expected = compute(inputs, alpha, "triton", causal=False)
+    monkeypatch.setattr(kernels.alpha_entmax.results, "LONGEST_SHORT_ENTRY", 0)
+    asked = []
+    monkeypatch.setattr(kernels.alpha_entmax.launches, "entry_dtype", lambda tiles: asked.append(tiles) or torch.int32)
+    assert all(map(torch.equal, compute(inputs, alpha, "triton", causal=False), expected))
+    assert asked
+
+
+@needs_cuda
+def test_single_keys_past_65536() -> None:
+    """Queries and keys whose numbers need more than 16 bits: the last rows against the definition, all rows' gradients
+    against passes over tiles."""
+    n_tokens = 65_536 + 1000
+    q, k, v, weight = (x.detach() for x in draw_qkv(1, 1, n_tokens, n_tokens, head_dim=64, dtype=torch.bfloat16))
+    q = q * 2
+    _, found = operators(q, k, v, per_head(1.5, 1).detach(), gradient=True)
+    assert found.sparse[0, 0, -16:].all()
+    inputs = (q, k, v, weight)
+    ours = compute(inputs, per_head(1.5, 1), "triton")
+    last = slice(n_tokens - 256, None)
+    truth = entmax_attention(*(x.double() for x in (q[:, :, last], k, v)), alpha=1.5, backend="reference")
+    plain = plain_attention(q[:, :, last], k, v, 1.5)
+    assert_errors((ours[0][:, :, last],), (plain,), (truth,), (2 * EPS * truth.norm(),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.alpha_entmax.results, "LONGEST_KEY_LIST", 0)
+        tiles = compute(inputs, per_head(1.5, 1), "triton")
+    for name, mine, theirs in zip(NAMES, ours, tiles, strict=False):
+        assert (mine.double() - theirs.double()).norm() <= 2 * torch.finfo(torch.bfloat16).eps * theirs.norm(), name
 
 
 def test_a_tile_of_queries_that_stops_marking_beside_one_that_does_not() -> None:

@@ -81,23 +81,38 @@ def ids(tokens: int = 40, rows: int = 2) -> Tensor:
     return torch.randint(256, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
+def ours_on(device: str, ours: Transformer, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Our logits and the gradients of their mean square, computed on a device, by transformers' names."""
+    ours = ours.to(device)
+    ours.zero_grad()
+    logits = ours.logits(ours(tokens.to(device)))
+    logits.square().mean().backward()
+    gradients = {hub_name(key): weight.grad for key, weight in ours.named_parameters()}
+    return logits.detach().cpu(), {key: None if x is None else x.detach().cpu() for key, x in gradients.items()}
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_ours(name: str, device: str, tmp_path: Path) -> None:
     ours, folder = exported(tmp_path, name)
-    ours, theirs = ours.to(device), AutoModelForCausalLM.from_pretrained(folder).to(device)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).to(device)
     assert type(theirs).__name__ == "LongSplashForCausalLM" and theirs.dtype == torch.float32
-    tokens = ids().to(device)
-    expected, found = ours.logits(ours(tokens)), theirs(tokens).logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.std()
-    expected.square().mean().backward()
+    tokens = ids()
+    plain, plain_gradients = ours_on("cpu", ours, tokens)
+    expected, gradients = ours_on(device, ours, tokens)
+    found = theirs(tokens.to(device)).logits
+    lost = (expected - plain).abs().max()  # float32 on that device: its products add up in another order
+    assert lost <= 2e-4 * plain.std()
+    assert (found.cpu() - expected).abs().max() <= 1e-5 * plain.std() + 3 * lost
     found.square().mean().backward()
     weights = dict(theirs.named_parameters())
-    wanted = {hub_name(key): weight.grad for key, weight in ours.named_parameters()}
-    assert weights.keys() - wanted.keys() == set()
-    for key, grad in wanted.items():
-        assert grad is not None and weights[key].grad is not None, key
-        assert (weights[key].grad - grad).norm() <= 1e-4 * grad.norm(), key
+    assert weights.keys() - gradients.keys() == set()
+    for key, grad in gradients.items():
+        mine = weights[key].grad
+        assert grad is not None and mine is not None, key
+        lost = (grad - plain_gradients[key]).norm()
+        assert lost <= 2e-3 * grad.norm(), key
+        assert (mine.cpu() - grad).norm() <= 1e-4 * grad.norm() + 3 * lost, key
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("annealing")])
@@ -164,7 +179,8 @@ def test_saved_again_and_loaded_by_name(asentmax: tuple[Any, Path], tmp_path: Pa
         "print(type(model).__module__, model.config.alpha, model.config._attn_implementation)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "again"), str(tmp_path / "third")]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    path = os.pathsep.join([str(ROOT), *sys.path])  # a PYTHONPATH of before may hold transformers
+    environment = dict(os.environ, PYTHONPATH=path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1].split() == ["longsplash.hub", "1.5", "entmax"]
