@@ -73,9 +73,10 @@ def network(model: str, kind: str) -> ModelConfig:
     return ModelConfig(**values, attention=AttentionConfig(kind=kind))  # type: ignore[arg-type]
 
 
-def random_batch(config: ModelConfig, tokens: int, length: int, generator: torch.Generator) -> dict[str, Any]:
-    ids = torch.randint(config.vocab_size, (1, tokens), generator=generator)
-    bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+def random_batch(config: ModelConfig, tokens: int, lengths: Sequence[int], length: int) -> dict[str, Any]:
+    """A micro-batch of documents of these lengths, in sequences of `length` tokens."""
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     samples = torch.arange(tokens // length)
     return dict(tokens=ids, labels=ids.roll(-1), cu_seqlens=bounds, max_seqlen=length, sample_ids=samples)
 
@@ -102,9 +103,15 @@ class Trial:
         self.optimizer.zero_grad(set_to_none=self.ranks == 1)  # among ranks DDP's buckets stay
 
     def batch(self, tokens: int, length: int) -> dict[str, Any]:
+        """Each document fills a sequence."""
         self.module.shards = first_rank(self.config, self.ranks, tokens)
-        generator = torch.Generator().manual_seed(0)
-        return self.module.on_before_batch_transfer(random_batch(self.config, tokens, length, generator), 0)
+        lengths = [length] * (tokens // length)
+        return self.module.on_before_batch_transfer(random_batch(self.config, tokens, lengths, length), 0)
+
+    def packed_batch(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """One sequence of several documents."""
+        tokens = sum(lengths)
+        return self.module.on_before_batch_transfer(random_batch(self.config, tokens, lengths, tokens), 0)
 
     def compile_for_any_length(self) -> None:
         """torch.compile makes lengths symbolic when it sees the second one."""

@@ -1,7 +1,8 @@
 """Batches of sequences for Lightning, in an order that does not depend on workers, ranks or restarts.
 
 Optimizer step s of the run consumes the global samples [s * G, (s + 1) * G), G the global batch size; micro-batch a of
-rank r out of W takes micro_batch_size samples from s * G + (a * W + r) * micro_batch_size on.
+rank r out of W takes micro_batch_size samples from s * G + (a * W + r) * micro_batch_size on. Where documents of
+different lengths make sequences of different cost, balance_ranks exchanges samples within the step (data/balance.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from common.checks import LARGEST_SEED, check_number
 from common.files import check_keys
+from data.balance import Cost
 from data.length_generalisation import NO_TASK, TaskConfig, TaskSource
 from data.loading import Batch, BatchLoader, MicroBatchSampler, PackedDataset, ValidationSampler
 from data.mixture import Mixture, SourceConfig
@@ -68,6 +70,8 @@ class PackedDataModule(lightning.LightningDataModule):
         micro_batch_size: sequences that one rank computes at once
         seed: of the order
         intra_document: attention and loss stay within documents; False lets them cross
+        balance_ranks: several ranks share each step's sequences out by their cost, so that none waits for the one that
+            drew the long documents; the step's sequences stay the same
         num_workers: loader processes per rank
         val_sequences: held-out sequences of a validation, over all ranks, the same for every seed; 0 for no validation
         verify: "checksum" reads every shard that has changed since it was last read so, "size" compares sizes only
@@ -82,6 +86,7 @@ class PackedDataModule(lightning.LightningDataModule):
         micro_batch_size: int = 8,
         seed: int = 0,
         intra_document: bool = True,
+        balance_ranks: bool = True,
         num_workers: int = 1,
         val_sequences: int = 64,
         verify: Verify = "checksum",
@@ -101,6 +106,8 @@ class PackedDataModule(lightning.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.intra_document = intra_document
+        self.balance_ranks = balance_ranks
+        self.sequence_cost: Cost | None = None  # of the model in training, which train.py knows
         self.num_workers = num_workers
         self.val_sequences = val_sequences
         self.consumed_samples = 0
@@ -150,6 +157,11 @@ class PackedDataModule(lightning.LightningDataModule):
         """Rank and number of the ranks that see different data, as Lightning's strategy says; (0, 1) on one device."""
         share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
         return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+    @property
+    def balanced_by(self) -> Cost | None:
+        """What a step's sequences are shared out by; None where they are not."""
+        return self.sequence_cost if self.balance_ranks else None
 
     def train_packing(self) -> Sequences:
         """The sequences of the run."""

@@ -299,6 +299,10 @@ class TaskSequences:
         # derive_key of two parts: unrelated to the samples' keys, which have three
         return self.config.min_length + int(draw(derive_key(self.seed, index), 1, choices)[0])
 
+    def document_lengths(self, index: int) -> NDArray[np.int64]:
+        """(1,): each sample fills a sequence."""
+        return np.array([self.sequence_length], np.int64)
+
     def sequence(self, index: int) -> PackedSequence:
         sample_tokens, sample_labels = self.task.encode(self.task.sample(index, self.seed, self.length(index)))
         tokens = np.full(self.sequence_length, self.task.eos, np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from data.balance import Cost, share_out
 from data.packing import Sequences
 
 Batch = dict[str, Tensor | int]
 
 
 class PackedDataset(Dataset[Batch]):
-    """Maps a range of global sample indices to one micro-batch."""
+    """Maps global sample indices to one micro-batch."""
 
     def __init__(self, packing: Sequences, num_samples: int) -> None:
         self.packing = packing
@@ -25,7 +26,7 @@ class PackedDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, samples: range) -> Batch:
+    def __getitem__(self, samples: Sequence[int]) -> Batch:
         """One micro-batch, its N = samples x sequence_length tokens flattened into one row.
 
         tokens, labels: (1, N) int64, labels -100 where nothing is to be predicted. cu_seqlens: (documents + 1,) int32.
@@ -43,14 +44,19 @@ class PackedDataset(Dataset[Batch]):
 
 
 class RunPosition(Protocol):
-    """Where a run is in its samples, and how many a rank takes at a time; data.datamodule.PackedDataModule has it."""
+    """Where a run is in its samples, how many a rank takes at a time and, where a step's are shared out by cost, what
+    each costs; data.datamodule.PackedDataModule has it."""
 
     consumed_samples: int
+    global_batch_size: int
     micro_batch_size: int
+
+    @property
+    def balanced_by(self) -> Cost | None: ...
 
 
 class MicroBatchSampler(DistributedSampler[Batch]):
-    """Ranges of global samples for the micro-batches of one rank.
+    """Global samples for the micro-batches of one rank.
 
     A DistributedSampler, so that Lightning leaves it alone instead of putting its own in its place. Its length counts
     the micro-batches of the whole run, those already consumed included: Lightning's progress counters, which it
@@ -66,12 +72,23 @@ class MicroBatchSampler(DistributedSampler[Batch]):
     def __len__(self) -> int:
         return len(self.dataset) // self._stride  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[range]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Sequence[int]]:  # type: ignore[override]
         run = len(self.dataset)  # type: ignore[arg-type]
         consumed = self._data.consumed_samples
         end = (consumed // run + 1) * run  # of this epoch; an epoch is the whole run where max_steps is given
-        for start in range(consumed + self._offset, end, self._stride):
-            yield range(start, start + self._data.micro_batch_size)
+        if (cost := self._data.balanced_by) and self.num_replicas > 1:
+            for start in range(consumed, end, self._data.global_batch_size):
+                yield from self._balanced(start, cost)
+        else:
+            for start in range(consumed + self._offset, end, self._stride):
+                yield range(start, start + self._data.micro_batch_size)
+
+    def _balanced(self, start: int, cost: Cost) -> list[list[int]]:
+        """The micro-batches of this rank in the step that begins with sample `start`."""
+        packing = self.dataset.packing  # type: ignore[attr-defined]
+        samples = range(start, start + self._data.global_batch_size)
+        costs = np.array([cost(packing.document_lengths(i)) for i in samples])
+        return (start + share_out(costs, self.num_replicas, self._data.micro_batch_size)[self.rank]).tolist()
 
 
 class ValidationSampler(DistributedSampler[Batch]):

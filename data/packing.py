@@ -38,6 +38,10 @@ class Sequences(Protocol):
         """Sequences until everything there is has been seen once."""
         ...
 
+    def document_lengths(self, index: int) -> NDArray[np.int64]:
+        """(pieces,): PackedSequence.lengths of a sequence, without reading its tokens."""
+        ...
+
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index` >= 0; the same for every process, access order and number of workers."""
         ...
@@ -181,6 +185,10 @@ class PackedSequence(NamedTuple):
     lengths: NDArray[np.int64]
 
 
+def _lengths(pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    return np.array([piece.end - piece.start for piece in pieces], np.int64)
+
+
 def bucket_totals(store: DocumentShards, bounds: Sequence[int]) -> NDArray[np.int64]:
     """(shards, buckets) int64: tokens of the documents of each length bucket; bucket j starts at bounds[j]."""
     if list(bounds) == [0]:  # spares reading the offsets of every document
@@ -273,6 +281,13 @@ class Packing:
         """(stream, k) of sequence `index` of the run."""
         return self._interleaving.locate(index)
 
+    def document_lengths(self, index: int) -> NDArray[np.int64]:
+        """(pieces,) of sequence `index`, without reading its tokens."""
+        number, k = self.locate(index)
+        if not self.intra_document:
+            return np.array([self.sequence_length], np.int64)
+        return _lengths(self.streams[number].pieces(k, extra=0))
+
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index` >= 0 of the run; the same for every process, access order and number of workers."""
         number, k = self.locate(index)
@@ -289,7 +304,7 @@ class Packing:
             tokens[position : position + size] = ids[:size]
             labels[position : position + len(ids) - 1] = ids[1:]
             position += size
-        return PackedSequence(tokens, labels, np.array([piece.end - piece.start for piece in pieces], np.int64))
+        return PackedSequence(tokens, labels, _lengths(pieces))
 
     def _joined(self, stream: Stream, k: int) -> PackedSequence:
         line = np.concatenate([stream.read(p)[: p.end - p.start] for p in stream.pieces(k, extra=1)])

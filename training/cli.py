@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NoReturn
 
 import yaml
@@ -21,6 +22,7 @@ from common.wandb_config import WandbConfig
 from data.datamodule import PackedDataModule
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
+from model.flops import sequence_cost
 from model.version import code_version
 from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint
 from training.callbacks.metrics import (
@@ -226,6 +228,7 @@ class TrainingCLI(LightningCLI):
         ours = [callback for callback in self._callbacks() if shown or not isinstance(callback, StepProgress)]
         options["callbacks"] = [*callbacks, *ours]
         options |= {"check_val_every_n_epoch": None, "val_check_interval": 1}  # the interval follows below
+        self.datamodule.sequence_cost = partial(sequence_cost, self.model.network_config)
         parallel = self.config_init.parallel
         ranks = count_processes(options)
         tokens = self.datamodule.micro_batch_size * self.datamodule.sequence_length

@@ -30,7 +30,7 @@ def test_it_attends_with_its_share_of_heads_over_all_tokens(size: int) -> None:
 def test_a_rank_by_itself_computes_its_share(kind: str, compiled: bool) -> None:
     config = replace(network("smoke", kind), n_layers=1)
     module = LanguageModule(config, OptimizerConfig(), loss_backend="chunked", compile=compiled)
-    batch = random_batch(config, tokens=96, length=96, generator=torch.Generator().manual_seed(0))
+    batch = random_batch(config, tokens=96, lengths=[96], length=96)
     whole = module.on_before_batch_transfer(batch, 0)["flops"]
     module.shards = first_rank(config, 2, 96)
     prepared = module.on_before_batch_transfer(batch, 0)
