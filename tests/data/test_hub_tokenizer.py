@@ -45,7 +45,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.one_of(st.text(), st.text("\u2581 \n\tab<tool>|endoftx\0\r", max_size=40)))
 @example(text="".join(AWKWARD) + f"{END}<tool>{END} <tool>")
 def test_any_text_comes_back_and_holds_no_special_token(tokenizer: Tokenizer, text: str) -> None:

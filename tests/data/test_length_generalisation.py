@@ -79,7 +79,7 @@ def recalled(source: list[int], length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(index=indices, seed=seeds, length=lengths)
 def test_every_sample_is_what_the_task_says(name: TaskName, index: int, seed: int, length: int) -> None:
     task = TASKS[name]
@@ -92,7 +92,7 @@ def test_every_sample_is_what_the_task_says(name: TaskName, index: int, seed: in
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(index=indices, seed=seeds, length=lengths)
 def test_tokens_and_labels(name: TaskName, index: int, seed: int, length: int) -> None:
     task = TASKS[name]
@@ -105,7 +105,7 @@ def test_tokens_and_labels(name: TaskName, index: int, seed: int, length: int) -
     assert len(tokens) == task.row_length(length) and eos < task.vocab_size == task.symbols + 3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(key=st.integers(0, 2**64 - 1), count=st.integers(0, 200), extra=st.integers(0, 300))
 def test_distinct_draws_are_the_first_ones_of_the_stream(key: int, count: int, extra: int) -> None:
     below = count + extra + 1

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data.packing import IGNORED_LABEL, PackedSequence, Packing, bucket_totals
 from data.permutation import Interleaving, permute
 
-EXAMPLES = settings(max_examples=60, deadline=None)
+EXAMPLES = settings(max_examples=60)
 
 
 @dataclass

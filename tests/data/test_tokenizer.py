@@ -54,7 +54,7 @@ def train(path: Path, vocab_size: int = 420, texts: list[str] | None = None) -> 
     train_tokenizer(texts, vocab_size, path, sample_bytes=2**20, scan_bytes=2**30, split_by_unicode_script=False)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=st.one_of(st.text(), st.text("\u2581 \n\tab<s>/0xE2\0\r", max_size=40)))
 @example(text="".join(AWKWARD))
 def test_round_trip_of_any_text(tokenizer: Tokenizer, text: str) -> None:

@@ -273,7 +273,7 @@ def test_nothing_to_attend_to(n_queries: int, n_keys: int, backend: str) -> None
 
 
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device or TRITON_INTERPRET=1")
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n_keys=st.integers(1, 400),
     n_queries=st.integers(1, 300),

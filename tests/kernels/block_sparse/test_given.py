@@ -160,7 +160,7 @@ def test_nothing_to_attend_to(n_queries: int, n_keys: int, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n_keys=st.integers(1, 400), n_queries=st.integers(1, 300), causal=st.booleans(), seed=st.integers(0, 1000),
     query_block=st.sampled_from(QUERY_BLOCKS),

@@ -72,7 +72,7 @@ def test_prefill_in_chunks_decides_as_one_pass() -> None:
     assert record.density("prefill").mean() < 0.8
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     before=st.integers(0, 400), n_queries=st.integers(1, 300), level=st.floats(1.0, 3.5), slopes=st.booleans(),
     seed=st.integers(0, 99),

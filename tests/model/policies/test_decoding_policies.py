@@ -23,7 +23,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), n_keys=st.integers(1, 60), alibi=st.booleans())
 def test_quest_bounds_hold_and_choose_the_pages(seed: int, n_keys: int, alibi: bool) -> None:
     q, k, _ = draw(1, n_keys, seed)

@@ -98,7 +98,7 @@ def test_full_density_equals_dense_attention(
         assert (record.density(phase) == 1).all() and (record.tile_density(phase) == 1).all()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 @pytest.mark.parametrize("policy", SPARSE, ids=named)
 def test_documents_stay_apart(policy: SparsePolicy, data: st.DataObject) -> None:
@@ -118,7 +118,7 @@ def test_documents_stay_apart(policy: SparsePolicy, data: st.DataObject) -> None
     torch.testing.assert_close(other[end:], out[end:], atol=0, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 @pytest.mark.parametrize("policy", SPARSE, ids=named)
 def test_attention_is_causal_and_within_the_window(policy: SparsePolicy, data: st.DataObject) -> None:

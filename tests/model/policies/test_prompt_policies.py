@@ -233,7 +233,7 @@ def test_sparge_second_filter_is_the_online_softmax() -> None:
 
 
 @given(share=st.floats(0.01, 1.0), seed=st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_top_share_is_the_smallest_set(share: float, seed: int) -> None:
     p = torch.rand(3, 20, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     kept = top_share(p, share)
