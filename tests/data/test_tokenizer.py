@@ -86,7 +86,6 @@ def test_decode_ignores_control_tokens_and_refuses_unknown_ids(tokenizer: Tokeni
         tokenizer.decode([tokenizer.vocab_size])
 
 
-@settings(deadline=None)
 @given(text=st.text("ab\n", max_size=60), limit=st.integers(1, 20))
 def test_chunks_join_to_the_text(text: str, limit: int) -> None:
     chunks = list(split_into_chunks(text, limit))
