@@ -1,5 +1,6 @@
 """Activation checkpointing: blocks are computed again in backward, but for what is expensive and small."""
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,11 +16,13 @@ from model.transformer import Block
 from training.step.activations import ActivationCheckpointing
 
 Contexts = Callable[[], tuple[Any, Any]]
+COMPILED_CHECKPOINTS = logging.getLogger("torch._higher_order_ops.wrap")
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], mode: ActivationCheckpointing) -> None:
     """Recompute each block's activations in backward, from its input and entmax's thresholds or, where mode is
     "selective", attention's output too. There is no randomness inside, so no RNG state is kept."""
+    COMPILED_CHECKPOINTS.addFilter(_of_blocks)
     for block in blocks:
         assert isinstance(block, Block)
         if mode == "selective":
@@ -43,6 +46,11 @@ def _checkpointed(forward: Callable[..., Tensor], kept: tuple[Any, ...], traced:
         return checkpoint(forward, *args, **eager)  # type: ignore[no-any-return]
 
     return checkpointed
+
+
+def _of_blocks(record: logging.LogRecord) -> bool:
+    """Leaves out torch's warning of operations in place, of which blocks have none."""
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def _traced_thresholds() -> Any:

@@ -1,5 +1,6 @@
 """What checkpointed blocks keep of attention, and compute once."""
 
+import logging
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -149,3 +150,14 @@ def test_selective_computes_compiled_flex_attention_once() -> None:
         flex = [name for name in names if "flex_attention" in name]
         counts[mode] = sum("backward" not in name for name in flex)
     assert counts == {"none": LAYERS, "selective": LAYERS, "full": 2 * LAYERS}
+
+
+def test_compiled_blocks_warn_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch._higher_order_ops.wrap")
+    logger.addHandler(caplog.handler)
+    torch._logging._internal.warning_once.cache_clear()
+    try:
+        gradients(make_module("full", "aot_eager_decomp_partition", AttentionConfig(kind="entmax")), documents=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
