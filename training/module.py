@@ -17,10 +17,12 @@ from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
 from training.faults.step_guard import StepGuard
 from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
+from training.step.compiling import share_cores
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
 from training.step.recomputation import checkpoint_blocks
+from training.tracking import say
 
 Batch = dict[str, Any]
 
@@ -88,6 +90,7 @@ class LanguageModule(LightningModule):
         tile_feed_forward(self.model.layers(), mlp_tile_tokens)
         if activation_checkpointing != "none":
             checkpoint_blocks(self.model.blocks, activation_checkpointing)
+        self.compiled = compile
         if compile:
             self.model.compile_blocks()
 
@@ -95,6 +98,9 @@ class LanguageModule(LightningModule):
         device = self.trainer.strategy.root_device
         self.loss_backend = resolve_loss_backend(self.loss_backend, device)
         self.shards = join_sequence_group(self.trainer.strategy)
+        if self.compiled:
+            workers = share_cores(self.trainer.num_devices)
+            say(f"compiling with {workers} processes a rank: the first step takes a minute or more")
         if self.graphed_loss:
             check_graphs(
                 self.network_config, device=device, world_size=self.trainer.world_size,
