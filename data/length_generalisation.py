@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -299,9 +299,9 @@ class TaskSequences:
         # derive_key of two parts: unrelated to the samples' keys, which have three
         return self.config.min_length + int(draw(derive_key(self.seed, index), 1, choices)[0])
 
-    def document_lengths(self, index: int) -> NDArray[np.int64]:
-        """(1,): each sample fills a sequence."""
-        return np.array([self.sequence_length], np.int64)
+    def document_lengths(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
+        """(1,) for each: a sample fills a sequence."""
+        return [np.array([self.sequence_length], np.int64)] * len(indices)
 
     def sequence(self, index: int) -> PackedSequence:
         sample_tokens, sample_labels = self.task.encode(self.task.sample(index, self.seed, self.length(index)))

@@ -87,7 +87,7 @@ class MicroBatchSampler(DistributedSampler[Batch]):
         """The micro-batches of this rank in the step that begins with sample `start`."""
         packing = self.dataset.packing  # type: ignore[attr-defined]
         samples = range(start, start + self._data.global_batch_size)
-        costs = np.array([cost(packing.document_lengths(i)) for i in samples])
+        costs = np.array([cost(lengths) for lengths in packing.document_lengths(samples)])
         return (start + share_out(costs, self.num_replicas, self._data.micro_batch_size)[self.rank]).tolist()
 
 

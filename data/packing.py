@@ -38,8 +38,8 @@ class Sequences(Protocol):
         """Sequences until everything there is has been seen once."""
         ...
 
-    def document_lengths(self, index: int) -> NDArray[np.int64]:
-        """(pieces,): PackedSequence.lengths of a sequence, without reading its tokens."""
+    def document_lengths(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
+        """(pieces,) for each: PackedSequence.lengths of these sequences, without reading their tokens."""
         ...
 
     def sequence(self, index: int) -> PackedSequence:
@@ -137,8 +137,26 @@ class Stream:
         There are no extra tokens behind the last token of the epoch's line.
         """
         epoch, visit = divmod(index, self.windows_per_epoch)
+        return self._pieces_of_window(epoch, self._windows(epoch, [visit])[0], extra)
+
+    def document_lengths(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
+        """(pieces,) int64 for each window: tokens of its documents. The windows' order, which takes most of the time,
+        is evaluated for all at once."""
+        found: dict[int, NDArray[np.int64]] = {}
+        for epoch in {index // self.windows_per_epoch for index in indices}:
+            of_epoch = [index for index in indices if index // self.windows_per_epoch == epoch]
+            for index, window in zip(
+                of_epoch, self._windows(epoch, [index % self.windows_per_epoch for index in of_epoch]), strict=True
+            ):
+                found[index] = _lengths(self._pieces_of_window(epoch, window, 0))
+        return [found[index] for index in indices]
+
+    def _windows(self, epoch: int, visits: Sequence[int]) -> list[int]:
+        """Places on the line of windows by their turn in the epoch."""
         key = derive_key(self.seed, self.stream, epoch, 2)
-        window = int(permute(np.array([visit]), self.windows_per_epoch, key)[0])
+        return permute(np.array(visits), self.windows_per_epoch, key).tolist()
+
+    def _pieces_of_window(self, epoch: int, window: int, extra: int) -> list[Piece]:
         begin = window * self.sequence_length
         end = min(begin + self.sequence_length + extra, self.num_tokens)
         line = self._cached_shard_line(epoch)
@@ -281,12 +299,16 @@ class Packing:
         """(stream, k) of sequence `index` of the run."""
         return self._interleaving.locate(index)
 
-    def document_lengths(self, index: int) -> NDArray[np.int64]:
-        """(pieces,) of sequence `index`, without reading its tokens."""
-        number, k = self.locate(index)
+    def document_lengths(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
+        """(pieces,) of each sequence, without reading its tokens."""
         if not self.intra_document:
-            return np.array([self.sequence_length], np.int64)
-        return _lengths(self.streams[number].pieces(k, extra=0))
+            return [np.array([self.sequence_length], np.int64)] * len(indices)
+        places = [self.locate(index) for index in indices]
+        found: dict[tuple[int, int], NDArray[np.int64]] = {}
+        for number, stream in enumerate(self.streams):
+            ks = [k for where, k in places if where == number]
+            found |= zip([(number, k) for k in ks], stream.document_lengths(ks), strict=True)
+        return [found[place] for place in places]
 
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index` >= 0 of the run; the same for every process, access order and number of workers."""
