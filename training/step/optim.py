@@ -27,6 +27,7 @@ class OptimizerConfig:
         schedule: "cosine" falls over the whole run (arXiv 1608.03983); "wsd" is warm-up, stable, decay
             (arXiv 2404.06395).
         warmup_steps: Steps of linear warm-up.
+        warmup_tokens: Its tokens, rounded up to whole steps: in place of warmup_steps, where given.
         decay_fraction: Share of all steps in wsd's linear decay.
         final_lr_fraction: Learning rate at the last step, as a multiple of lr.
     """
@@ -39,6 +40,7 @@ class OptimizerConfig:
     alpha_lr_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
+    warmup_tokens: int | float | None = None
     decay_fraction: float = 0.2
     final_lr_fraction: float = 0.1
 
@@ -103,6 +105,10 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
 
     A plain function on purpose: LambdaLR saves the fields of a callable object and restores them over the config.
     """
+    if config.warmup_tokens is not None:
+        raise ValueError(
+            f"warmup_tokens is {config.warmup_tokens}: expected steps, which training/length.py makes of it"
+        )
     warmup, final = config.warmup_steps, config.final_lr_fraction
     decay_steps = max(1, round(config.decay_fraction * total_steps))
 
