@@ -248,7 +248,8 @@ class TrainingCLI(LightningCLI):
         trainer = Trainer(**options)
         # signals.py handles them: Lightning's SIGTERM handler would wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        check_combinations(parallel, precision=trainer.precision, compile=self.config.model.compile)
+        model = self.config.model
+        check_combinations(parallel, precision=trainer.precision, compile=model.compile, optimizer=model.optimizer.name)
         data_ranks = trainer.world_size // parallel.sequence_parallel
         trainer.accumulate_grad_batches = self.datamodule.accumulation(data_ranks)
         trainer.val_check_interval = max(1, every) * trainer.accumulate_grad_batches

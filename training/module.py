@@ -38,7 +38,7 @@ class LanguageModule(LightningModule):
 
     Args:
         network: architecture.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the schedule.
         loss_backend: "auto" (liger-kernel on CUDA where installed, else chunked), "liger" or "chunked".
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
         compile: compile each block with torch.compile.

@@ -163,6 +163,11 @@ CASES = [
     Case("memory of a length of -1", memory("--data.sequence_length", "-1"), ["data.sequence_length is -1"]),
     Case("memory of two lengths", memory("--trainer.max_tokens", "1000", "--trainer.max_steps", "4"),
          ["trainer.max_steps is 4 and trainer.max_tokens 1000"]),
+    Case("memory of Muon with ZeRO", memory("--model.optimizer.name", "muon", "--parallel.zero_stage", "1"),
+         ["model.optimizer.name is 'muon'", "parallel.zero_stage 1 divides", "use adamw"]),
+    Case("Muon with ZeRO", train("--model.optimizer.name", "muon", "--parallel.zero_stage", "2"),
+         ["model.optimizer.name is 'muon'", "parallel.zero_stage 2 divides", "use adamw"]),
+    Case("an unknown optimizer", train("--model.optimizer.name", "sgd"), ["model.optimizer.name", "sgd", "muon"]),
     Case("memory of 0 steps", memory("--trainer.max_steps", "0"), ["trainer.max_steps is 0"]),
     Case("memory of a nan", memory("--model.network.norm_eps", "nan"), ["norm_eps", "nan"]),
 ]  # fmt: skip

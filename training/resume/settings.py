@@ -24,6 +24,9 @@ SCHEDULE = (
 )
 
 
+NAME = f"{OPTIMIZER}name"
+
+
 def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: int) -> dict[str, Any]:
     """By option of train.py, JSON-able; recorded in each checkpoint. What only decides where and how fast a run
     computes is not among them."""
@@ -65,6 +68,12 @@ def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed
         )
         return
     saved = checkpoint.require(settings=dict)["settings"]
+    before, now = saved.get(NAME, "adamw"), settings.get(NAME, "adamw")  # older records have none
+    if before != now:
+        raise ValueError(
+            f"{NAME} {before} (config: {now}): {checkpoint.path} has the state of {before}, which {now} cannot go on "
+            "with; restore it, or start a new run from its weights with --init_from"
+        )
     changed = [key for key in sorted(settings.keys() & saved.keys()) if settings[key] != saved[key]]
     if not changed:
         return

@@ -1,8 +1,9 @@
 """Parameters, gradients and optimizer state, and what makes room for them."""
 
 from dataclasses import replace
+from typing import Literal
 
-import torch
+import pytest
 
 from model.config import ModelConfig
 from tests.training.memory.helpers import BASE, MODELS, batch, make
@@ -11,12 +12,15 @@ from training.memory.activations import block_activations
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
 from training.memory.states import parameter_count
-from training.step.optim import OptimizerConfig, parameter_groups
+from training.step.optim import OptimizerConfig, build_optimizer
 
 
-def test_states_are_exact() -> None:
-    module, setup = make(MODELS["ssmax-rope-untied"])
-    optimizer = torch.optim.AdamW(parameter_groups(module.model, OptimizerConfig(), fused=False))
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["ssmax-rope-untied", "asentmax-nape"])
+def test_states_are_exact(model: str, name: Literal["adamw", "muon"]) -> None:
+    module, setup = make(MODELS[model])
+    setup = replace(setup, optimizer=name)
+    optimizer, _ = build_optimizer(module.model, OptimizerConfig(name=name), total_steps=10, fused=False)
     module.training_step(batch(), 0)["loss"].backward()
     optimizer.step()
     parameters = list(module.parameters())

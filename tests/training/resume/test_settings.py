@@ -95,6 +95,18 @@ def test_damaged_records_are_one_line(saved: object) -> None:
         resumed(50, saved=saved, trainer__max_steps=50)
 
 
+def test_another_optimizer_is_refused() -> None:
+    """Its state is another; no leave changes that. Records from before there was a choice are AdamW's."""
+    for saved in (BASE, {**BASE, "model.optimizer.name": "adamw"}):
+        resumed(50, saved=saved, model__optimizer__name="adamw")
+        with pytest.raises(
+            ValueError, match=r"name adamw \(config: muon\): run/step has the state of adamw.*init_from"
+        ):
+            resumed(50, ("trainer.max_steps",), saved=saved, model__optimizer__name="muon")
+    with pytest.raises(ValueError, match=r"name muon \(config: adamw\)"):
+        resumed(50, saved={**BASE, "model.optimizer.name": "muon"})
+
+
 def test_leave_for_what_does_not_exist() -> None:
     check_allowed(["trainer.max_steps", "trainer.max_tokens", "model.optimizer.warmup_tokens"])
     with pytest.raises(ValueError, match="--allow_changes has 'max_steps': expected some of trainer.max_steps, model"):
