@@ -37,7 +37,10 @@ def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: in
             "gradient_clip_val": trainer.gradient_clip_val,
         },
         "data": {"global_batch_size": global_batch_size},
-        "model": {"optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)}},
+        "model": {
+            "z_loss": module.z_loss,
+            "optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
+        },
     }
     if module.guard:
         guard = module.guard.config
