@@ -90,6 +90,8 @@ def test_a_run_of_tokens_is_that_of_its_steps_and_goes_on_in_tokens(train: Train
 
 
 def test_print_config_shows_what_was_asked_for() -> None:
-    options = ("--config", ROOT / "configs/smoke.yaml", "--run_dir", "x", *IN_TOKENS, 7000, "--print_config")
-    printed = yaml.safe_load(run_train(*options).stdout)
-    assert (printed["trainer"]["max_steps"], printed["trainer"]["max_tokens"]) == (-1, 7000)
+    options = ("--config", ROOT / "configs/smoke.yaml", "--run_dir", "x", *IN_TOKENS, 7000)
+    # as eval.twins takes a length back for its trials
+    for more, length in (((), (-1, 7000)), (("--trainer.max_steps", 5, "--trainer.max_tokens", "null"), (5, None))):
+        printed = yaml.safe_load(run_train(*options, *more, "--print_config").stdout)
+        assert (printed["trainer"]["max_steps"], printed["trainer"]["max_tokens"]) == length

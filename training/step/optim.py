@@ -55,6 +55,10 @@ class OptimizerConfig:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"model.optimizer.name is {self.name!r}: expected adamw or muon")
         check_number(name + "momentum", self.momentum, least=0, below=1)
+        if self.name != "muon" and self.momentum != OptimizerConfig.momentum:
+            raise ValueError(
+                f"model.optimizer.momentum is {self.momentum}: it is Muon's, and needs model.optimizer.name muon"
+            )
         check_number(name + "lr", self.lr, above=0, most=10)
         check_number(name + "eps", self.eps, above=0, most=1)
         check_number(name + "alpha_lr_factor", self.alpha_lr_factor, least=0, most=1000)
