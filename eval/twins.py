@@ -232,7 +232,8 @@ def _choose_lr(
     steps, losses = str(config.sweep_steps), {}
     for lr in config.lrs:
         run = output / "sweep" / f"{kind}-lr-{lr:g}"
-        trial = ["--trainer.max_steps", steps, "--validation.every_n_steps", steps, "--checkpoint.every_n_steps", steps]
+        length = ["--trainer.max_steps", steps, "--trainer.max_tokens", "null"]
+        trial = [*length, "--validation.every_n_steps", steps, "--checkpoint.every_n_steps", steps]
         code = train([*_options(options, kind, lr, config.seeds[0], run), *trial])
         check_code(code, run, DIVERGED)
         losses[lr] = None if code else _validation_loss(run, config.sweep_steps)

@@ -1,7 +1,8 @@
 """Checkpoints on disk: complete or absent, found by their marker, loaded without executing pickled code.
 
 RUN/checkpoints/step-00000010/ holds
-    state-00000.safetensors, ...  whole float32 tensors, each in one file: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME
+    state-00000.safetensors, ...  whole float32 tensors, each in one file: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME,
+                                  or momentum_buffer/NAME of what Muon trains
     trainer.ckpt                  Lightning's loops and schedules, the data's position, AdamW's step counters
     complete.json                 what was trained, sizes of files, the file and checksum of each tensor; written last
 Nothing in it depends on the number of processes that wrote it, nor on how they divided the state.

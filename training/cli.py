@@ -19,7 +19,7 @@ from common.checks import check_number
 from common.command_line import StrictParsing, strict_yaml, take_values_whole
 from common.errors import UsageError
 from common.wandb_config import WandbConfig
-from data.datamodule import PackedDataModule
+from data.datamodule import PackedDataModule, check_sizes
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
 from model.flops import sequence_cost
@@ -42,6 +42,7 @@ from training.faults.interruption import Interruption, InterruptionConfig
 from training.faults.signals import StopSignals
 from training.faults.step_guard import GuardConfig, StepGuard
 from training.faults.watchdog import Watchdog, WatchdogConfig
+from training.length import check_warmup, tokens_to_steps
 from training.module import LanguageModule
 from training.options import (
     REFUSED_OPTIONS,
@@ -64,7 +65,7 @@ from training.resume.start_point import (
     warn_of_unknown_data,
 )
 from training.resume.transfer import check_transfer, transfer_weights
-from training.setup_checks import check_runs_here, check_warmup, duration, first_device, usable_folder
+from training.setup_checks import check_runs_here, duration, first_device, usable_folder
 from training.step.loss import resolve_loss_backend
 from training.throughput import StepClock
 from training.tracking import log_config, make_loggers, record_session, say
@@ -147,6 +148,12 @@ class TrainingCLI(LightningCLI):
             default=[],
             help='Options in which a run that resumes may leave its learning-rate schedule: "[trainer.max_steps]".',
         )
+        parser.add_argument(
+            "--trainer.max_tokens",
+            type=int | float | None,
+            default=None,
+            help="Tokens to train on, in place of max_steps: rounded up to whole optimizer steps.",
+        )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(GuardConfig, "guard")
@@ -171,11 +178,14 @@ class TrainingCLI(LightningCLI):
             )
         check_allowed(self.config.allow_changes)
         self.max_time = duration(options.max_time)
-        check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
+        data = self.config.data
+        check_sizes(data.sequence_length, data.global_batch_size, data.micro_batch_size)
         self.run_dir = usable_folder(self.config.run_dir)
         self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
         verify, alone = self.config.checkpoint.verify, count_processes(options) == 1
         self.start: StartPoint = choose_start(self.run_dir, self.config.resume, verify, alone=alone)
+        tokens_to_steps(self.config, step=self.start.step, tokens=self.start.tokens)
+        check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
         network = config_from_dict(self.config.model.network.as_dict())
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
@@ -215,6 +225,7 @@ class TrainingCLI(LightningCLI):
         options = {**self.config_init.trainer, "default_root_dir": self.run_dir}
         asked = options.pop("accumulate_grad_batches")
         options.pop("max_time")  # interruption.py sees to it
+        options.pop("max_tokens")  # length.py has made steps of it
         every = self.config_init.validation.every_n_steps
         if not every:
             options["limit_val_batches"] = 0
@@ -240,7 +251,8 @@ class TrainingCLI(LightningCLI):
         trainer = Trainer(**options)
         # signals.py handles them: Lightning's SIGTERM handler would wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        check_combinations(parallel, precision=trainer.precision, compile=self.config.model.compile)
+        model = self.config.model
+        check_combinations(parallel, precision=trainer.precision, compile=model.compile, optimizer=model.optimizer.name)
         data_ranks = trainer.world_size // parallel.sequence_parallel
         trainer.accumulate_grad_batches = self.datamodule.accumulation(data_ranks)
         trainer.val_check_interval = max(1, every) * trainer.accumulate_grad_batches

@@ -40,20 +40,22 @@ class LanguageModule(LightningModule):
 
     Args:
         network: architecture.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the schedule.
         loss_backend: "auto" (liger-kernel on CUDA where installed, else chunked), "liger" or "chunked".
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
         compile: compile each block with torch.compile.
         activation_checkpointing: "none" keeps all activations for backward; "full" each block's input and entmax's
             thresholds, and recomputes the rest; "selective" attention's output too; "offload" is full with the blocks'
             inputs in CPU memory.
+        z_loss: coefficient of logsumexp(logits)^2 of each token (PaLM, arXiv 2204.02311), in training only; 0 for none.
+            The logged loss is without it.
         mlp_tile_tokens: tokens for which the feed-forward layer's inner activations exist at one time; 0 for all.
         cuda_graphs: replay forward and backward as CUDA graphs: for small models on one device, whose batches have one
             shape (data.task). The loss backend is the chunked one.
 
     Raises:
         ValueError: a loss_backend that is unknown or that this machine cannot run, an unknown activation_checkpointing,
-            loss_chunk_tokens below 1, or mlp_tile_tokens below 0.
+            loss_chunk_tokens below 1, z_loss outside [0, 1], or mlp_tile_tokens below 0.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LanguageModule(LightningModule):
         optimizer: OptimizerConfig,
         loss_backend: str = "auto",
         loss_chunk_tokens: int = 2048,
+        z_loss: float = 0.0,
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         mlp_tile_tokens: int = 0,
@@ -71,11 +74,12 @@ class LanguageModule(LightningModule):
         if cuda_graphs and loss_backend == "liger":
             raise ValueError("model.loss_backend is 'liger', which CUDA graphs cannot capture: set it to auto")
         check_number("model.loss_chunk_tokens", loss_chunk_tokens, least=1, whole=True)
+        check_number("model.z_loss", z_loss, least=0, most=1, zero="none")
         check_number("model.mlp_tile_tokens", mlp_tile_tokens, least=0, whole=True, zero="all at once")
         if activation_checkpointing not in (modes := get_args(ActivationCheckpointing)):
             raise ValueError(f"model.activation_checkpointing is {activation_checkpointing!r}: expected one of {modes}")
         self.network_config, self.optimizer_config = network, optimizer
-        self.loss_backend, self.loss_chunk_tokens = loss_backend, loss_chunk_tokens
+        self.loss_backend, self.loss_chunk_tokens, self.z_loss = loss_backend, loss_chunk_tokens, z_loss
         if cuda_graphs:
             self.loss_backend = "chunked"  # liger waits for the device
         self.model = Transformer(network)
@@ -131,25 +135,28 @@ class LanguageModule(LightningModule):
         self.model.set_step(self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        loss_sum = self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)
+        total, z_sum = (self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)).unbind()
+        loss_sum = (total - z_sum).detach()
         if self.guard:
-            self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids)
-        return {"loss": loss_sum / batch["labels"].numel(), "loss_sum": loss_sum.detach()}
+            self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum)
+        return {"loss": total / batch["labels"].numel(), "loss_sum": loss_sum}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
         if self.guard and self.guard.interruption.cuts_validation(self.trainer):
             return None
-        return {"loss_sum": self.loss_sum(batch)}
+        return {"loss_sum": self.loss_sum(batch)[0]}
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of token losses in nats of one micro-batch (scalar)."""
+        """Sum of token losses in nats of one micro-batch, with z-loss while the module trains, and the z-loss in it,
+        which carries no gradient (2,)."""
         with self._activations(batch["tokens"]):
             hidden = self.model(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards)  # (B, T, C)
-        loss_sum, _ = linear_cross_entropy(
+        sums = linear_cross_entropy(
             hidden.flatten(0, 1), self.model.head_weight, batch["labels"].flatten(),
             backend=self.loss_backend, chunk_tokens=self.loss_chunk_tokens,
+            z_loss=self.z_loss if self.training else 0.0,
         )  # fmt: skip
-        return loss_sum
+        return torch.stack(sums)
 
     def _activations(self, tokens: Tensor) -> AbstractContextManager[Any]:
         offload = self.checkpointing == "offload"

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from common.checks import check_number
 from common.errors import UsageError
 from training.faults.signals import LAUNCHER
+from training.length import check_length
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 # By Lightning's names for each. Others do not train (16-true), or not to what a checkpoint in float32 holds (64-true).
@@ -19,7 +20,6 @@ PRECISIONS: dict[Any, str] = {
     **dict.fromkeys((None, "32-true", "32", 32), "32-true"), **dict.fromkeys(("bf16-mixed", "bf16"), "bf16-mixed"),
     "bf16-true": "bf16-true", **dict.fromkeys(("16-mixed", "16", 16), "16-mixed"),
 }  # fmt: skip
-MOST_STEPS = 10**9
 WORKING_OPTIONS = (
     "accelerator", "devices", "num_nodes", "precision", "callbacks", "max_steps", "max_time", "limit_val_batches",
     "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val",
@@ -82,15 +82,14 @@ def check_trainer_options(options: Any, defaults: Mapping[str, Any], *, to_train
     """Raises ValueError for Trainer options that cannot work, or that this recipe sets itself.
 
     Args:
-        options: of the Trainer, as parsed.
+        options: of the Trainer, as parsed, with max_tokens.
         defaults: of refused options.
-        to_train: the accelerator must be there, and the number of steps be given.
+        to_train: the accelerator must be there, and the length be given.
     """
     for key, instead in REFUSED_OPTIONS.items():
         if options.get(key) != defaults[key]:
             raise UsageError(f"trainer.{key} is {options.get(key)!r}: leave it out and use {instead}")
-    if to_train or options.max_steps != defaults["max_steps"]:
-        check_number("trainer.max_steps", options.max_steps, least=1, most=MOST_STEPS, whole=True)
+    check_length(options, defaults["max_steps"], needed=to_train)
     check_number("trainer.num_nodes", options.num_nodes, least=1, whole=True)
     check_number("trainer.log_every_n_steps", options.log_every_n_steps, least=1, whole=True)
     check_number("trainer.gradient_clip_val", options.gradient_clip_val, least=0, zero="never", null="never")

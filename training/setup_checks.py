@@ -45,17 +45,6 @@ def check_runs_here(network: ModelConfig, device: torch.device) -> None:
         )
 
 
-def check_warmup(warmup_steps: int, max_steps: int) -> None:
-    """Raises UsageError for a warm-up that the run does not outlast: max_steps shapes the schedule, and a cut of a
-    longer one is what trainer.max_time and signals make."""
-    if warmup_steps > max_steps:
-        raise UsageError(
-            f"model.optimizer.warmup_steps is {warmup_steps}, longer than trainer.max_steps {max_steps}, so that the "
-            f"learning rate would never reach model.optimizer.lr: expected at most {max_steps}; to cut a longer run, "
-            "leave its trainer.max_steps and give --trainer.max_time"
-        )
-
-
 def duration(max_time: Any) -> timedelta | None:
     """The time that trainer.max_time asks for: "DD:HH:MM:SS", a dict of timedelta's arguments, or a timedelta."""
     if max_time is None:

@@ -25,12 +25,14 @@ class FakeTraining:
 
     def __init__(self, losses: dict[tuple[str, float], float | int]) -> None:
         self.losses, self.calls = losses, []  # type: ignore[var-annotated]
+        self.lengths: list[tuple[str | None, str | None]] = []
 
     def __call__(self, options: Sequence[str]) -> int:
         values = dict(zip(options, options[1:], strict=False))
         run, lr = Path(values["--run_dir"]), float(values.get("--model.optimizer.lr", 0))
         kind = Path(values["--config"]).stem
         self.calls.append((run.name, kind, lr, values["--seed_everything"], values["--data.seed"]))
+        self.lengths.append((values.get("--trainer.max_steps"), values.get("--trainer.max_tokens")))
         loss = self.losses.get((kind, lr), 1.5)
         if loss in (DIVERGED, INTERRUPTED, 1):
             if loss == INTERRUPTED:
@@ -58,6 +60,7 @@ def test_each_kind_gets_its_best_learning_rate(tmp_path: Path, capsys: pytest.Ca
         ("softmax-seed-4", "softmax", 0.2, "4"), ("entmax-seed-4", "entmax", 0.1, "4"),
     ]  # fmt: skip
     assert all(seed == data_seed for *_, seed, data_seed in train.calls)
+    assert train.lengths == [("7", "null")] * 6 + [(None, None)] * 4  # a trial's is in steps, whatever the runs' is
     record = json.loads((tmp_path / "twins.json").read_text())
     assert record["sweep"]["softmax"] == {"0.1": 2.5, "0.2": 2.25, "0.4": None}
     assert record["sweep"]["entmax"] == {"0.1": 2.125, "0.2": 2.5, "0.4": None}

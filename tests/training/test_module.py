@@ -72,6 +72,29 @@ def test_gradients_do_not_depend_on_the_micro_batch_size() -> None:
             assert error < 1e-5, f"{name}: {error:.2e}"  # attention computes partly in float32
 
 
+def test_z_loss_counts_valid_tokens_as_the_loss_does_and_in_training_only() -> None:
+    module, batch = make_module(z_loss=0.05), make_batch(range(4))
+    for micro_batch in (1, 2, 4):
+        parts = accumulated_gradients(module, 4, micro_batch)
+        module.zero_grad()
+        logits = module.model(batch["tokens"], batch["cu_seqlens"], LENGTH).flatten(0, 1) @ module.model.head_weight.T
+        labels = batch["labels"].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        z_loss = 0.05 * logits.logsumexp(dim=1)[labels != IGNORE_INDEX].square().sum()
+        ((loss + z_loss) / labels.numel()).backward()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            error = (parts[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 1e-5, f"{name}: {error:.2e}"  # attention computes partly in float32
+    output = module.training_step(batch, 0)
+    torch.testing.assert_close(output["loss"] * labels.numel(), loss + z_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(output["loss_sum"], loss.detach(), rtol=1e-6, atol=0)
+    module.eval()
+    torch.testing.assert_close(module.loss_sum(batch), torch.stack([loss, torch.zeros_like(loss)]), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="model.z_loss is -0.1: expected a finite number"):
+        make_module(z_loss=-0.1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -182,7 +205,7 @@ def test_whole_sequences_are_not_packed() -> None:
     results = []
     for batch in (packed, rows):
         module.zero_grad()
-        loss = module.loss_sum(batch)
+        loss = module.loss_sum(batch)[0]
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
     for ours, theirs in zip(*results, strict=True):

@@ -42,7 +42,9 @@ class Options(SimpleNamespace):
 
 
 def check(**changed: object) -> None:
-    options = Options(**{**PARAMETERS, "max_steps": 5, "log_every_n_steps": 10, "accelerator": "cpu", **changed})
+    options = Options(
+        **{**PARAMETERS, "max_steps": 5, "max_tokens": None, "log_every_n_steps": 10, "accelerator": "cpu", **changed}
+    )
     check_trainer_options(options, PARAMETERS)
 
 

@@ -73,7 +73,7 @@ class MetricsLogger(Callback):
     """Logs loss and speed every trainer.log_every_n_steps optimizer steps.
 
     train/loss is the mean over the valid tokens of the steps since the last line; skipped ones do not count, and if all
-    were skipped it is NaN.
+    were skipped it is NaN. train/z_loss, where there is one, is no part of it.
 
     Args:
         clock: shared with whoever interrupts training.
@@ -98,7 +98,7 @@ class MetricsLogger(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.work, self.loss_sum, self.valid_tokens = Work(), 0.0, 0.0
+        self.work, self.loss_sum, self.z_loss_sum, self.valid_tokens = Work(), 0.0, 0.0, 0.0
         self.clock.reset()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -110,6 +110,7 @@ class MetricsLogger(Callback):
         self.work.steps += 1
         if not self.guard.skipped:
             self.loss_sum += self.guard.outcome.loss_sum
+            self.z_loss_sum += self.guard.outcome.z_loss_sum
             self.valid_tokens += self.guard.outcome.valid_tokens
         if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
             self._log_window(trainer, pl_module)
@@ -120,13 +121,16 @@ class MetricsLogger(Callback):
         local = torch.tensor([work.tokens, work.flops], dtype=torch.float64, device=device)
         totals = trainer.strategy.reduce(local, reduce_op="sum")
         tokens, flops = totals.tolist()  # waits for the device, so the time below is true
-        loss = self.loss_sum / self.valid_tokens if self.valid_tokens else math.nan
+        loss, z_loss = (
+            (x / self.valid_tokens if self.valid_tokens else math.nan) for x in (self.loss_sum, self.z_loss_sum)
+        )
         self.tokens += int(tokens)
         data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
         passes = data.passes_done(self.start.samples_at(self.step, data.global_batch_size))
         self.latest = {
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
+            **({"train/z_loss": z_loss} if module.z_loss else {}),
             "train/lr": module.step_lr,
             "train/grad_norm": float(module.step_gradient_norm),
             "train/tokens": self.tokens,

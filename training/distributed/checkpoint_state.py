@@ -25,8 +25,10 @@ from common.files import flush
 from model.checkpoint import STATE_FILE, WEIGHT, Unreadable, share
 from model.checksums import is_finite, tensor_checksum
 from model.loading import StoredTensors
+from training.step.muon import is_muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MUON_MOMENTS: tuple[str, ...] = ("momentum_buffer",)
 FILE_BYTES = 4 * 2**30
 # Elements that one writer receives in one round: 256 MiB of device memory.
 ROUND_ELEMENTS = 2**26
@@ -47,10 +49,10 @@ class Fragment:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a rank holds of a run's weights and AdamW state.
+    """What a rank holds of a run's weights and optimizer state.
 
     shapes: of all tensors of the run, in the same order on all ranks. replicated: every rank holds every tensor whole.
-    steps: optimizer steps taken, by parameter name; a rank that holds pieces knows those of its own parameters.
+    steps: AdamW's steps taken, by parameter name; a rank that holds pieces knows those of its own parameters.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -75,17 +77,31 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, fused: bool)
     return state
 
 
+def muon_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """Muon's, likewise."""
+    state = optimizer.state[parameter]
+    if not state:
+        state.update(
+            {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MUON_MOMENTS}
+        )
+    return state
+
+
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
     """The state of a module whose parameters and optimizer are whole on each rank: one device, or DDP."""
-    fused = {id(p): bool(group["fused"]) for group in optimizer.param_groups for p in group["params"]}
-    parameters = dict(module.named_parameters())
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    shapes: dict[str, tuple[int, ...]] = {}
     fragments, steps = [], {}
-    for name, parameter in parameters.items():
-        state = adam_state(optimizer, parameter, fused[id(parameter)])
-        tensors = {WEIGHT: parameter.detach(), **{f"{moment}/": state[moment] for moment in MOMENTS}}
+    for name, parameter in module.named_parameters():
+        group = groups[id(parameter)]
+        if is_muon(group):
+            moments, state = MUON_MOMENTS, muon_state(optimizer, parameter)
+        else:
+            moments, state = MOMENTS, adam_state(optimizer, parameter, bool(group["fused"]))
+            steps[name] = int(state["step"])
+        tensors = {WEIGHT: parameter.detach(), **{f"{moment}/": state[moment] for moment in moments}}
         fragments += [Fragment(kind + name, 0, tensor.view(-1)) for kind, tensor in tensors.items()]
-        steps[name] = int(state["step"])
-    shapes = tensor_shapes({name: tuple(p.shape) for name, p in parameters.items()})
+        shapes |= {kind + name: tuple(parameter.shape) for kind in tensors}
     return TrainingState(shapes, fragments, replicated=True, steps=steps)
 
 

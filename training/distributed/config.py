@@ -92,7 +92,8 @@ class ElasticCheckpoints(Strategy):
     def state_restored(self, steps: Mapping[str, int]) -> None:
         """Take over what was written into the fragments of training_state; steps: by parameter name."""
         for name, parameter in self._network().named_parameters():
-            self.optimizers[0].state[parameter]["step"].fill_(steps[name])
+            if "step" in (state := self.optimizers[0].state[parameter]):  # Muon counts none
+                state["step"].fill_(steps[name])
 
     def _network(self) -> nn.Module:
         return cast(nn.Module, cast(Any, self.lightning_module).model)
@@ -148,8 +149,18 @@ def data_ranks(rank: int, world_size: int, sequence_parallel: int) -> dict[str, 
     return {"num_replicas": world_size // sequence_parallel, "rank": rank // sequence_parallel}
 
 
-def check_combinations(config: ParallelConfig, *, precision: str, compile: bool) -> None:
+def check_optimizer(zero_stage: int, optimizer: str) -> None:
+    """Raises ValueError for an optimizer that cannot step on ZeRO's pieces of matrices."""
+    if zero_stage and optimizer == "muon":
+        raise ValueError(
+            f"model.optimizer.name is 'muon', which needs whole matrices, and parallel.zero_stage {zero_stage} divides "
+            "them: use adamw, or parallel.zero_stage 0"
+        )
+
+
+def check_combinations(config: ParallelConfig, *, precision: str, compile: bool, optimizer: str = "adamw") -> None:
     """Raises ValueError for options that cannot work with ZeRO."""
+    check_optimizer(config.zero_stage, optimizer)
     if config.zero_stage and precision not in ZERO_PRECISIONS:
         raise ValueError(
             f"trainer.precision is {precision!r}: expected {' or '.join(ZERO_PRECISIONS)} with parallel.zero_stage "

@@ -19,11 +19,13 @@ LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel")  # torch names 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of this rank: global samples, summed loss in nats (scalar) and labelled tokens."""
+    """One micro-batch of this rank: global samples, summed loss in nats (scalar), labelled tokens, and summed
+    z-loss in nats (scalar), which is not part of the loss."""
 
     sample_ids: list[int]
     loss_sum: Tensor
     valid_tokens: int
+    z_loss_sum: Tensor
 
 
 def write_dump(

@@ -52,11 +52,12 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """An optimizer step as all ranks know it: loss in nats and labelled tokens, summed over all ranks."""
+    """An optimizer step as all ranks know it: loss in nats, labelled tokens and z-loss, summed over all ranks."""
 
     loss_sum: float = 0.0
     valid_tokens: float = 0.0
     gradient_norm: float = 0.0
+    z_loss_sum: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -93,7 +94,7 @@ class History:
 class StepGuard(Callback):
     """Looks at every optimizer step before it is taken.
 
-    One all-reduce of four numbers and one read by the host a step decide for all ranks: the loss that is logged,
+    One all-reduce of five numbers and one read by the host a step decide for all ranks: the loss that is logged,
     whether the step is skipped, and whether a rank has been told to stop. The read waits for the backward pass; its
     cost is that the optimizer's few kernels are launched after it and not while the device is still busy.
 
@@ -124,9 +125,10 @@ class StepGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = History(self.config.window, **state_dict)
 
-    def observe(self, loss_sum: Tensor, valid_tokens: int, sample_ids: list[int]) -> None:
-        """Take note of a micro-batch of this rank: its summed loss (scalar), labelled tokens and global samples."""
-        self.micro_batches.append(MicroBatch(sample_ids, loss_sum.detach(), valid_tokens))
+    def observe(self, loss_sum: Tensor, valid_tokens: int, sample_ids: list[int], z_loss_sum: Tensor) -> None:
+        """Take note of a micro-batch of this rank: its summed loss (scalar), labelled tokens and global samples, and
+        its summed z-loss (scalar)."""
+        self.micro_batches.append(MicroBatch(sample_ids, loss_sum.detach(), valid_tokens, z_loss_sum.detach()))
 
     def admits(self, trainer: Trainer, engine: Engine, norm: Tensor) -> bool:
         """Whether the step is to be taken. To be called by all ranks, after the last backward pass of each step.
@@ -163,13 +165,14 @@ class StepGuard(Callback):
         """Set the outcome of the step from all ranks; whether any of them has a gradient norm that is not finite."""
         device = trainer.strategy.root_device
         norm = norm.detach().to(device, torch.float64)
-        loss_sum = torch.stack([micro.loss_sum for micro in self.micro_batches]).to(torch.float64).sum()
+        losses = [torch.stack([micro.loss_sum, micro.z_loss_sum]) for micro in self.micro_batches]
+        loss_sums = torch.stack(losses).to(torch.float64).sum(dim=0)  # (2,)
         valid_tokens = sum(micro.valid_tokens for micro in self.micro_batches)
         counts = torch.tensor([valid_tokens, self.interruption.requested], dtype=torch.float64, device=device)
-        local = torch.cat([torch.stack([loss_sum, (~norm.isfinite()).double()]), counts])
+        local = torch.cat([loss_sums, (~norm.isfinite()).double()[None], counts])
         totals = trainer.strategy.reduce(local, reduce_op="sum")
-        loss_sums, bad_norms, all_valid, requests, own_norm = torch.cat([totals, norm[None]]).tolist()
-        self.outcome = StepOutcome(loss_sums, all_valid, own_norm)
+        loss_sum, z_sum, bad_norms, all_valid, requests, own_norm = torch.cat([totals, norm[None]]).tolist()
+        self.outcome = StepOutcome(loss_sum, all_valid, own_norm, z_sum)
         self.interruption.agreed |= requests > 0
         return bad_norms > 0
 

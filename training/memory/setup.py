@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from training.distributed.config import check_optimizer
 
 FLOAT32 = 4  # bytes
 
@@ -23,6 +24,7 @@ class Setup:
         keeps_gradients: gradients exist while a backward pass begins: with accumulation, or where an engine keeps them.
         cuda: with the kernels that run on CUDA, else those on CPU.
         compiled: as model.compile.
+        optimizer: as model.optimizer.name.
     """
 
     network: ModelConfig
@@ -40,10 +42,12 @@ class Setup:
     cuda: bool = True
     keeps_gradients: bool = True
     compiled: bool = False
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision is {self.precision!r}: the estimate knows 32-true and bf16-mixed")
+        check_optimizer(self.zero_stage, self.optimizer)
 
     @property
     def local_tokens(self) -> int:

@@ -8,6 +8,8 @@ from model.config import ModelConfig
 from model.transformer import Block, Transformer
 from training.distributed.config import BUCKET_ELEMENTS
 from training.memory.setup import FLOAT32, Setup
+from training.step.muon import is_muon
+from training.step.optim import OptimizerConfig, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ def parameter_count(network: ModelConfig) -> int:
         return sum(p.numel() for p in Transformer(network).parameters())
 
 
+def muon_elements(network: ModelConfig) -> int:
+    """Elements of all matrices that Muon steps."""
+    with torch.device("meta"):
+        groups = parameter_groups(Transformer(network), OptimizerConfig(name="muon"), fused=False)
+    return sum(p.numel() for group in groups if is_muon(group) for p in group["params"])
+
+
 def block_matrices(network: ModelConfig) -> tuple[int, int]:
     """Elements of one block's matrices: attention with temperature, feed-forward."""
     with torch.device("meta"):
@@ -33,11 +42,13 @@ def block_matrices(network: ModelConfig) -> tuple[int, int]:
 
 def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     """On the device and on the host. Parameters, gradients and AdamW's moments take 4 P, 4 P and 8 P bytes without
-    ZeRO; with it as in arXiv 1910.02054."""
+    ZeRO; with it as in arXiv 1910.02054. Muon has one moment of a matrix."""
     count, ranks, stage = parameter_count(setup.network), setup.ranks, setup.zero_stage
     width = setup.product_bytes if stage else FLOAT32
     parameters, gradients = Part(width * count, f"{width} P"), Part(FLOAT32 * count, "4 P")
     moments = Part(8 * count, "8 P")
+    if setup.optimizer == "muon":
+        moments = Part(8 * count - 4 * muon_elements(setup.network), "8 P, 4 less an element of the blocks' matrices")
     if stage:
         moments = Part(12 * count / ranks, "(8 + 4) P / W, with the float32 weights")
     if stage >= 2:

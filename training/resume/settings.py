@@ -1,9 +1,9 @@
 """What else than model and data decides a run, and what of it a run that resumes may change."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
@@ -15,11 +15,16 @@ from training.tracking import say
 
 OPTIMIZER = "model.optimizer."
 MAX_STEPS = "trainer.max_steps"
+# Options in tokens, which a run counts in steps (training/length.py).
+IN_STEPS = {"trainer.max_tokens": MAX_STEPS, f"{OPTIMIZER}warmup_tokens": f"{OPTIMIZER}warmup_steps"}
 # These shape the learning rate over a run. Other settings may change at any step, which is said.
 SCHEDULE = (
     MAX_STEPS,
     *(f"{OPTIMIZER}{key}" for key in ("schedule", "warmup_steps", "decay_fraction", "final_lr_fraction")),
 )
+
+
+NAME = f"{OPTIMIZER}name"
 
 
 def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: int) -> dict[str, Any]:
@@ -32,7 +37,10 @@ def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: in
             "gradient_clip_val": trainer.gradient_clip_val,
         },
         "data": {"global_batch_size": global_batch_size},
-        "model": {"optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)}},
+        "model": {
+            "z_loss": module.z_loss,
+            "optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
+        },
     }
     if module.guard:
         guard = module.guard.config
@@ -43,7 +51,7 @@ def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: in
 def check_allowed(allowed: Collection[str]) -> None:
     """Raises ValueError for what --allow_changes does not know."""
     for key in allowed:
-        if key not in SCHEDULE:
+        if IN_STEPS.get(key, key) not in SCHEDULE:
             raise ValueError(f"--allow_changes has {key!r}: expected some of {', '.join(SCHEDULE)}")
 
 
@@ -51,7 +59,8 @@ def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed
     """Say what this session changes for a run that resumes.
 
     A schedule that agrees with the recorded one in all steps that were taken is an extension. One that does not would
-    leave a run that neither schedule describes, and needs leave: `allowed`, the options in which it may differ.
+    leave a run that neither schedule describes, and needs leave: `allowed`, the options in which it may differ. What
+    either makes of the next step's learning rate is said.
 
     Raises ValueError that lists the options without leave, with both values.
     """
@@ -62,37 +71,54 @@ def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed
         )
         return
     saved = checkpoint.require(settings=dict)["settings"]
+    before, now = saved.get(NAME, "adamw"), settings.get(NAME, "adamw")  # older records have none
+    if before != now:
+        raise ValueError(
+            f"{NAME} {before} (config: {now}): {checkpoint.path} has the state of {before}, which {now} cannot go on "
+            "with; restore it, or start a new run from its weights with --init_from"
+        )
     changed = [key for key in sorted(settings.keys() & saved.keys()) if settings[key] != saved[key]]
     if not changed:
         return
     both = {key: f"{key} {saved[key]} (config: {settings[key]})" for key in changed}
-    refused = [key for key in changed if key in SCHEDULE and key not in allowed]
-    if refused and (rates := _rates_that_differ(checkpoint, saved, settings)):
+    rates = _rates(checkpoint, saved, settings) if set(changed) & set(SCHEDULE) else None
+    given = {IN_STEPS.get(key, key) for key in allowed}
+    refused = [key for key in changed if key in SCHEDULE and key not in given]
+    if rates and refused and not rates.agree:
         raise ValueError(
             f"{', '.join(both[key] for key in refused)}: not the schedule that {checkpoint.path} was trained with "
-            f"(its next learning rate is {rates[0]:.3g} of the peak, the config's {rates[1]:.3g}); restore it, or go "
+            f"(its next learning rate is {rates.old:.3g}, the config's {rates.new:.3g}); restore it, or go "
             f'on with the new one: --allow_changes "[{",".join(refused)}]"'
         )
     say(f"changed since {checkpoint.path.name}: {', '.join(both.values())}")
+    if rates:
+        why = "they agree in all steps so far" if rates.agree else "by --allow_changes"
+        say(
+            f"learning rate of step {checkpoint.step + 1}: {rates.new:.3g} by the new schedule, {rates.old:.3g} by the "
+            f"one so far ({why})"
+        )
 
 
-def _rates_that_differ(
-    checkpoint: CheckpointInfo, saved: dict[str, Any], settings: dict[str, Any]
-) -> tuple[float, float] | None:
-    """The recorded schedule's and the config's rate of the next step, as multiples of the peak; None where the two have
-    agreed in every step so far."""
+class _Rates(NamedTuple):
+    """Learning rates of the next step, by the recorded schedule and by the config's; agree: in every step so far."""
+
+    old: float
+    new: float
+    agree: bool
+
+
+def _rates(checkpoint: CheckpointInfo, saved: dict[str, Any], settings: dict[str, Any]) -> _Rates:
     try:
-        old, new = (_schedule(values) for values in (saved, settings))
-        if all(math.isclose(old(step), new(step), rel_tol=1e-9) for step in range(checkpoint.step)):
-            return None
-        return old(checkpoint.step), new(checkpoint.step)
+        (old, old_peak), (new, new_peak) = (_schedule(values) for values in (saved, settings))
+        agree = all(math.isclose(old(step), new(step), rel_tol=1e-9) for step in range(checkpoint.step))
+        return _Rates(old_peak * old(checkpoint.step), new_peak * new(checkpoint.step), agree)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"settings in {checkpoint.path} are none of train.py ({error}); {WAY_OUT}") from error
 
 
-def _schedule(settings: dict[str, Any]) -> Any:
+def _schedule(settings: dict[str, Any]) -> tuple[Callable[[int], float], float]:
+    """The rate of a step as a multiple of the peak, and the peak."""
     known = {field.name for field in fields(OptimizerConfig)}
     options = {key.removeprefix(OPTIMIZER): value for key, value in settings.items() if key.startswith(OPTIMIZER)}
-    return lr_factor(
-        OptimizerConfig(**{key: value for key, value in options.items() if key in known}), settings[MAX_STEPS]
-    )
+    config = OptimizerConfig(**{key: value for key, value in options.items() if key in known})
+    return lr_factor(config, settings[MAX_STEPS]), config.lr

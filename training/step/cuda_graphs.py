@@ -38,13 +38,13 @@ def check_graphs(network: ModelConfig, *, device: torch.device, world_size: int,
 
 
 class GraphedLoss:
-    """Sum of token losses of a micro-batch, captured at the first call and replayed after it.
+    """Sums of losses of a micro-batch, captured at the first call and replayed after it.
 
     Capturing runs the model a few times on the first batch without touching gradients. Autocast is as it was then.
 
     Args:
         model: whose parameters get gradients.
-        loss_sum: batch -> scalar; may not wait for the device.
+        loss_sum: batch -> one tensor; may not wait for the device.
     """
 
     def __init__(self, model: nn.Module, loss_sum: LossSum) -> None:
@@ -53,7 +53,7 @@ class GraphedLoss:
         self._shape = torch.Size()
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """batch: tokens and labels int64 (B, T), cu_seqlens None. Returns a scalar that carries the gradient, valid
+        """batch: tokens and labels int64 (B, T), cu_seqlens None. Returns what loss_sum does, with its gradient, valid
         until the next call's backward pass. Raises ValueError for packed documents or another shape than the first."""
         tokens, labels = batch["tokens"], batch["labels"]
         if batch["cu_seqlens"] is not None:

@@ -38,9 +38,10 @@ def resolve_loss_backend(requested: str, device: torch.device) -> str:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str, chunk_tokens: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str, chunk_tokens: int, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of logits = hidden @ weight.T, summed over tokens.
+    """Cross entropy of logits = hidden @ weight.T, with z_loss * logsumexp(logits)^2 of each token (PaLM, arXiv
+    2204.02311, section 5), which keeps the normaliser near 1; summed over tokens.
 
     Args:
         hidden: (N, C), any floating dtype.
@@ -48,28 +49,30 @@ def linear_cross_entropy(
         labels: (N,) int64 in [0, V), or IGNORE_INDEX where nothing is to be predicted.
         backend: "chunked" or "liger", from resolve_loss_backend.
         chunk_tokens: tokens whose logits exist at one time ("chunked" only).
+        z_loss: coefficient.
 
     Returns:
-        The sum of token losses in nats (scalar, float32; float64 for float64 input; 0 if all labels are ignored), which
-        carries the gradient, and the number of valid tokens (scalar int64). The caller chooses the denominator.
+        The sum of both losses of valid tokens in nats (scalar, float32; float64 for float64 input; 0 if all labels are
+        ignored), which carries the gradient, and the z-loss in it (likewise, without a gradient; by Liger rounded to
+        the dtype of the products). The caller chooses the denominator.
     """
-    valid_tokens = (labels != IGNORE_INDEX).sum()
     if backend == "liger":
-        return _liger_sum(hidden, weight, labels), valid_tokens
-    return _ChunkedCrossEntropySum.apply(hidden, weight, labels, chunk_tokens), valid_tokens
+        return _liger_sum(hidden, weight, labels, z_loss)
+    total, z_sum = _ChunkedCrossEntropySum.apply(hidden, weight, labels, chunk_tokens, z_loss)
+    return total, z_sum
 
 
-def _liger_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _liger_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     bias = class_weight = softcap = None
-    square_scale = label_smoothing = 0.0
+    label_smoothing = 0.0
     # The weight goes in uncast: its gradient is accumulated and returned in float32 only then.
-    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(
-        hidden.to(_compute_dtype(hidden)), weight, labels, bias, class_weight, IGNORE_INDEX, square_scale,
-        label_smoothing, "sum", softcap, False, torch.float32,
+    loss, z_sum, *_ = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden.to(_compute_dtype(hidden)), weight, labels, bias, class_weight, IGNORE_INDEX, z_loss,
+        label_smoothing, "sum", softcap, z_loss > 0, torch.float32,
     )  # fmt: skip
-    return loss
+    return loss, loss.new_zeros(()) if z_sum is None else z_sum.detach().to(loss.dtype)
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):
@@ -80,26 +83,30 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         compute = _compute_dtype(hidden)
         wide = torch.promote_types(compute, torch.float32)
         if not hidden.is_cuda:
             compute = wide  # CPU matrix products cannot widen their result, and bfloat16 ones are slow
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, grad_hidden, grad_weight = _chunked_sum(
-                hidden, weight.to(compute), labels, chunk_tokens, wide, ctx.needs_input_grad[:2]
+            sums, grad_hidden, grad_weight = _chunked_sum(
+                hidden, weight.to(compute), labels, chunk_tokens, wide, z_loss, ctx.needs_input_grad[:2]
             )
         ctx.gradients = (grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
+        total, z_sum = sums.sum(), sums[1].clone()
+        ctx.mark_non_differentiable(z_sum)
+        return total, z_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy frees its gradients in backward: it cannot run backward twice")
         grad_hidden, grad_weight = (g if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.gradients)
         ctx.gradients = None
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _chunked_sum(
@@ -108,28 +115,40 @@ def _chunked_sum(
     labels: Tensor,
     chunk_tokens: int,
     wide: torch.dtype,
+    z_loss: float,
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss sum and its gradients (None where not needed). Sums are in `wide`, products in weight.dtype."""
+    """Sums of cross entropy and z-loss (2,), and gradients of both together (None where not needed). Sums are in
+    `wide`, products in weight.dtype."""
     valid = labels != IGNORE_INDEX  # (N,)
     targets = labels.masked_fill(~valid, 0).unsqueeze(1)  # (N, 1)
-    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    sums = torch.zeros(2, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
     grad_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs_grad[1] else None
     for rows in torch.arange(hidden.shape[0]).split(chunk_tokens):
         chunk = slice(int(rows[0]), int(rows[-1]) + 1)
         h, target, keep = hidden[chunk].to(weight.dtype), targets[chunk], valid[chunk]  # (n, C), (n, 1), (n,)
-        log_p = torch.log_softmax(_matmul(h, weight.t(), wide), dim=1)  # (n, V)
-        loss -= (log_p.gather(1, target).squeeze(1) * keep).sum()
+        logits = _matmul(h, weight.t(), wide)  # (n, V)
+        of_target = logits.gather(1, target)  # (n, 1)
+        log_p = torch.log_softmax(logits, dim=1)  # (n, V)
+        del logits
+        log_p_target = log_p.gather(1, target)
+        sums[0] -= (log_p_target.squeeze(1) * keep).sum()
+        log_z = of_target - log_p_target  # logsumexp (n, 1)
+        if z_loss:
+            sums[1] += z_loss * (log_z.squeeze(1).square() * keep).sum()
         if not any(needs_grad):
             continue
-        residual = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(h.dtype)  # p - onehot
+        p = log_p.exp_()
+        if z_loss:
+            p *= 1 + 2 * z_loss * log_z
+        residual = p.scatter_add_(1, target, p.new_full(target.shape, -1.0)).to(h.dtype)  # p (1 + 2 z log Z) - onehot
         keep = keep.unsqueeze(1).to(h.dtype)  # ignored rows are zeroed in (n, C) instead of (n, V) tensors
         if grad_hidden is not None:
             grad_hidden[chunk] = (residual @ weight) * keep
         if grad_weight is not None:
             _add_matmul(grad_weight, residual.t(), h * keep)
-    return loss, grad_hidden, grad_weight
+    return sums, grad_hidden, grad_weight
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups by name, and the learning-rate schedules."""
+"""AdamW or Muon with parameter groups by name, and the learning-rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -10,15 +10,19 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.checks import check_number
+from training.step.muon import MuonAdamW
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and its schedule.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon for the blocks' matrices beside it, and the schedule.
 
     Args:
+        name: "adamw"; "muon" for the matrices of the blocks, where embeddings, the head, temperatures and all that has
+            one dimension stay with AdamW. Learning rate and weight decay mean the same for both (step/muon.py).
         lr: Peak learning rate.
-        betas: Decay rates of the two moments.
+        momentum: Decay rate of Muon's average of gradients, with Nesterov's step.
+        betas: Decay rates of AdamW's two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of matrices, at most 1 / lr. Parameters of one dimension (norms, biases) and alpha
             have none.
@@ -27,11 +31,14 @@ class OptimizerConfig:
         schedule: "cosine" falls over the whole run (arXiv 1608.03983); "wsd" is warm-up, stable, decay
             (arXiv 2404.06395).
         warmup_steps: Steps of linear warm-up.
+        warmup_tokens: Its tokens, rounded up to whole steps: in place of warmup_steps, where given.
         decay_fraction: Share of all steps in wsd's linear decay.
         final_lr_fraction: Learning rate at the last step, as a multiple of lr.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -39,11 +46,19 @@ class OptimizerConfig:
     alpha_lr_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
+    warmup_tokens: int | float | None = None
     decay_fraction: float = 0.2
     final_lr_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         name = "model.optimizer."
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"model.optimizer.name is {self.name!r}: expected adamw or muon")
+        check_number(name + "momentum", self.momentum, least=0, below=1)
+        if self.name != "muon" and self.momentum != OptimizerConfig.momentum:
+            raise ValueError(
+                f"model.optimizer.momentum is {self.momentum}: it is Muon's, and needs model.optimizer.name muon"
+            )
         check_number(name + "lr", self.lr, above=0, most=10)
         check_number(name + "eps", self.eps, above=0, most=1)
         check_number(name + "alpha_lr_factor", self.alpha_lr_factor, least=0, most=1000)
@@ -61,11 +76,14 @@ class OptimizerConfig:
 def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool) -> list[dict[str, Any]]:
     """Optimizer groups in a fixed order, each with its name and every setting that the config decides.
 
-    Groups are "matrices" (decayed), "vectors" (one dimension), "embeddings" and "alpha" (names ending in alpha_raw);
-    empty ones are left out. A parameter that two modules share, as tied embeddings do, counts once.
+    Groups are "hidden" (Muon's, where the config has it), "matrices" (decayed), "vectors" (one dimension), "embeddings"
+    and "alpha" (names ending in alpha_raw); empty ones are left out. A parameter that two modules share, as tied
+    embeddings do, counts once.
     """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "embeddings": [], "alpha": []}
+    members: dict[str, list[nn.Parameter]] = {
+        "hidden": [], "matrices": [], "vectors": [], "embeddings": [], "alpha": [],
+    }  # fmt: skip
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -76,15 +94,21 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool)
         else:
             # DeepSpeed's stage 3 leaves shape (0,) here and keeps the true one in ds_shape.
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            members["vectors" if dimensions < 2 else "matrices"].append(parameter)
+            # a row of the head is a token's, and one of a temperature a head's: neither maps hidden states to others
+            hidden = config.name == "muon" and not {"head", "temperature"} & set(name.split("."))
+            members["vectors" if dimensions < 2 else "hidden" if hidden else "matrices"].append(parameter)
     decay = {
+        "hidden": config.weight_decay,
         "matrices": config.weight_decay,
         "embeddings": config.weight_decay if config.decay_embeddings else 0.0,
     }
+    adamw = {"betas": tuple(config.betas), "eps": config.eps, "fused": fused}
+    muon = {"momentum": config.momentum, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
     return [
         {
-            "name": name, "params": parameters, "weight_decay": decay.get(name, 0.0), "betas": tuple(config.betas),
-            "eps": config.eps, "lr": config.lr * (config.alpha_lr_factor if name == "alpha" else 1.0), "fused": fused,
+            "name": name, "params": parameters, "weight_decay": decay.get(name, 0.0),
+            "lr": config.lr * (config.alpha_lr_factor if name == "alpha" else 1.0),
+            **(muon if name == "hidden" else adamw),
         }
         for name, parameters in members.items() if parameters
     ]  # fmt: skip
@@ -92,9 +116,10 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool)
 
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool
-) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW over `module` and its schedule, which is stepped once after each optimizer step."""
-    optimizer = torch.optim.AdamW(parameter_groups(module, config, fused=fused))
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer over `module` and its schedule, which is stepped once after each optimizer step."""
+    groups = parameter_groups(module, config, fused=fused)
+    optimizer = MuonAdamW(groups) if config.name == "muon" else torch.optim.AdamW(groups)
     return optimizer, LambdaLR(optimizer, lr_factor(config, total_steps))
 
 
@@ -103,6 +128,10 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
 
     A plain function on purpose: LambdaLR saves the fields of a callable object and restores them over the config.
     """
+    if config.warmup_tokens is not None:
+        raise ValueError(
+            f"warmup_tokens is {config.warmup_tokens}: expected steps, which training/length.py makes of it"
+        )
     warmup, final = config.warmup_steps, config.final_lr_fraction
     decay_steps = max(1, round(config.decay_fraction * total_steps))
 

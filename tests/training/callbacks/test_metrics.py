@@ -41,6 +41,29 @@ def column(rows: list[dict[str, str]], name: str) -> dict[int, float]:
     return {int(row["step"]): float(row[name]) for row in rows if row[name]}
 
 
+def test_z_loss_is_logged_beside_the_loss(train: TrainProcess, tmp_path: Path) -> None:
+    """The first step's loss is that of the run without it; the normaliser of fresh weights is about that of equal
+    logits, log 384."""
+    found = []
+    for z_loss in (0.0, 0.01):
+        run_dir = tmp_path / str(z_loss)
+        options = ("--trainer.max_steps", 2, "--trainer.log_every_n_steps", 1, "--validation.every_n_steps", 2)
+        done = train(
+            "--run_dir", run_dir, *options, "--model.z_loss", z_loss, configs=("configs/attention/softmax.yaml",)
+        )
+        assert done.returncode == 0, done.stderr
+        with (run_dir / "metrics" / "step-00000000" / "metrics.csv").open(newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    without, rows = found
+    assert "train/z_loss" not in without[0]
+    losses, z_losses = column(rows, "train/loss"), column(rows, "train/z_loss")
+    assert losses[1] == pytest.approx(column(without, "train/loss")[1], rel=1e-6)
+    assert z_losses[1] == pytest.approx(0.01 * math.log(384) ** 2, rel=0.05)
+    # its gradient counts: weights are others after a step, and validation is without it
+    assert losses[2] != column(without, "train/loss")[2] and column(rows, "val/loss")[2] < 6.5
+    assert column(rows, "train/perplexity")[1] == pytest.approx(math.exp(losses[1]))
+
+
 def test_rows_come_every_n_steps_and_at_the_end(logged: tuple[str, list[dict[str, str]]]) -> None:
     _, rows = logged
     loss = column(rows, "train/loss")

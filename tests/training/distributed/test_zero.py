@@ -151,3 +151,15 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 def test_combinations_that_cannot_work(options: dict[str, object], precision: str, compile: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_combinations(ParallelConfig(**options), precision=precision, compile=compile)  # type: ignore[arg-type]
+
+
+def test_muon_needs_whole_matrices() -> None:
+    check_combinations(ParallelConfig(), precision="bf16-mixed", compile=True, optimizer="muon")
+    for stage in (1, 2, 3):
+        with pytest.raises(
+            ValueError, match=f"whole matrices, and parallel.zero_stage {stage} divides them: use adamw"
+        ):
+            check_combinations(
+                ParallelConfig(zero_stage=stage),  # type: ignore[arg-type]
+                precision="32-true", compile=False, optimizer="muon",
+            )  # fmt: skip

@@ -25,7 +25,8 @@ CONFIGS = [
 
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, *CONFIGS, "--trainer.num_nodes", 2) == 0
+    length = ("--trainer.max_steps", -1, "--trainer.max_tokens", 10**9)
+    assert run(monkeypatch, *CONFIGS, "--trainer.num_nodes", 2, *length) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1,102,934,080 parameters, 32,768 tokens a rank and micro-batch (16 ranks, 4 share")
     assert any(line.split()[:3] == ["parameters", "4.11", "GiB"] for line in lines)

@@ -1,8 +1,9 @@
 """Parameters, gradients and optimizer state, and what makes room for them."""
 
 from dataclasses import replace
+from typing import Literal
 
-import torch
+import pytest
 
 from model.config import ModelConfig
 from tests.training.memory.helpers import BASE, MODELS, batch, make
@@ -11,12 +12,15 @@ from training.memory.activations import block_activations
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
 from training.memory.states import parameter_count
-from training.step.optim import OptimizerConfig, parameter_groups
+from training.step.optim import OptimizerConfig, build_optimizer
 
 
-def test_states_are_exact() -> None:
-    module, setup = make(MODELS["ssmax-rope-untied"])
-    optimizer = torch.optim.AdamW(parameter_groups(module.model, OptimizerConfig(), fused=False))
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["ssmax-rope-untied", "asentmax-nape"])
+def test_states_are_exact(model: str, name: Literal["adamw", "muon"]) -> None:
+    module, setup = make(MODELS[model])
+    setup = replace(setup, optimizer=name)
+    optimizer, _ = build_optimizer(module.model, OptimizerConfig(name=name), total_steps=10, fused=False)
     module.training_step(batch(), 0)["loss"].backward()
     optimizer.step()
     parameters = list(module.parameters())
@@ -51,11 +55,13 @@ def test_what_makes_room_makes_room() -> None:
     ]  # fmt: skip
     totals = [estimate(setup).total for setup in steps]
     assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0] / 4
-    operands = 65536 * 16 * 2 * (4 + 2 * 2)
-    returned = 65536 * 4 * 4 + 8 * 65536
-    assert block_activations(plain)["attention"] == operands + returned + 4 * 65536**2 / 64**2 / 8
-    # at 32,768 tokens also a bit for each key that a tile of queries sees, and for each query and tile of keys: in
-    # words of 32 tiles, without those of queries that see none of them
-    bits = 32768**2 // 64**2 + sum(64 * (i + 1) for i in range(512)) + sum(32 * (32768 - 2048 * w) for w in range(16))
-    shorter = (operands + returned) / 2 + 4 * bits / 8
-    assert block_activations(replace(plain, tokens=32768, sequence_length=32768))["attention"] == shorter
+    for tokens in (32768, 131_072, 262_144):
+        found = block_activations(replace(plain, tokens=tokens, sequence_length=tokens))["attention"]
+        operands, returned = tokens * 16 * 2 * (4 + 2 * 2), tokens * 4 * 4 + 8 * tokens
+        blocks, words = tokens // 64, tokens // 2048
+        bits = blocks**2
+        if tokens <= 131_072:
+            # also one for each key that a tile of queries sees, and for each query and tile of keys: in words of 32
+            # tiles, without those of queries that see none of them
+            bits += sum(64 * (i + 1) for i in range(blocks)) + sum(32 * (tokens - 2048 * w) for w in range(words))
+        assert found == operands + returned + 4 * bits / 8

@@ -30,7 +30,21 @@ def test_nothing_changed_says_nothing(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_run_in_its_stable_phase_is_extended(capsys: pytest.CaptureFixture[str]) -> None:
     resumed(80, trainer__max_steps=200)
-    assert said(capsys) == "changed since step: trainer.max_steps 100 (config: 200)\n"
+    assert said(capsys) == (
+        "changed since step: trainer.max_steps 100 (config: 200)\n"
+        # the first of 20 steps from 1 to the default final_lr_fraction 0.1
+        "learning rate of step 81: 0.001 by the new schedule, 0.000955 by the one so far "
+        "(they agree in all steps so far)\n"
+    )
+
+
+def test_leave_says_what_the_learning_rate_becomes(capsys: pytest.CaptureFixture[str]) -> None:
+    resumed(100, ("trainer.max_tokens",), trainer__max_steps=200, model__optimizer__lr=2e-3)
+    assert said(capsys).splitlines()[1] == (
+        "learning rate of step 101: 0.002 by the new schedule, 0.0001 by the one so far (by --allow_changes)"
+    )
+    resumed(90, model__optimizer__lr=5e-4)
+    assert "learning rate of step" not in said(capsys)  # the schedule is as it was
 
 
 @pytest.mark.parametrize(
@@ -46,7 +60,9 @@ def test_another_schedule_needs_leave(
     step: int, changes: dict[str, Any], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        ValueError, match=rf"{option} \w+ \(config: \w+\).*run/step.* --allow_changes \"\[{option}\]\"$"
+        ValueError,
+        match=rf"{option} \w+ \(config: \w+\).*run/step.*next learning rate is [\d.e-]+, the config's [\d.e-]+\)"
+        rf".* --allow_changes \"\[{option}\]\"$",
     ):
         resumed(step, **changes)
     resumed(step, (option,), **changes)
@@ -79,7 +95,19 @@ def test_damaged_records_are_one_line(saved: object) -> None:
         resumed(50, saved=saved, trainer__max_steps=50)
 
 
+def test_another_optimizer_is_refused() -> None:
+    """Its state is another; no leave changes that. Records from before there was a choice are AdamW's."""
+    for saved in (BASE, {**BASE, "model.optimizer.name": "adamw"}):
+        resumed(50, saved=saved, model__optimizer__name="adamw")
+        with pytest.raises(
+            ValueError, match=r"name adamw \(config: muon\): run/step has the state of adamw.*init_from"
+        ):
+            resumed(50, ("trainer.max_steps",), saved=saved, model__optimizer__name="muon")
+    with pytest.raises(ValueError, match=r"name muon \(config: adamw\)"):
+        resumed(50, saved={**BASE, "model.optimizer.name": "muon"})
+
+
 def test_leave_for_what_does_not_exist() -> None:
-    check_allowed(["trainer.max_steps"])
+    check_allowed(["trainer.max_steps", "trainer.max_tokens", "model.optimizer.warmup_tokens"])
     with pytest.raises(ValueError, match="--allow_changes has 'max_steps': expected some of trainer.max_steps, model"):
         check_allowed(["max_steps"])

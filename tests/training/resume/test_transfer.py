@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
-from model.config import AttentionConfig, ModelConfig
+from model.config import AttentionConfig, ModelConfig, RopeScaling
 from model.loading import load_model
 from model.transformer import Transformer
 from tests.training.conftest import ROOT, TrainProcess
@@ -212,6 +212,32 @@ def test_a_stage_extends_resumes_exactly_and_then_ignores_init_from(
     way = CONVERT["alpha"] - 1.01
     assert alphas[0] == pytest.approx(1.01) and alphas[1] == pytest.approx(1.01 + way / 5, abs=1e-2)
     assert alphas[5] == pytest.approx(CONVERT["alpha"], abs=2e-2)
+
+
+def test_a_stage_extends_with_yarn_in_its_own_config(train: TrainProcess, first_stage: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "yarn.yaml"
+    stage.write_text(
+        "model: {network: {positions: rope, attention: {kind: softmax}, rope_base: 10000.0,\n"
+        "  rope_scaling: {kind: yarn, factor: 2, original_length: 64}}}\n"
+        "data: {sequence_length: 128, micro_batch_size: 1, global_batch_size: 2, val_sequences: 2}\n"
+        "trainer: {max_steps: 2, log_every_n_steps: 1}\n"
+    )
+
+    def extended(name: str, *options: object) -> tuple[str, float]:
+        done = train("--run_dir", tmp_path / name, "--init_from", first_stage, *options, configs=(stage,))
+        assert done.returncode == 0, done.stderr
+        with (tmp_path / name / "metrics/step-00000000/metrics.csv").open(newline="") as file:
+            return done.stderr, float(next(csv.DictReader(file))["train/loss"])
+
+    said, loss = extended("yarn")
+    assert "rope_scaling.kind None -> yarn" in said and "rope_scaling.factor None -> 2.0" in said
+    assert "rope_base" not in said and "initial values" not in said
+    assert load_model(tmp_path / "yarn").model.config.rope_scaling == RopeScaling("yarn", 2.0, 64)
+    said, plain = extended("plain", "--model.network.rope_scaling", "null")
+    assert "changed:" not in said and loss != plain  # the same weights and data
+    other = ("--resume", "auto", "--model.network.rope_scaling.factor", 4, "--trainer.max_steps", 3)
+    refused = train("--run_dir", tmp_path / "yarn", *other, configs=(stage,))
+    assert refused.returncode == 2 and "rope_scaling.factor 2.0 (config: 4.0)" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross entropy."""
 
+import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -29,9 +31,9 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 1), (50, 7), (50, 50), (50, 4096), (63, 64), (65, 64)])
 def test_equals_plain_cross_entropy_in_float64(tokens: int, chunk: int) -> None:
     hidden, weight, labels = problem(tokens, torch.float64)
-    loss, valid = linear_cross_entropy(hidden, weight, labels, backend="chunked", chunk_tokens=chunk)
+    loss, z_sum = linear_cross_entropy(hidden, weight, labels, backend="chunked", chunk_tokens=chunk)
     expected = plain(hidden, weight, labels)
-    assert valid == (labels != IGNORE_INDEX).sum()
+    assert z_sum == 0
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     scale = 0.37  # an upstream gradient other than 1
     ours = torch.autograd.grad(loss * scale, (hidden, weight))
@@ -39,13 +41,80 @@ def test_equals_plain_cross_entropy_in_float64(tokens: int, chunk: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+def plain_z(hidden: Tensor, weight: Tensor, labels: Tensor, coefficient: float) -> Tensor:
+    normaliser = torch.logsumexp((hidden @ weight.T).double(), dim=1)
+    return coefficient * normaliser[labels != IGNORE_INDEX].square().sum()
+
+
+@pytest.mark.parametrize("coefficient", [1e-4, 0.1])
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 1), (50, 7), (65, 64)])
+def test_z_loss_equals_its_formula_in_float64(tokens: int, chunk: int, coefficient: float) -> None:
+    hidden, weight, labels = problem(tokens, torch.float64)
+    labels[0] = 3
+    total, z_sum = linear_cross_entropy(
+        hidden, weight, labels, backend="chunked", chunk_tokens=chunk, z_loss=coefficient
+    )
+    z_expected = plain_z(hidden, weight, labels, coefficient)
+    expected = plain(hidden, weight, labels) + z_expected
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(z_sum, z_expected, rtol=1e-12, atol=1e-12)
+    assert z_sum > 0 and not z_sum.requires_grad
+    ours = torch.autograd.grad(total * 0.37, (hidden, weight))
+    theirs = torch.autograd.grad(expected * 0.37, (hidden, weight))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_z_loss_by_hand() -> None:
+    """Two tokens of equal logits 1 and 2 over 4 words: the normalisers are 1 + log 4 and 2 + log 4."""
+    hidden, weight = torch.tensor([[1.0], [2.0]]), torch.ones(4, 1)
+    total, z_sum = linear_cross_entropy(
+        hidden, weight, torch.tensor([0, 3]), backend="chunked", chunk_tokens=8, z_loss=0.5
+    )
+    log_4 = math.log(4)
+    z_loss = 0.5 * ((1 + log_4) ** 2 + (2 + log_4) ** 2)
+    assert float(z_sum) == pytest.approx(z_loss) and float(total) == pytest.approx(2 * log_4 + z_loss)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "liger"])
+@pytest.mark.parametrize("coefficient", [0.0, 0.05])
+def test_gradients_in_bfloat16_are_as_exact_as_plain_ones(backend: str, coefficient: float) -> None:
+    """At most twice what plain PyTorch loses in the same dtype, beside what rounding the gradients themselves loses."""
+    if backend == "liger":
+        pytest.importorskip("liger_kernel")
+    device = CUDA if torch.cuda.is_available() else CPU
+    if backend == "liger" and device == CPU and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a CUDA device or Triton's interpreter")
+    values = [t.detach() for t in problem(60, torch.float32)]
+    hidden, weight, labels = (t.to(device).requires_grad_(t.is_floating_point()) for t in values)
+    exact = plain(hidden.double(), weight.double(), labels) + plain_z(
+        hidden.double(), weight.double(), labels, coefficient
+    )
+    with torch.autocast(device.type, torch.bfloat16):
+        total, z_sum = linear_cross_entropy(
+            hidden, weight, labels, backend=backend, chunk_tokens=25, z_loss=coefficient
+        )
+        rough = plain(hidden, weight, labels) + plain_z(hidden, weight, labels, coefficient)
+    assert total.dtype == z_sum.dtype == torch.float32
+    rounding = 2.0**-8
+    torch.testing.assert_close(
+        z_sum.double(), plain_z(hidden.double(), weight.double(), labels, coefficient), rtol=2 * rounding, atol=0
+    )
+    wanted = torch.autograd.grad(exact, (hidden, weight))
+    lost = [(g - w).norm() for g, w in zip(torch.autograd.grad(rough, (hidden, weight)), wanted, strict=True)]
+    for ours, best, loss in zip(torch.autograd.grad(total, (hidden, weight)), wanted, lost, strict=True):
+        assert ours.dtype == torch.float32 and (ours - best).norm() < 2 * loss + rounding * best.norm()
+    if coefficient:  # and far from those without it
+        without = torch.autograd.grad(plain(hidden.double(), weight.double(), labels), (hidden, weight))
+        assert all((a - b).norm() > 0.1 * b.norm() for a, b in zip(wanted, without, strict=True))
+
+
 def test_all_labels_ignored_gives_zero_loss_and_zero_gradients() -> None:
     hidden, weight, labels = problem(20, torch.float32)
-    loss, valid = linear_cross_entropy(
-        hidden, weight, torch.full_like(labels, IGNORE_INDEX), backend="chunked", chunk_tokens=8
+    loss, z_sum = linear_cross_entropy(
+        hidden, weight, torch.full_like(labels, IGNORE_INDEX), backend="chunked", chunk_tokens=8, z_loss=0.1
     )
     loss.backward()
-    assert loss == 0 and valid == 0
+    assert loss == 0 and z_sum == 0
     assert hidden.grad is not None and not hidden.grad.any()
     assert weight.grad is not None and not weight.grad.any()
 

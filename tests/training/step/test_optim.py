@@ -82,11 +82,18 @@ def test_schedule_values() -> None:
     ("field", "value"),
     [("lr", 0.0), ("betas", (0.9, 1.0)), ("eps", -1.0), ("weight_decay", -0.1), ("warmup_steps", -1),
      ("final_lr_fraction", 1.5), ("decay_fraction", 0.0), ("schedule", "linear"), ("alpha_lr_factor", -1.0),
+     ("name", "sgd"), ("momentum", 1.0), ("warmup_steps", 1.5),
      ("lr", 1e37), ("weight_decay", 1e300), ("weight_decay", 1001.0), ("eps", 1e30), ("alpha_lr_factor", 1e30)],
 )  # fmt: skip
 def test_bad_settings_name_the_value(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"model.optimizer.{field} is .*expected"):
         OptimizerConfig(**{field: value})
+
+
+def test_a_momentum_needs_an_optimizer_that_has_one() -> None:
+    assert OptimizerConfig(name="muon", momentum=0.9).momentum == 0.9
+    with pytest.raises(ValueError, match="model.optimizer.momentum is 0.9: .* needs model.optimizer.name muon"):
+        OptimizerConfig(momentum=0.9)
 
 
 def train_steps(model: Transformer, optimizer: torch.optim.Optimizer, scheduler, steps: int) -> None:
