@@ -18,30 +18,28 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from common.checks import check_number
 from common.command_line import StrictParsing, strict_yaml, take_values_whole
 from common.errors import UsageError
-from common.wandb_config import WandbConfig
 from data.datamodule import PackedDataModule, check_sizes
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
 from model.flops import sequence_cost
 from model.version import code_version
-from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint
+from training.arguments import add_run_arguments
+from training.callbacks.checkpointing import RunCheckpoint
 from training.callbacks.metrics import (
     AttentionStats,
     GradientNorms,
     MetricsLogger,
-    StatsConfig,
     StepProgress,
-    ValidationConfig,
 )
-from training.callbacks.profiling import ProfileConfig, StepProfiler
-from training.distributed.config import ParallelConfig, check_combinations
+from training.callbacks.profiling import StepProfiler
+from training.distributed.config import check_combinations
 from training.distributed.sequence_parallel import check_sequence_parallel
 from training.distributed.strategies import build_strategy
 from training.faults.ending import exit_code
-from training.faults.interruption import Interruption, InterruptionConfig
+from training.faults.interruption import Interruption
 from training.faults.signals import StopSignals
-from training.faults.step_guard import GuardConfig, StepGuard
-from training.faults.watchdog import Watchdog, WatchdogConfig
+from training.faults.step_guard import StepGuard
+from training.faults.watchdog import Watchdog
 from training.length import check_warmup, tokens_to_steps
 from training.module import LanguageModule
 from training.options import (
@@ -126,44 +124,7 @@ class TrainingCLI(LightningCLI):
         )  # fmt: skip
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run_dir", type=str if self.needs_run_dir else str | None, required=self.needs_run_dir,
-            help="Folder of the run: checkpoints, metrics, config.",
-        )  # fmt: skip
-        parser.add_argument(
-            "--resume",
-            type=str,
-            default="none",
-            help="none, auto (newest complete checkpoint of run_dir that its checksums fit) or a path.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="Run or checkpoint folder whose weights a new run starts from; a run that is resumed has its own.",
-        )
-        parser.add_argument(
-            "--allow_changes",
-            type=list[str],
-            default=[],
-            help='Options in which a run that resumes may leave its learning-rate schedule: "[trainer.max_steps]".',
-        )
-        parser.add_argument(
-            "--trainer.max_tokens",
-            type=int | float | None,
-            default=None,
-            help="Tokens to train on, in place of max_steps: rounded up to whole optimizer steps.",
-        )
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-        parser.add_class_arguments(CheckpointConfig, "checkpoint")
-        parser.add_class_arguments(GuardConfig, "guard")
-        parser.add_class_arguments(InterruptionConfig, "interruption")
-        parser.add_class_arguments(ParallelConfig, "parallel")
-        parser.add_class_arguments(ProfileConfig, "profile")
-        parser.add_class_arguments(StatsConfig, "stats")
-        parser.add_class_arguments(ValidationConfig, "validation")
-        parser.add_class_arguments(WandbConfig, "wandb")
-        parser.add_class_arguments(WatchdogConfig, "watchdog")
+        add_run_arguments(parser, needs_run_dir=self.needs_run_dir)
 
     def before_instantiate_classes(self) -> None:
         """Check what needs no model and no data, and choose the checkpoint to start from."""
