@@ -265,7 +265,7 @@ class TrainingCLI(LightningCLI):
             AttentionStats(config.stats, clock),
             GradientNorms(config.stats),
             StepProgress(metrics),
-            RunCheckpoint(self.run_dir, config.checkpoint, self.start, self.version, clock),
+            RunCheckpoint(self.run_dir, config.checkpoint, self.start, self.version, clock, self.stop.progress),
         ]
 
     def prepare(self) -> None:
