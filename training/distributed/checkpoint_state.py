@@ -24,6 +24,7 @@ from model.checksums import is_finite
 from model.loading import StoredTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SAVED_BYTES = 4 * (1 + len(MOMENTS))  # of each parameter
 FILE_BYTES = 4 * 2**30
 # Elements that one writer receives in one round: 256 MiB of device memory.
 ROUND_ELEMENTS = 2**26

@@ -72,6 +72,7 @@ class MemoryCLI(TrainingCLI):
             loss_backend={"auto": "liger" if cuda else "chunked"}.get(backend, backend),
             cuda=cuda,
             compiled=config.model.compile,
+            asynchronous_saves=config.checkpoint.asynchronous,
             keeps_gradients=ranks > 1 or config.data.global_batch_size > config.data.micro_batch_size,
         )
 

@@ -23,6 +23,7 @@ class Setup:
         keeps_gradients: gradients exist while a backward pass begins: with accumulation, or where an engine keeps them.
         cuda: with the kernels that run on CUDA, else those on CPU.
         compiled: as model.compile.
+        asynchronous_saves: as checkpoint.asynchronous.
     """
 
     network: ModelConfig
@@ -40,6 +41,7 @@ class Setup:
     cuda: bool = True
     keeps_gradients: bool = True
     compiled: bool = False
+    asynchronous_saves: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("32-true", "bf16-mixed"):

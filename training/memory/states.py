@@ -6,6 +6,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Block, Transformer
+from training.distributed.checkpoint_state import SAVED_BYTES
 from training.distributed.config import BUCKET_ELEMENTS
 from training.memory.setup import FLOAT32, Setup
 
@@ -33,7 +34,7 @@ def block_matrices(network: ModelConfig) -> tuple[int, int]:
 
 def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     """On the device and on the host. Parameters, gradients and AdamW's moments take 4 P, 4 P and 8 P bytes without
-    ZeRO; with it as in arXiv 1910.02054."""
+    ZeRO; with it as in arXiv 1910.02054. What a save copies (weights and moments) is divided among the ranks anyway."""
     count, ranks, stage = parameter_count(setup.network), setup.ranks, setup.zero_stage
     width = setup.product_bytes if stage else FLOAT32
     parameters, gradients = Part(width * count, f"{width} P"), Part(FLOAT32 * count, "4 P")
@@ -50,4 +51,6 @@ def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     host = {}
     if setup.offload_optimizer:
         host["optimizer state"], moments = moments, Part(0, "on the host")
+    if setup.asynchronous_saves:
+        host["copy of what is saved"] = Part(SAVED_BYTES * count / ranks, "12 P / W, from the first save on")
     return {"parameters": parameters, "gradients": gradients, "optimizer state": moments}, host
