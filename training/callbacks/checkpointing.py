@@ -91,7 +91,7 @@ class RunCheckpoint(Checkpoint):
         start: where this session started.
         code_version: recorded in each checkpoint.
         clock: paused while training stands still.
-        progress: told when it waits for a save under way.
+        progress: told of saves under way, and when one is waited for.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class RunCheckpoint(Checkpoint):
         self.tried_step, self.failed_saves = start.step, 0  # the step comes again with each micro-batch behind it
         self.copy, self.under_way, self.stall = HostCopy(), None, 0.0
         self.asked_step = start.step
+        progress.writing = lambda: self.under_way is not None and not self.under_way.written
 
     under_way: BackgroundSave | None
 
@@ -146,11 +147,11 @@ class RunCheckpoint(Checkpoint):
         Raises:
             RuntimeError: on all ranks, when too many saves in a row have failed, or the last one of a session.
         """
-        self.tried_step = trainer.global_step
+        self.tried_step, began = trainer.global_step, time.perf_counter()
         if module.guard and module.guard.find_lost(trainer):
             stop(trainer)
             return
-        folder, began = checkpoint_folder(self.run_dir, self.tried_step), time.perf_counter()
+        folder = checkpoint_folder(self.run_dir, self.tried_step)
         try:
             # nothing is left to be trained during the last one
             self._write(trainer, module, folder, in_background=self.config.asynchronous and not last)

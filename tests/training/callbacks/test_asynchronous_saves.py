@@ -73,6 +73,26 @@ def test_a_signal_waits_for_the_save_under_way(train: TrainProcess, tmp_path: Pa
     assert steps_of(tmp_path / "run") == [5, 8] and "at step 8, which is saved" in stopped.stderr
 
 
+def test_a_step_that_does_not_end_in_time_is_left_when_the_writer_has_ended(
+    train: TrainProcess, tmp_path: Path
+) -> None:
+    stuck = ("SignalInStep", {"step": 7, "rank": 0, "name": "SIGTERM"}), ("Hang", {"step": 7, "rank": 0})
+    hold = callbacks(("HoldWriter", {"step": 5, "until": 7, "seconds": 1.5}), *stuck)
+    stopped = train("--run_dir", tmp_path / "run", *ASYNCHRONOUS, "--interruption.grace_seconds", 0.1, hold)
+    assert stopped.returncode == INTERRUPTED and "(interruption.grace_seconds)" in stopped.stderr, stopped.stderr
+    assert steps_of(tmp_path / "run") == [5]
+
+
+def test_training_that_ends_without_another_save_waits_for_the_one_under_way(
+    train: TrainProcess, tmp_path: Path
+) -> None:
+    hold = callbacks(("HoldWriter", {"step": 5, "until": 5, "seconds": 0.5}), ("StopInValidation", {}))
+    options = ("--trainer.devices", 2, "--data.micro_batch_size", 1, "--validation.every_n_steps", 5)
+    stopped = train("--run_dir", tmp_path / "run", *ASYNCHRONOUS, *options, hold)
+    assert stopped.returncode == 0 and "step 6/" not in stopped.stderr, stopped.stderr
+    assert steps_of(tmp_path / "run") == [5]
+
+
 def test_a_crash_of_training_lets_the_writer_end(train: TrainProcess, tmp_path: Path) -> None:
     disturbed = callbacks(("HoldWriter", {"step": 5, "until": 7, "seconds": 0.5}), ("Crash", {"step": 7}))
     crashed = train("--run_dir", tmp_path / "run", *ASYNCHRONOUS, disturbed)

@@ -40,6 +40,11 @@ class StopAfterStep(Callback):
         trainer.should_stop = trainer.global_step == self.step
 
 
+class StopInValidation(Callback):
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
 class KillDuringSave(Callback):
     """In the save of a step, when of what it writes there is: "nothing" but the folder; "part" of a state file; the
     "state" files; all but the "marker"."""
@@ -93,10 +98,10 @@ class HoldWriter(Callback):
         self.released = threading.Event()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.folder = checkpoint_folder(trainer.default_root_dir, self.step)
         if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             training.distributed.checkpoint_writer.save_file = self.wait_and_save
-        done = (self.folder / MARKER).exists() or not self.folder.exists()  # complete, or old and removed
+        folder = checkpoint_folder(trainer.default_root_dir, self.step)
+        done = (folder / MARKER).exists() or not folder.exists()  # complete, or old and removed
         assert trainer.global_step <= self.step or done, "two saves at a time"
 
     def wait_and_save(self, tensors: Any, path: Path) -> None:
@@ -107,7 +112,8 @@ class HoldWriter(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.until and not self.released.is_set():
-            assert not (self.folder / MARKER).exists(), "complete while it is being written"
+            marker = checkpoint_folder(trainer.default_root_dir, self.step) / MARKER
+            assert not marker.exists(), "complete while it is being written"
             threading.Timer(self.seconds, self.released.set).start()
 
 
