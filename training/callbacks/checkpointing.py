@@ -140,6 +140,18 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.finish(trainer, last=True)  # where training has ended behind the save of its last step
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Training has failed. What one process was writing gets complete; several cannot agree any more."""
+        save, self.under_way = self.under_way, None
+        if save is None:
+            return
+        try:
+            if not save.alone:
+                raise SaveError("training has failed while it was being written")
+            save.finish()
+        except SaveError as error:
+            say(f"warning: no checkpoint of step {named_step(save.folder)}: {error}")
+
     def save(self, trainer: Trainer, module: LanguageModule, last: bool) -> None:
         """Write the checkpoint of the current step, or begin to, and remove what is no longer kept; where weights or
         optimizer state are not finite, the run is told to end instead, and nothing is removed.
@@ -191,8 +203,8 @@ class RunCheckpoint(Checkpoint):
         """Wait for the save under way, if there is one, and remove what is no longer kept. Raises as `save`."""
         if self.under_way is None:
             return
-        save, self.under_way, began = self.under_way, None, time.perf_counter() - self.stall
         self.progress.note("saving", trainer.global_step)
+        save, self.under_way, began = self.under_way, None, time.perf_counter() - self.stall
         try:
             save.finish()
         except SaveError as error:

@@ -128,13 +128,14 @@ class BackgroundSave:
 
     Attributes:
         folder: of the checkpoint.
+        alone: this is the only rank.
         seconds: that this rank's thread has taken, once it is `written`.
     """
 
     def __init__(self, share: Share, complete: Callable[[dict[str, str]], None]) -> None:
         self.folder, self.seconds = share.folder, 0.0
         self._share, self._complete = share, complete
-        self._alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.alone = not dist.is_initialized() or dist.get_world_size() == 1
         executor = ThreadPoolExecutor(1, "checkpoint")
         self._result = executor.submit(self._write)
         executor.shutdown(wait=False)
@@ -148,7 +149,7 @@ class BackgroundSave:
         began = time.perf_counter()
         try:
             checksums = self._share.write()
-            if self._alone:
+            if self.alone:
                 self._complete(checksums)
             return checksums
         finally:
@@ -157,7 +158,7 @@ class BackgroundSave:
     def finish(self) -> None:
         """Wait until the checkpoint is complete. To be called by all ranks; raises SaveError on all of them."""
         checksums = agreed_checksums(self._result.result)
-        if not self._alone:
+        if not self.alone:
             with agreement():
                 if dist.get_rank() == 0:
                     self._complete(checksums)

@@ -97,7 +97,20 @@ def test_a_crash_of_training_lets_the_writer_end(train: TrainProcess, tmp_path: 
     disturbed = callbacks(("HoldWriter", {"step": 5, "until": 7, "seconds": 0.5}), ("Crash", {"step": 7}))
     crashed = train("--run_dir", tmp_path / "run", *ASYNCHRONOUS, disturbed)
     assert crashed.returncode == 1 and "crashed as asked" in crashed.stderr
-    assert steps_of(tmp_path / "run") == [5]
+    assert steps_of(tmp_path / "run") == [5] and "warning" not in crashed.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_crash_of_training_says_so_where_the_save_is_lost(
+    processes: int, train: TrainProcess, tmp_path: Path
+) -> None:
+    disturbed = callbacks(("FullDisk", {"rank": 0, "steps": [5] * (processes == 1)}), ("Crash", {"step": 6}))
+    options = ("--trainer.devices", processes, "--data.micro_batch_size", 2 // processes)
+    crashed = train("--run_dir", tmp_path / "run", *ASYNCHRONOUS, *options, disturbed)
+    assert crashed.returncode == 1 and "crashed as asked" in crashed.stderr
+    why = {1: "rank 0: [Errno 28] No space left on device", 2: "training has failed while it was being written"}
+    assert f"warning: no checkpoint of step 5: {why[processes]}" in crashed.stderr
+    assert steps_of(tmp_path / "run") == []
 
 
 def test_a_full_disk_ends_the_run_at_the_next_boundary_and_names_the_step(train: TrainProcess, tmp_path: Path) -> None:
