@@ -41,7 +41,7 @@ lint: $(VENV)/.installed
 test: lint $(VENV)/.installed-eval
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder  # a third works while others wait
 
-# 200 SIGKILLs at random moments over one and two processes, the run resumed after each: half an hour
+# 300 SIGKILLs at random moments over one and two processes, the run resumed after each: three quarters of an hour
 test-faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults -s tests/training/faults/test_faults.py tests/slurm/test_slurm.py
 

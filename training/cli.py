@@ -63,7 +63,13 @@ from training.resume.start_point import (
     warn_of_unknown_data,
 )
 from training.resume.transfer import check_transfer, transfer_weights
-from training.setup_checks import check_runs_here, duration, first_device, usable_folder
+from training.setup_checks import (
+    check_copy_fits,
+    check_runs_here,
+    duration,
+    first_device,
+    usable_folder,
+)
 from training.step.loss import resolve_loss_backend
 from training.throughput import StepClock
 from training.tracking import log_config, make_loggers, record_session, say
@@ -151,6 +157,8 @@ class TrainingCLI(LightningCLI):
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
         check_runs_here(network, first_device(options))
+        if self.config.checkpoint.asynchronous:
+            check_copy_fits(network, self.config.model.optimizer.name, options.num_nodes)
         self.init_from = self._choose_weights(network)
         if self.start.step >= self.config.trainer.max_steps:
             wanted = self.config.trainer.max_steps
@@ -241,7 +249,7 @@ class TrainingCLI(LightningCLI):
             AttentionStats(config.stats, clock),
             GradientNorms(config.stats),
             StepProgress(metrics),
-            RunCheckpoint(self.run_dir, config.checkpoint, self.start, self.version, clock),
+            RunCheckpoint(self.run_dir, config.checkpoint, self.start, self.version, clock, self.stop.progress),
         ]
 
     def prepare(self) -> None:

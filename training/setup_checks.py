@@ -15,6 +15,7 @@ from common.errors import UsageError
 from common.outputs import check_writable
 from model.config import ModelConfig
 from model.flops import matmul_parameters
+from training.distributed.checkpoint_state import SAVED_BYTES
 from training.options import on_cuda
 from training.resume.run_folder import is_first_process
 from training.throughput import GIB
@@ -37,12 +38,33 @@ def check_runs_here(network: ModelConfig, device: torch.device) -> None:
             "model.network.attention.backend is 'triton', which needs CUDA: use auto or torch on a CPU, or set "
             "TRITON_INTERPRET=1 to interpret its kernels"
         )
-    needed = 4 * (matmul_parameters(network) + (0 if network.tie_embeddings else network.vocab_size * network.d_model))
-    if needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+    needed = 4 * _parameters(network)
+    if needed > (there := _host_memory()):
         raise UsageError(
             f"model.network has about {needed // 4:,} parameters, {needed / GIB:,.0f} GiB in float32, and this machine "
             f"has {there / GIB:,.0f} GiB of memory, where every process builds it whole: choose smaller sizes"
         )
+
+
+def check_copy_fits(network: ModelConfig, optimizer: str, nodes: int) -> None:
+    """Raises UsageError where this machine cannot hold its part of what an asynchronous save copies."""
+    moment = SAVED_BYTES // 3 if optimizer == "muon" else 0  # of nearly all parameters Muon keeps one less
+    needed = (SAVED_BYTES - moment) * _parameters(network) / nodes
+    if needed > (there := _host_memory()):
+        raise UsageError(
+            f"checkpoint.asynchronous is true: the copy of what is saved takes {needed / GIB:,.0f} GiB of each node, "
+            f"and this one has {there / GIB:,.0f} GiB of memory: expected false, or more nodes"
+        )
+
+
+def _parameters(network: ModelConfig) -> int:
+    """About how many, without building it."""
+    return matmul_parameters(network) + (0 if network.tie_embeddings else network.vocab_size * network.d_model)
+
+
+def _host_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def duration(max_time: Any) -> timedelta | None:

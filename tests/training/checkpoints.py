@@ -8,6 +8,7 @@ from model.checkpoint import (
     write_complete,
 )
 from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint
+from training.faults.progress import Progress
 from training.resume.start_point import StartPoint
 from training.throughput import StepClock
 
@@ -24,4 +25,4 @@ def make_checkpoint(run_dir: Path, step: int, complete: bool = True) -> Path:
 
 def remove_old(run_dir: Path) -> None:
     """Apply the policy that keeps the last two."""
-    RunCheckpoint(run_dir, CheckpointConfig(keep_last=2), StartPoint(), "v", StepClock()).remove_old()
+    RunCheckpoint(run_dir, CheckpointConfig(keep_last=2), StartPoint(), "v", StepClock(), Progress()).remove_old()

@@ -14,6 +14,7 @@ from common.errors import UsageError
 from model.config import AttentionConfig, ModelConfig
 from tests.training.conftest import TrainProcess
 from training.cli import LONGEST_MESSAGE, shortened
+from training.memory.states import parameter_count
 from training.options import (
     REFUSED_CALLBACKS,
     REFUSED_OPTIONS,
@@ -24,7 +25,7 @@ from training.options import (
     check_tasks,
     check_trainer_options,
 )
-from training.setup_checks import check_runs_here
+from training.setup_checks import check_copy_fits, check_runs_here
 
 PARAMETERS = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items() if name != "self"}
 
@@ -131,6 +132,15 @@ def test_a_backend_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UsageError, match="attention.backend is 'triton', which needs CUDA: use auto or torch on a CPU"):
         check_runs_here(network, torch.device("cpu"))
+
+
+def test_a_copy_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = ModelConfig()
+    parameters = parameter_count(network)
+    monkeypatch.setattr("training.setup_checks._host_memory", lambda: 8 * parameters)
+    check_copy_fits(network, "adamw", nodes=2)
+    with pytest.raises(UsageError, match="checkpoint.asynchronous is true: the copy .* expected false, or more nodes"):
+        check_copy_fits(network, "adamw", nodes=1)
 
 
 def test_messages_of_types_that_have_many_forms_are_short() -> None:

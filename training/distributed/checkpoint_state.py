@@ -10,25 +10,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import error_line
-from common.files import flush
-from model.checkpoint import STATE_FILE, WEIGHT, Unreadable, share
-from model.checksums import is_finite, tensor_checksum
+from model.checkpoint import STATE_FILE, WEIGHT, Unreadable
+from model.checksums import is_finite
 from model.loading import StoredTensors
 from training.step.muon import is_muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 MUON_MOMENTS: tuple[str, ...] = ("momentum_buffer",)
+SAVED_BYTES = 4 * (1 + len(MOMENTS))  # of each parameter
 FILE_BYTES = 4 * 2**30
 # Elements that one writer receives in one round: 256 MiB of device memory.
 ROUND_ELEMENTS = 2**26
@@ -144,35 +142,6 @@ def plan_files(
     return plan
 
 
-def write_state(folder: Path, state: TrainingState, device: torch.device) -> dict[str, str]:
-    """Write this rank's files and flush them to disk. To be called by all ranks alike.
-
-    Args:
-        device: where tensors travel between ranks.
-
-    Returns:
-        The checksum of each tensor that any rank has written.
-
-    Raises:
-        SaveError: on all ranks, when the disk of any of them refuses.
-    """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    plan = plan_files(state.shapes, world_size)
-    checksums: dict[str, str] = {}
-    with agreement() as failures:
-        for file, tensors in _collect(state, plan, rank, device):
-            if failures:
-                continue  # the other ranks need this one in their exchanges
-            try:
-                checksums |= {key: tensor_checksum(tensor) for key, tensor in tensors.items()}
-                save_file(tensors, folder / file.name)
-                share(folder / file.name)
-                flush(folder / file.name)
-            except (OSError, SafetensorError) as error:
-                failures.append(error)
-    return {key: value for mine in gather_objects(checksums) for key, value in mine.items()}
-
-
 def gather_objects(value: Any) -> list[Any]:
     """`value` of each rank, on all ranks."""
     if not dist.is_initialized():
@@ -183,18 +152,15 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 @contextmanager
-def agreement() -> Iterator[list[Exception]]:
-    """Work on files that must succeed on all ranks.
-
-    Yields a list for the failures of this rank, to which an error of the disk in the block is added. Raises SaveError
-    on all ranks when any of them has failures; ranks wait for each other at the end.
-    """
-    failures: list[Exception] = []
+def agreement() -> Iterator[None]:
+    """Work on files that must succeed on all ranks, which wait for each other at the end: raises SaveError on all of
+    them when the disk of any refuses."""
+    failure: str | None = None
     try:
-        yield failures
+        yield
     except (OSError, SafetensorError) as error:
-        failures.append(error)
-    messages = gather_objects(str(failures[0]) if failures else None)
+        failure = str(error)
+    messages = gather_objects(failure)
     failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
     if failed:
         raise SaveError("; ".join(failed[:3]) + (f" (and {len(failed) - 3} more ranks)" if failed[3:] else ""))
@@ -232,20 +198,37 @@ def check_stored(stored: StoredTensors) -> None:
                 stored.check(key)
 
 
-def _collect(
-    state: TrainingState, plan: list[list[StateFile]], rank: int, device: torch.device
+def collect(
+    state: TrainingState,
+    plan: list[list[StateFile]],
+    rank: int,
+    device: torch.device,
+    room: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[StateFile, dict[str, Tensor]]]:
-    """This rank's files with their tensors (float32, CPU, whole), one after another; ranks advance together."""
+    """This rank's files with their tensors (float32, CPU, whole), one after another; ranks advance together.
+
+    Args:
+        device: where tensors travel between ranks.
+        room: tensors of the shapes in `state` by key, into which those of this rank are copied, on CUDA without waiting
+            for the device; without it they may be the memory that training uses.
+    """
     if state.replicated:
         values = {fragment.key: fragment.values for fragment in state.fragments}
         for file in plan[rank]:
-            yield file, {key: values[key].view(state.shapes[key]).float().cpu() for key in file.keys}
+            tensors = {key: values[key].view(state.shapes[key]).float() for key in file.keys}
+            if room is None:
+                yield file, {key: tensor.cpu() for key, tensor in tensors.items()}
+            else:
+                yield file, {key: room[key].copy_(tensor, non_blocking=True) for key, tensor in tensors.items()}
         return
     tables = gather_objects([(fragment.key, fragment.start, fragment.values.numel()) for fragment in state.fragments])
     for number in range(max(len(files) for files in plan)):
         files = [files[number] if number < len(files) else None for files in plan]
-        tensors = _exchange(state, files, tables, rank, device)
-        if mine := files[rank]:
+        mine = files[rank]
+        keys = mine.keys if mine else ()
+        tensors = {key: torch.empty(state.shapes[key]) if room is None else room[key] for key in keys}
+        _exchange(state, files, tables, rank, device, tensors)
+        if mine:
             yield mine, tensors
 
 
@@ -266,15 +249,14 @@ def _exchange(
     tables: list[list[tuple[str, int, int]]],
     rank: int,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """The tensors of files[rank], from the fragments of all ranks. files, tables: one of each rank."""
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Fill `tensors`, those of files[rank], from the fragments of all ranks. files, tables: one of each rank."""
     sizes = {key: prod(shape) for key, shape in state.shapes.items()}
     places = [_places(file, sizes) for file in files]
     values = {(fragment.key, fragment.start): fragment.values for fragment in state.fragments}
     outgoing = [_pieces(tables[rank], place) for place in places]
     incoming = [_pieces(table, places[rank]) for table in tables]
-    mine = files[rank]
-    tensors = {key: torch.empty(state.shapes[key]) for key in (mine.keys if mine else ())}
     longest = max(sum(sizes[key] for key in file.keys) for file in files if file)
     for begin in range(0, longest, ROUND_ELEMENTS):
         window = range(begin, min(begin + ROUND_ELEMENTS, longest))
@@ -290,7 +272,6 @@ def _exchange(
         arrived = [piece for pieces in receive for piece in pieces]
         for piece, part in zip(arrived, received.cpu().split([piece.count for piece in arrived]), strict=True):
             tensors[piece.key].view(-1).narrow(0, piece.start, piece.count).copy_(part)
-    return tensors
 
 
 def _places(file: StateFile | None, sizes: Mapping[str, int]) -> dict[str, int]:

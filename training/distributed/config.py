@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from common.checks import check_number
 from model.checkpoint import read_complete
 from model.loading import StoredTensors
-from training.distributed.checkpoint_state import (
-    TrainingState,
-    agreement,
-    read_state,
-    together,
-    whole_state,
-    write_state,
-)
+from training.distributed.checkpoint_state import TrainingState, read_state, together, whole_state
+from training.distributed.checkpoint_writer import HostCopy, Share, agreed_checksums, take_share
 from training.distributed.engine import Engine, PlainEngine
 
 ZERO_PRECISIONS = ("32-true", "bf16-mixed")
@@ -71,6 +65,7 @@ class ElasticCheckpoints(Strategy):
 
     _engine: Engine | None = None
     checksums: dict[str, str] = {}  # of the tensors that were saved last
+    copied: Share | None = None  # that is still to be written
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -99,14 +94,20 @@ class ElasticCheckpoints(Strategy):
         return cast(nn.Module, cast(Any, self.lightning_module).model)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the state files and Lightning's file into one folder. Raises SaveError, on all ranks alike."""
-        path, state = Path(filepath), self.training_state()
-        self.checksums = write_state(path.parent, state, self.root_device)
-        with agreement():
-            if self.is_global_zero:
-                buffer = io.BytesIO()
-                torch.save({**checkpoint, STEPS: state.steps}, buffer)
-                path.write_bytes(buffer.getvalue())
+        """Write the state files and Lightning's file into one folder. Raises SaveError, on all ranks alike.
+
+        With a HostCopy as storage_options all is copied there, and `copied` is what this rank has to write of it.
+        """
+        state, copy = self.training_state(), cast(HostCopy | None, storage_options)
+        content = None
+        if self.is_global_zero:
+            torch.save({**checkpoint, STEPS: state.steps}, buffer := io.BytesIO())
+            content = buffer.getvalue()
+        share = take_share(Path(filepath).parent, state, self.root_device, content, copy)
+        if copy is None:
+            self.checksums = agreed_checksums(share.write)
+        else:
+            self.copied = share
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._restored_from = Path(checkpoint_path).parent

@@ -1,6 +1,7 @@
 """What a process is doing and since when: noted by the main thread, read by threads that wait for it."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -21,11 +22,13 @@ class Progress:
     Attributes:
         start_step: optimizer steps of the run before this session; None before training begins.
         stepped: an optimizer step of this session has ended.
+        writing: whether a thread of this process is writing a checkpoint, beside the activity.
     """
 
     def __init__(self) -> None:
         self.start_step: int | None = None
         self.stepped = False
+        self.writing: Callable[[], bool] = lambda: False
         self.note("starting", None)
 
     def note(self, activity: str, step: int | None) -> None:

@@ -134,7 +134,7 @@ class StopSignals:
                 INTERRUPTED,
             )
         grace = self.grace()
-        if waited > grace and progress.state.activity != "saving":
+        if waited > grace and progress.state.activity != "saving" and not progress.writing():
             self._end(
                 f"stopped by {self.name} without saving: {progress}, has not ended within {grace:g} seconds "
                 "(interruption.grace_seconds); the same command with --resume auto continues from the newest "

@@ -73,6 +73,7 @@ class MemoryCLI(TrainingCLI):
             cuda=cuda,
             compiled=config.model.compile,
             optimizer=config.model.optimizer.name,
+            asynchronous_saves=config.checkpoint.asynchronous,
             keeps_gradients=ranks > 1 or config.data.global_batch_size > config.data.micro_batch_size,
         )
 

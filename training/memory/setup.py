@@ -25,6 +25,7 @@ class Setup:
         cuda: with the kernels that run on CUDA, else those on CPU.
         compiled: as model.compile.
         optimizer: as model.optimizer.name.
+        asynchronous_saves: as checkpoint.asynchronous.
     """
 
     network: ModelConfig
@@ -43,6 +44,7 @@ class Setup:
     keeps_gradients: bool = True
     compiled: bool = False
     optimizer: str = "adamw"
+    asynchronous_saves: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("32-true", "bf16-mixed"):

@@ -6,6 +6,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Block, Transformer
+from training.distributed.checkpoint_state import SAVED_BYTES
 from training.distributed.config import BUCKET_ELEMENTS
 from training.memory.setup import FLOAT32, Setup
 from training.step.muon import is_muon
@@ -42,13 +43,16 @@ def block_matrices(network: ModelConfig) -> tuple[int, int]:
 
 def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     """On the device and on the host. Parameters, gradients and AdamW's moments take 4 P, 4 P and 8 P bytes without
-    ZeRO; with it as in arXiv 1910.02054. Muon has one moment of a matrix."""
+    ZeRO; with it as in arXiv 1910.02054. Muon has one moment of a matrix. What a save copies (weights and moments) is
+    divided among the ranks anyway."""
     count, ranks, stage = parameter_count(setup.network), setup.ranks, setup.zero_stage
     width = setup.product_bytes if stage else FLOAT32
     parameters, gradients = Part(width * count, f"{width} P"), Part(FLOAT32 * count, "4 P")
-    moments = Part(8 * count, "8 P")
+    moments = Part((SAVED_BYTES - FLOAT32) * count, "8 P")
     if setup.optimizer == "muon":
-        moments = Part(8 * count - 4 * muon_elements(setup.network), "8 P, 4 less an element of the blocks' matrices")
+        less = "4 less an element of the blocks' matrices"
+        moments = Part(moments.bytes - FLOAT32 * muon_elements(setup.network), f"8 P, {less}")
+    copy = Part((FLOAT32 * count + moments.bytes) / ranks, f"(4 P + {moments.formula}) / W, from the first save on")
     if stage:
         moments = Part(12 * count / ranks, "(8 + 4) P / W, with the float32 weights")
     if stage >= 2:
@@ -61,4 +65,6 @@ def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     host = {}
     if setup.offload_optimizer:
         host["optimizer state"], moments = moments, Part(0, "on the host")
+    if setup.asynchronous_saves:
+        host["copy of what is saved"] = copy
     return {"parameters": parameters, "gradients": gradients, "optimizer state": moments}, host

@@ -15,6 +15,7 @@ from model.checkpoint import (
 )
 from tests.training.checkpoints import make_checkpoint, remove_old
 from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint, checkpoints_to_keep, make_room
+from training.faults.progress import Progress
 from training.resume.start_point import choose_start
 from training.throughput import StepClock
 
@@ -111,7 +112,7 @@ def test_old_ones_are_removed_marker_first(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ranks_that_found_different_checkpoints_name_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = choose_start(tmp_path / "b", str(make_checkpoint(tmp_path / "a", 5)))
-    callback = RunCheckpoint(tmp_path / "b", CheckpointConfig(), start, "v", StepClock())
+    callback = RunCheckpoint(tmp_path / "b", CheckpointConfig(), start, "v", StepClock(), Progress())
     monkeypatch.setattr("training.callbacks.checkpointing.gather_objects", lambda own: [own, "step 0"])
     with pytest.raises(ValueError, match="rank 0 starts from .*step-00000005, rank 1 from step 0: .* nodes share"):
         callback.setup(None, None, "fit")  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from training.distributed.checkpoint_state import (
     plan_files,
     read_state,
     together,
-    write_state,
 )
+from training.distributed.checkpoint_writer import agreed_checksums, take_share
 
 
 @given(
@@ -58,14 +58,14 @@ def test_tensors_that_are_not_finite_do_not_become_a_run_s(value: float) -> None
 def test_files_can_be_read_by_whom_the_folder_lets(mode: int, tmp_path: Path) -> None:
     state = TrainingState({"weight/a": (4,)}, [Fragment("weight/a", 0, torch.zeros(4))], True, {})
     tmp_path.chmod(mode)
-    write_state(tmp_path, state, torch.device("cpu"))
+    take_share(tmp_path, state, torch.device("cpu"), None).write()
     assert (tmp_path / "state-00000.safetensors").stat().st_mode & 0o777 == mode & 0o666
 
 
 def test_a_folder_that_is_not_there_is_a_save_error(tmp_path: Path) -> None:
     state = TrainingState({"weight/a": (4,)}, [Fragment("weight/a", 0, torch.zeros(4))], True, {})
     with pytest.raises(SaveError, match="rank 0: .*No such file"):
-        write_state(tmp_path / "missing", state, torch.device("cpu"))
+        agreed_checksums(take_share(tmp_path / "missing", state, torch.device("cpu"), None).write)
 
 
 def test_other_errors_are_not_save_errors() -> None:

@@ -12,7 +12,8 @@ from model.checkpoint import TRAINER_STATE, WEIGHT, read_complete, write_complet
 from model.config import AttentionConfig, ModelConfig
 from model.loading import StoredTensors
 from model.transformer import Transformer
-from training.distributed.checkpoint_state import TrainingState, read_state, whole_state, write_state
+from training.distributed.checkpoint_state import TrainingState, read_state, whole_state
+from training.distributed.checkpoint_writer import agreed_checksums, take_share
 from training.distributed.config import ParallelConfig
 from training.distributed.engine import PlainEngine
 from training.distributed.zero import ZeroEngine, ZeroStrategy, deepspeed_config
@@ -138,7 +139,7 @@ def write(folder: Path, state: TrainingState) -> StoredTensors:
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    write_state(folder, state, CPU)
+    agreed_checksums(take_share(folder, state, CPU, None).write)
     if dist.get_rank() == 0:
         (folder / TRAINER_STATE).write_bytes(b"")
         write_complete(folder, {"step": 1})

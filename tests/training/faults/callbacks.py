@@ -15,9 +15,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import training.callbacks.checkpointing
-import training.distributed.checkpoint_state
-import training.distributed.config
-from model.checkpoint import TRAINER_STATE, write_complete
+import training.distributed.checkpoint_writer
+from model.checkpoint import MARKER, TRAINER_STATE, checkpoint_folder, write_complete
 
 
 def die(*_: object, **_options: object) -> None:
@@ -41,6 +40,11 @@ class StopAfterStep(Callback):
         trainer.should_stop = trainer.global_step == self.step
 
 
+class StopInValidation(Callback):
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
 class KillDuringSave(Callback):
     """In the save of a step, when of what it writes there is: "nothing" but the folder; "part" of a state file; the
     "state" files; all but the "marker"."""
@@ -54,9 +58,9 @@ class KillDuringSave(Callback):
         if self.stage == "nothing":
             die()
         if self.stage == "part":
-            training.distributed.checkpoint_state.save_file = write_part  # type: ignore[assignment]
+            training.distributed.checkpoint_writer.save_file = write_part  # type: ignore[assignment]
         if self.stage == "state":
-            training.distributed.config.torch.save = die  # type: ignore[assignment]
+            training.distributed.checkpoint_writer.write_trainer_state = die
         training.callbacks.checkpointing.write_complete = die  # type: ignore[assignment]
 
 
@@ -73,12 +77,53 @@ class FullDisk(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         full = trainer.global_rank == self.rank and trainer.global_step in self.steps
-        training.distributed.checkpoint_state.save_file = refuse if full else safetensors.torch.save_file
+        training.distributed.checkpoint_writer.save_file = refuse if full else safetensors.torch.save_file
 
 
 def refuse(tensors: Any, path: Path) -> None:
     path.write_bytes(b"half of a file")
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+class HoldWriter(Callback):
+    """Whoever writes the save of a step waits until training has come to the step `until`, and `seconds` longer. No
+    part of it is complete before, and all of it is when the next save begins.
+
+    Args:
+        rank: whose writer waits; None for all.
+    """
+
+    def __init__(self, step: int, until: int, seconds: float = 0.0, rank: int | None = None) -> None:
+        self.step, self.until, self.seconds, self.rank = step, until, seconds, rank
+        self.released = threading.Event()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
+            training.distributed.checkpoint_writer.save_file = self.wait_and_save
+        folder = checkpoint_folder(trainer.default_root_dir, self.step)
+        done = (folder / MARKER).exists() or not folder.exists()  # complete, or old and removed
+        assert trainer.global_step <= self.step or done, "two saves at a time"
+
+    def wait_and_save(self, tensors: Any, path: Path) -> None:
+        training.distributed.checkpoint_writer.save_file = safetensors.torch.save_file
+        if not self.released.wait(30):
+            raise OSError(errno.EIO, "training has not gone on", str(path))
+        safetensors.torch.save_file(tensors, path)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.until and not self.released.is_set():
+            marker = checkpoint_folder(trainer.default_root_dir, self.step) / MARKER
+            assert not marker.exists(), "complete while it is being written"
+            threading.Timer(self.seconds, self.released.set).start()
+
+
+class Crash(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crashed as asked")
 
 
 class SaveAtStart(Callback):
@@ -226,8 +271,8 @@ class KillRank(Callback):
 class KillAtRandom(Callback):
     """SIGKILL at a random moment: of the process's life, or of one of its saves. Each rank has its own moment.
 
-    A file named "saving" stands in `folder` from the start of each save to the next batch, so that whoever finds it
-    there knows what the kill has interrupted.
+    A file named "saving" stands in `folder` from the start of each save to the first batch behind its end, so that
+    whoever finds it there knows what the kill has interrupted.
 
     Args:
         seed: of the moment.
@@ -239,7 +284,7 @@ class KillAtRandom(Callback):
         self.during_save = during_save
         self.saves_before = random.Random(seed).randrange(3)
         self.delay = random.Random(f"{seed} {os.environ.get('LOCAL_RANK', '0')}").uniform(0, seconds)
-        self.saving = Path(folder) / "saving"
+        self.saving, self.saved = Path(folder) / "saving", Path(folder) / "nothing yet"
         if not during_save:
             self._start()
 
@@ -250,12 +295,14 @@ class KillAtRandom(Callback):
 
         threading.Thread(target=wait_and_die, daemon=True).start()
 
-    def on_save_checkpoint(self, *_: Any) -> None:
+    def on_save_checkpoint(self, trainer: Any, *_: Any) -> None:
         self.saving.touch()
+        self.saved = checkpoint_folder(trainer.default_root_dir, trainer.global_step)
         if self.during_save:
             if self.saves_before == 0:
                 self._start()
             self.saves_before -= 1
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.saving.unlink(missing_ok=True)
+        if (self.saved / MARKER).exists() or not self.saved.exists():  # complete, or failed and removed
+            self.saving.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """SIGKILL at random moments, a full disk and truncated checkpoints: nothing is lost and nothing changes.
 
-The long form, with 200 kills, is `make test-faults`.
+The long form, with 300 kills, is `make test-faults`.
 """
 
 import os
@@ -20,14 +20,19 @@ LONG = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.parametrize(
-    ("processes", "kills", "steps"),
+    ("processes", "kills", "steps", "asynchronous"),
     [
-        pytest.param(1, 4, 60, id="short"),
-        pytest.param(1, 100, 300, id="long on one process", marks=LONG),
-        pytest.param(2, 100, 300, id="long on two processes", marks=LONG),
+        pytest.param(1, 4, 60, False, id="short"),
+        pytest.param(1, 4, 60, True, id="short, asynchronous"),
+        pytest.param(1, 100, 300, False, id="long on one process", marks=LONG),
+        pytest.param(2, 100, 300, False, id="long on two processes", marks=LONG),
+        pytest.param(1, 50, 300, True, id="long on one process, asynchronous", marks=LONG),
+        pytest.param(2, 50, 300, True, id="long on two processes, asynchronous", marks=LONG),
     ],
 )
-def test_killed_at_random_moments(processes: int, kills: int, steps: int, train: TrainProcess, tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    processes: int, kills: int, steps: int, asynchronous: bool, train: TrainProcess, tmp_path: Path
+) -> None:
     """At least a third of the kills during saves. A run that gets to its end is compared with an undisturbed one, and
     the next kills meet a new one."""
     began, generator, counted = time.monotonic(), random.Random(0), Counter[str]()
@@ -36,6 +41,7 @@ def test_killed_at_random_moments(processes: int, kills: int, steps: int, train:
     options = (*options, "--checkpoint.max_failed_saves", 1000)
     undisturbed = train("--run_dir", tmp_path / "undisturbed", *options, quick=True)
     assert undisturbed.returncode == 0, undisturbed.stderr
+    options = (*options, "--checkpoint.asynchronous", asynchronous)
     while counted["kills"] < kills or 3 * counted["during a save"] < kills:
         counted["runs"] += 1
         run_dir = tmp_path / f"run-{counted['runs']}"
@@ -47,7 +53,8 @@ def test_killed_at_random_moments(processes: int, kills: int, steps: int, train:
             if not done and generator.random() < 0.1:
                 truncate_newest(run_dir, generator, counted)
         assert_same_weights(run_dir, tmp_path / "undisturbed")
-    print(f"\n{processes} processes, {time.monotonic() - began:.0f} s: {dict(counted)}", flush=True)
+    kind = ", asynchronous saves" * asynchronous
+    print(f"\n{processes} processes{kind}, {time.monotonic() - began:.0f} s: {dict(counted)}", flush=True)
 
 
 def harms(generator: random.Random, folder: Path, processes: int, counted: Counter[str]) -> str:

@@ -42,6 +42,9 @@ def test_zero_divides_states_by_stage() -> None:
     offloaded = estimate(replace(setup, zero_stage=1, offload_optimizer=True))
     assert offloaded.lasting["optimizer state"].bytes == 0
     assert offloaded.host["optimizer state"].bytes == 12 * count / 8
+    for stage in (0, 2):
+        copied = estimate(replace(setup, zero_stage=stage, asynchronous_saves=True)).host
+        assert {name: part.bytes for name, part in copied.items()} == {"copy of what is saved": 12 * count / 8}
 
 
 def test_what_makes_room_makes_room() -> None:

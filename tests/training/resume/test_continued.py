@@ -4,6 +4,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.checkpoint import (
@@ -60,11 +61,13 @@ def test_ten_steps_sigkill_ten_steps_equals_twenty_steps(
     assert (loaded.step, loaded.training_length) == (20, 64)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_sigkill_during_a_save_leaves_the_previous_checkpoint(
-    undisturbed: Path, train: TrainProcess, tmp_path: Path
+    asynchronous: bool, undisturbed: Path, train: TrainProcess, tmp_path: Path
 ) -> None:
     run_dir, left = tmp_path / "run", checkpoint_folder(tmp_path / "run", 10)
-    options, state = ("--run_dir", run_dir, "--resume", "auto"), "state-00000.safetensors"
+    options = ("--run_dir", run_dir, "--resume", "auto", "--checkpoint.asynchronous", asynchronous)
+    state = "state-00000.safetensors"
     stages = {"nothing": set(), "part": {state}, "state": {state}, "marker": {state, TRAINER_STATE}}
     for stage, files in stages.items():
         killed = train(*options, callbacks(("KillDuringSave", {"step": 10, "stage": stage})))
@@ -81,10 +84,12 @@ def test_sigkill_during_a_save_leaves_the_previous_checkpoint(
     assert not find_checkpoints(run_dir)[1]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_then_the_run(
-    undisturbed: Path, train: TrainProcess, tmp_path: Path
+    asynchronous: bool, undisturbed: Path, train: TrainProcess, tmp_path: Path
 ) -> None:
     run_dir, two = tmp_path / "run", ("--trainer.devices", 2, "--data.micro_batch_size", 1)
+    two = (*two, "--checkpoint.asynchronous", asynchronous)  # type: ignore[assignment]
     options = ("--run_dir", run_dir, "--resume", "auto", "--checkpoint.max_failed_saves", 2, *two)
     full = callbacks(("FullDisk", {"rank": 1, "steps": [10, 15]}))
     stopped = train(*options, full, "--checkpoint.every_n_steps", 5)
