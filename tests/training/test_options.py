@@ -137,10 +137,11 @@ def test_a_backend_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_copy_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     network = ModelConfig()
     parameters = parameter_count(network)
-    monkeypatch.setattr("training.setup_checks._host_memory", lambda: 8 * parameters)
+    monkeypatch.setattr("training.setup_checks._host_memory", lambda: 9 * parameters)
     check_copy_fits(network, "adamw", nodes=2)
     with pytest.raises(UsageError, match="checkpoint.asynchronous is true: the copy .* expected false, or more nodes"):
         check_copy_fits(network, "adamw", nodes=1)
+    check_copy_fits(network, "muon", nodes=1)
 
 
 def test_messages_of_types_that_have_many_forms_are_short() -> None:

@@ -30,13 +30,23 @@ def contents(folder: Path) -> dict[str, object]:
     return found | {MARKER: {key: marker[key] for key in marker.keys() - {"created", "checksum", "code_version"}}}
 
 
-@pytest.mark.parametrize(("processes", "stage", "held"), [(1, 0, None), (2, 0, 1), (2, 0, 0), (2, 3, None)])
+@pytest.mark.parametrize(
+    ("processes", "stage", "held", "optimizer"),
+    [(1, 0, None, "muon"), (2, 0, 1, "adamw"), (2, 0, 0, "adamw"), (2, 3, None, "adamw")],
+)
 def test_training_goes_on_and_the_files_are_those_of_a_synchronous_save(
-    processes: int, stage: int, held: int | None, train: TrainProcess, tmp_path: Path
+    processes: int, stage: int, held: int | None, optimizer: str, train: TrainProcess, tmp_path: Path
 ) -> None:
     """The writer is held for three steps, whose changes it must not see."""
     options = ("--trainer.devices", processes, "--data.micro_batch_size", 2 // processes, "--trainer.max_steps", 12)
-    options += ("--parallel.zero_stage", stage, "--checkpoint.milestones", "[5,10]")
+    options += (
+        "--parallel.zero_stage",
+        stage,
+        "--checkpoint.milestones",
+        "[5,10]",
+        "--model.optimizer.name",
+        optimizer,
+    )
     plain = train("--run_dir", tmp_path / "plain", *options)
     assert plain.returncode == 0, plain.stderr
     hold = callbacks(("HoldWriter", {"step": 5, "until": 8, "seconds": 0.2, "rank": held}))
