@@ -60,7 +60,8 @@ def test_a_bad_gradient_on_one_rank_is_skipped_on_both_and_too_many_stop_the_run
 
 def check_dump(folder: Path) -> None:
     ranks = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in range(2)]
-    assert [rank["micro_batches"][0]["sample_ids"] for rank in ranks] == [[32, 33], [34, 35]]
+    samples = [rank["micro_batches"][0]["sample_ids"] for rank in ranks]  # shared out by cost
+    assert list(map(len, samples)) == [2, 2] and sorted(samples[0] + samples[1]) == [32, 33, 34, 35]
     assert all(0 < rank["micro_batches"][0]["loss_sum"] < 6 * 128 for rank in ranks)
     step = json.loads((folder / "step.json").read_text())
     assert (step["step"], step["reason"], step["world_size"]) == (9, "its gradient norm is nan", 2)
