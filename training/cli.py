@@ -52,7 +52,7 @@ from training.options import (
     count_processes,
 )
 from training.resume.run_folder import hold_run_folder, is_first_process
-from training.resume.settings import check_allowed, check_settings, run_settings
+from training.resume.settings import check_allowed, check_settings, run_settings, warmup_of
 from training.resume.start_point import (
     StartPoint,
     check_architecture,
@@ -151,8 +151,9 @@ class TrainingCLI(LightningCLI):
         self.run_lock = hold_run_folder(self.run_dir)  # before looking at what lies there
         verify, alone = self.config.checkpoint.verify, count_processes(options) == 1
         self.start: StartPoint = choose_start(self.run_dir, self.config.resume, verify, alone=alone)
-        tokens_to_steps(self.config, step=self.start.step, tokens=self.start.tokens)
-        check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps)
+        warmup = warmup_of(self.start.checkpoint)
+        length = tokens_to_steps(self.config, step=self.start.step, tokens=self.start.tokens, warmup_steps=warmup)
+        check_warmup(self.config.model.optimizer.warmup_steps, options.max_steps, length)
         network = config_from_dict(self.config.model.network.as_dict())
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
@@ -161,10 +162,9 @@ class TrainingCLI(LightningCLI):
             check_copy_fits(network, self.config.model.optimizer.name, options.num_nodes)
         self.init_from = self._choose_weights(network)
         if self.start.step >= self.config.trainer.max_steps:
-            wanted = self.config.trainer.max_steps
             if verify == "checksum" and is_first_process():
                 check_start(self.start, self.run_dir)
-            say(f"already at step {self.start.step} of trainer.max_steps {wanted}: nothing to train")
+            say(f"already at step {self.start.step} of {length.run}: nothing to train")
             sys.exit(0)
 
     def lightning_defaults(self) -> dict[str, Any]:

@@ -1,12 +1,19 @@
 """How long a run is and how long it warms up: optimizer steps, of options that give steps or tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.checks import check_number
 from common.errors import UsageError
 
 MOST_STEPS = 10**9
 MOST_TOKENS = 10**18
+
+
+class Length(NamedTuple):
+    """How the length and the warm-up of a run were asked for, as messages name them."""
+
+    run: str
+    warmup: str
 
 
 def check_length(options: Any, no_steps: int, *, needed: bool) -> None:
@@ -36,7 +43,7 @@ def _check_tokens(name: str, tokens: Any, least: int) -> None:
     check_number(name, whole, least=least, most=MOST_TOKENS, whole=True)
 
 
-def tokens_to_steps(config: Any, *, step: int, tokens: int) -> None:
+def tokens_to_steps(config: Any, *, step: int, tokens: int, warmup_steps: int | None = None) -> Length:
     """Give a parsed config its max_steps and warmup_steps where it has tokens instead. From there on the run is
     counted in steps, its record too.
 
@@ -44,25 +51,35 @@ def tokens_to_steps(config: Any, *, step: int, tokens: int) -> None:
 
     Args:
         step, tokens: where the session starts, and what the run has trained on by then, with whatever batch: it counts
-            towards max_tokens.
+            towards max_tokens and warmup_tokens.
+        warmup_steps: of the run until then; a warm-up that is over stays what it was.
 
     Raises:
         ValueError: values that are not whole numbers, or more steps than a run may have.
     """
     a_step = config.data.global_batch_size * config.data.sequence_length
     trainer, optimizer = config.trainer, config.model.optimizer
+    run, warmup = f"trainer.max_steps {trainer.max_steps}", f"model.optimizer.warmup_steps is {optimizer.warmup_steps}"
     if trainer.max_tokens is not None:
         left = max(0, int(trainer.max_tokens) - tokens)
         trainer.max_steps = _steps("trainer.max_tokens", trainer.max_tokens, left, a_step, step)
+        run = f"trainer.max_tokens {int(trainer.max_tokens)} ({trainer.max_steps} steps)"
         trainer.max_tokens = None
     if optimizer.warmup_tokens is not None:
         name, wanted = "model.optimizer.warmup_tokens", optimizer.warmup_tokens
         _check_tokens(name, wanted, least=0)
-        optimizer.warmup_steps = _steps(name, wanted, int(wanted), a_step)
+        left = int(wanted) - tokens
+        if step and left <= 0:
+            over = warmup_steps is not None and warmup_steps <= step
+            optimizer.warmup_steps = warmup_steps if over else -(-int(wanted) * step // tokens)
+        else:
+            optimizer.warmup_steps = _steps(name, wanted, left, a_step, step)
+        warmup = f"{name} is {int(wanted)} ({optimizer.warmup_steps} steps)"
         optimizer.warmup_tokens = None
+    return Length(run, warmup)
 
 
-def _steps(name: str, tokens: float, left: int, a_step: int, taken: int = 0) -> int:
+def _steps(name: str, tokens: float, left: int, a_step: int, taken: int) -> int:
     """Steps taken, and those that the tokens that are left need: the last one may go beyond them."""
     steps = taken - (-left // a_step)
     if steps > MOST_STEPS:
@@ -72,12 +89,12 @@ def _steps(name: str, tokens: float, left: int, a_step: int, taken: int = 0) -> 
     return steps
 
 
-def check_warmup(warmup_steps: int, max_steps: int) -> None:
+def check_warmup(warmup_steps: int, max_steps: int, length: Length) -> None:
     """Raises UsageError for a warm-up that the run does not outlast: max_steps shapes the schedule, and a cut of a
     longer one is what trainer.max_time and signals make."""
     if warmup_steps > max_steps:
         raise UsageError(
-            f"model.optimizer.warmup_steps is {warmup_steps}, longer than trainer.max_steps {max_steps}, so that the "
-            f"learning rate would never reach model.optimizer.lr: expected at most {max_steps}; to cut a longer run, "
-            "leave its trainer.max_steps and give --trainer.max_time"
+            f"{length.warmup}, longer than {length.run}, so that the learning rate would never reach "
+            f"model.optimizer.lr: expected at most {max_steps} steps; to cut a longer run, leave its length and give "
+            "--trainer.max_time"
         )

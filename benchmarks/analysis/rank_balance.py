@@ -78,6 +78,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 1 <= options.shortest <= options.longest:
         parser.error(f"--shortest is {options.shortest}: expected 1 to --longest ({options.longest})")
+    if options.seed < 0:
+        parser.error(f"--seed is {options.seed}: expected at least 0")
     for name in ("ranks", "global_batch_size", "steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: expected at least 1")

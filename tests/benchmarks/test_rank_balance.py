@@ -26,6 +26,7 @@ def test_sharing_out_halves_the_waiting(capsys: pytest.CaptureFixture[str]) -> N
     ("option", "value", "line"),
     [
         ("--shortest", "0", "--shortest is 0: expected 1 to --longest (131072)"),
+        ("--seed", "-1", "--seed is -1: expected at least 0"),
         ("--ranks", "0", "--ranks is 0: expected at least 1"),
         ("--ranks", "5", "--global_batch_size is 32: expected a multiple of --ranks"),
     ],

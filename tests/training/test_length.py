@@ -7,22 +7,25 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
+from common.errors import UsageError
 from model.checkpoint import checkpoint_folder, read_complete
 from tests.training.conftest import ROOT, TrainProcess, assert_same_weights, run_train
-from training.length import check_length, tokens_to_steps
+from training.length import check_length, check_warmup, tokens_to_steps
 from training.step.optim import OptimizerConfig, lr_factor
 
 IN_TOKENS = ("--trainer.max_steps", -1, "--trainer.max_tokens")  # the tiny config has max_steps
 
 
-def in_steps(step: int = 0, tokens: int = 0, batch: int = 4, **options: Any) -> tuple[int, int]:
+def in_steps(
+    step: int = 0, tokens: int = 0, batch: int = 4, recorded: int | None = None, **options: Any
+) -> tuple[int, int]:
     """max_steps and warmup_steps of a run in steps of batch x 64 tokens."""
     config = Namespace(
         trainer=Namespace(max_steps=-1, max_tokens=options.get("max_tokens")),
         data=Namespace(global_batch_size=batch, sequence_length=64),
         model=Namespace(optimizer=Namespace(warmup_steps=3, warmup_tokens=options.get("warmup_tokens"))),
     )
-    tokens_to_steps(config, step=step, tokens=tokens)
+    tokens_to_steps(config, step=step, tokens=tokens, warmup_steps=recorded)
     assert config.trainer.max_tokens is None and config.model.optimizer.warmup_tokens is None
     return config.trainer.max_steps, config.model.optimizer.warmup_steps
 
@@ -38,6 +41,26 @@ def test_what_a_run_has_trained_on_counts_whatever_its_batch_was() -> None:
     assert in_steps(step=40, tokens=40 * 256, max_tokens=25_600) == (100, 3)  # as from the start
     assert in_steps(step=40, tokens=40 * 256, batch=8, max_tokens=25_600) == (70, 3)
     assert in_steps(step=40, tokens=40 * 256, max_tokens=40 * 256 - 1)[0] == 40  # and no step back
+
+
+def test_a_warm_up_goes_on_and_one_that_is_over_stays() -> None:
+    started = dict(step=40, tokens=40 * 256)
+    for batch in (1, 4, 8):
+        assert in_steps(**started, batch=batch, warmup_tokens=4_096)[1] == 16
+        assert in_steps(**started, batch=batch, warmup_tokens=4_096, recorded=17)[1] == 17
+        assert in_steps(**started, batch=batch, warmup_tokens=4_096, recorded=50)[1] == 16  # asked for now
+        assert in_steps(**started, batch=batch, warmup_tokens=12_288)[1] == 40 + 2_048 // (64 * batch)
+    assert in_steps(step=40, tokens=40 * 256, warmup_tokens=12_288)[1] == in_steps(warmup_tokens=12_288)[1]
+
+
+def test_messages_name_what_was_asked_for() -> None:
+    config = Namespace(
+        trainer=Namespace(max_steps=-1, max_tokens=1024), data=Namespace(global_batch_size=4, sequence_length=64),
+        model=Namespace(optimizer=Namespace(warmup_steps=3, warmup_tokens=5000)),
+    )  # fmt: skip
+    length = tokens_to_steps(config, step=0, tokens=0)
+    with pytest.raises(UsageError, match=r"tokens is 5000 \(20 steps\), longer than .*max_tokens 1024 \(4 steps\)"):
+        check_warmup(config.model.optimizer.warmup_steps, config.trainer.max_steps, length)
 
 
 def test_schedules_follow_the_tokens() -> None:

@@ -52,7 +52,14 @@ def check_allowed(allowed: Collection[str]) -> None:
     """Raises ValueError for what --allow_changes does not know."""
     for key in allowed:
         if IN_STEPS.get(key, key) not in SCHEDULE:
-            raise ValueError(f"--allow_changes has {key!r}: expected some of {', '.join(SCHEDULE)}")
+            raise ValueError(f"--allow_changes has {key!r}: expected some of {', '.join((*SCHEDULE, *IN_STEPS))}")
+
+
+def warmup_of(checkpoint: CheckpointInfo | None) -> int | None:
+    """The warm-up's steps that a checkpoint records; None where it records none."""
+    settings = checkpoint.meta.get("settings") if checkpoint else None
+    steps = settings.get(f"{OPTIMIZER}warmup_steps") if isinstance(settings, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed: Collection[str]) -> None:
