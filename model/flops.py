@@ -75,10 +75,15 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 def sequence_cost(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
     """How long a sequence takes beside others, in FLOPs of `train_flops` at softmax's speed."""
+    return _flops(config, document_lengths, ENTMAX_ATTENTION if config.attention.is_entmax else 1.0)
+
+
+def _flops(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64], attention: float) -> float:
+    """Of `train_flops`, with this share of attention's."""
     lengths = np.asarray(document_lengths, np.float64)
-    share = ENTMAX_ATTENTION if config.attention.is_entmax else 1.0
-    linear = 6.0 * matmul_parameters(config) * float(lengths.sum())
-    return linear + share * 6.0 * config.n_layers * config.n_heads * config.head_size * float(np.square(lengths).sum())
+    products = 6.0 * matmul_parameters(config) * float(lengths.sum())
+    scores = 6.0 * config.n_layers * config.n_heads * config.head_size * float(np.square(lengths).sum())
+    return products + attention * scores
 
 
 def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
@@ -86,11 +91,6 @@ def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
 
     6 per weight and token, plus 6 * L * H * D * n ** 2 for causal attention at half within each document of n
     tokens: two products of 2 * H * D * n ** 2 / 2 in the forward pass and twice that in the backward pass. Sparsity,
-        a sliding window and recomputation change what is
-    executed, not this count.
+    a sliding window and recomputation change what is executed, not this count.
     """
-    tokens = sum(document_lengths)
-    squares = sum(n * n for n in document_lengths)
-    return (
-        6.0 * matmul_parameters(config) * tokens + 6.0 * config.n_layers * config.n_heads * config.head_size * squares
-    )
+    return _flops(config, document_lengths, 1.0)

@@ -13,6 +13,7 @@ from training.faults.watchdog import WatchdogConfig
 
 
 def add_run_arguments(parser: LightningArgumentParser, *, needs_run_dir: bool) -> None:
+    """Add them to train.py's parser. needs_run_dir: --run_dir has to be given."""
     parser.add_argument(
         "--run_dir", type=str if needs_run_dir else str | None, required=needs_run_dir,
         help="Folder of the run: checkpoints, metrics, config.",
