@@ -11,10 +11,9 @@ from kernels.common.tiles import BLOCK_FIELDS
 from kernels.common.visibility import TILE
 
 # The bits of lists of keys grow with the square of the length: past this, where they take half of what else is kept at
-# head dim 64, lists of tiles. So with mean documents up to the other: topics of 8,192 tokens lost a tenth, shorter ones
-# have not been timed
+# head dim 64, lists of tiles. So with mean documents below the other, which have not been timed
 LONGEST_KEY_LIST = 1 << 17
-SHORTEST_KEY_LIST = 8192
+SHORTEST_KEY_LIST = 4096
 LONGEST_SHORT_ENTRY = 1 << 16  # keys (queries) that entries of 16 bits tell apart
 
 
@@ -57,7 +56,7 @@ class ListBits(NamedTuple):
 
 def lists_keys(n_queries: int, n_keys: int, n_documents: int) -> bool:
     """Whether lengths let passes after the scan follow single keys where these are few."""
-    return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys > SHORTEST_KEY_LIST * n_documents
+    return max(n_queries, n_keys) <= LONGEST_KEY_LIST and n_keys >= SHORTEST_KEY_LIST * n_documents
 
 
 def is_triangular(n_queries: int, n_keys: int, causal: bool, kv_lens: Tensor | None) -> bool:

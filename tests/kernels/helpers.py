@@ -102,8 +102,8 @@ def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...
     errors add up as squares.
 
     Past alpha = 1.5 the slope of w = u ** (beta - 1) grows without bound towards u = 0. So what the rounding of a
-    score, EPS |q| |k| by random walk, makes of w counts for pairs within 16 such roundings of the threshold: whether
-    plain PyTorch lands as far from the truth there is chance.
+    score, EPS |q| |k| by random walk, makes of w counts for pairs within 16 such roundings of the threshold, in ds and in
+    the delta of dalpha: whether plain PyTorch lands as far from the truth there is chance.
     """
     q, k, v, weight = (x.detach().double() for x in inputs)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -124,10 +124,13 @@ def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...
     close = (above.abs() <= 16 * off) & (beta < 2)
     doubt = torch.where(close, (above + off).clamp(min=0) ** (beta - 1) - (above - off).clamp(min=0) ** (beta - 1), 0)
     dp = weight @ v.mT
-    doubt = doubt * (dp - (w * dp).sum(-1, keepdim=True) / w.sum(-1, keepdim=True).clamp(min=1e-300))
+    sum_w = w.sum(-1, keepdim=True).clamp(min=1e-300)
+    doubt = doubt * (dp - (w * dp).sum(-1, keepdim=True) / sum_w)
     dq_doubt, dk_doubt = (doubt**2 @ k**2).sum().sqrt() / EPS, (doubt.mT**2 @ q**2).sum().sqrt() / EPS
-    terms = beta**2 * p * (1 - u.log()) * (product + mean)
-    cancelled = (0.0, scale * (dq.norm() + dq_doubt), scale * (dk.sum().sqrt() + dk_doubt), 0.0, 2 * terms.norm())
+    entropy = beta**2 * p * (1 - u.log())  # d dalpha / d dP of a pair, and its sum over a row that of delta
+    dalpha_doubt = (entropy.sum(-1) * doubt.norm(dim=-1) / sum_w[..., 0]).norm() / EPS
+    dalpha = 2 * (entropy * (product + mean)).norm() + dalpha_doubt
+    cancelled = (0.0, scale * (dq.norm() + dq_doubt), scale * (dk.sum().sqrt() + dk_doubt), 0.0, dalpha)
     return tuple(EPS * (2 * x.norm() + more) for x, more in zip(truth, cancelled, strict=False))
 
 
