@@ -126,6 +126,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
+        if self.config.asynchronous and step > self.start.step and not self.copy.begun:
+            cast(ElasticCheckpoints, trainer.strategy).begin_copy(self.copy)
         last = step == trainer.max_steps or trainer.should_stop
         due = step % self.config.every_n_steps == 0 or step in self.config.milestones or last
         if due and step > self.tried_step:

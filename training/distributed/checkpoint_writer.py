@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,25 +29,49 @@ from training.distributed.checkpoint_state import (
 class HostCopy:
     """Host memory for one copy of what this rank saves, float32, pinned for CUDA.
 
-    It is made at the first save and kept for the next one, which has to wait until this one is written.
+    It is made in a thread, as pinning takes seconds for ten gigabytes, and kept for the next save, which has to wait
+    until this one is written.
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory: Future[Tensor] | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self._memory is not None
+
+    def begin(self, sizes: Mapping[str, int], device: torch.device) -> None:
+        """Begin to make room. sizes: elements of each tensor. device: what will be copied lies there."""
+        executor = ThreadPoolExecutor(1, "host copy")
+        self._memory = executor.submit(host_memory, sum(sizes.values()), device)
+        executor.shutdown(wait=False)
 
     def room(
         self, files: Iterable[StateFile], shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> dict[str, Tensor]:
-        """Tensors of all files by key, with unspecified content. device: what will be copied into them lies there."""
-        sizes = {key: prod(shapes[key]) for file in files for key in file.keys}
-        if self._memory.numel() != (total := sum(sizes.values())):
-            self._memory = torch.empty(total)
-            if device.type == "cuda" and total:
-                # torch's own pinned memory comes in powers of two
-                cuda = torch.cuda.cudart()
-                torch.cuda.check_error(int(cuda.cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0)))
-        parts = self._memory.split(list(sizes.values()))
+        """Tensors of all files by key, with unspecified content. device: as in `begin`."""
+        sizes = tensor_sizes(files, shapes)
+        if self._memory is None or self._memory.result().numel() != sum(sizes.values()):
+            self.begin(sizes, device)
+        assert self._memory is not None
+        parts = self._memory.result().split(list(sizes.values()))
         return {key: part.view(shapes[key]) for key, part in zip(sizes, parts, strict=True)}
+
+
+def tensor_sizes(files: Iterable[StateFile], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Elements of all files' tensors by key."""
+    return {key: prod(shapes[key]) for file in files for key in file.keys}
+
+
+def host_memory(elements: int, device: torch.device) -> Tensor:
+    """float32 (elements,) on the CPU, pinned where the device is of CUDA."""
+    if device.type != "cuda" or not elements:
+        return torch.empty(elements)
+    memory = torch.empty(elements).zero_()  # every page exists before the driver, with its lock held, pins them
+    with torch.cuda.device(device):  # a new thread's is the first one
+        # torch's own pinned memory comes in powers of two
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+    return memory
 
 
 @dataclass(frozen=True)
@@ -98,14 +122,25 @@ def take_share(
         device: where tensors travel between ranks.
         copy: takes the tensors as they are now; without it the share must be written at once, by all ranks together.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    plan = plan_files(state.shapes, world_size)
+    rank, plan = _plan(state)
     if copy is None:
         return Share(folder, collect(state, plan, rank, device), trainer_state)
     files = list(collect(state, plan, rank, device, copy.room(plan[rank], state.shapes, device)))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Share(folder, files, trainer_state)
+
+
+def begin_copy(state: TrainingState, device: torch.device, copy: HostCopy) -> None:
+    """Begin to make the room that this rank's shares need. device: as in `take_share`."""
+    rank, plan = _plan(state)
+    copy.begin(tensor_sizes(plan[rank], state.shapes), device)
+
+
+def _plan(state: TrainingState) -> tuple[int, list[list[StateFile]]]:
+    """This rank, and the files of each one."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return rank, plan_files(state.shapes, world_size)
 
 
 def agreed_checksums(write: Callable[[], dict[str, str]]) -> dict[str, str]:

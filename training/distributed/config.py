@@ -15,7 +15,7 @@ from common.checks import check_number
 from model.checkpoint import read_complete
 from model.loading import StoredTensors
 from training.distributed.checkpoint_state import TrainingState, read_state, together, whole_state
-from training.distributed.checkpoint_writer import HostCopy, Share, agreed_checksums, take_share
+from training.distributed.checkpoint_writer import HostCopy, Share, agreed_checksums, begin_copy, take_share
 from training.distributed.engine import Engine, PlainEngine
 
 ZERO_PRECISIONS = ("32-true", "bf16-mixed")
@@ -108,6 +108,10 @@ class ElasticCheckpoints(Strategy):
             self.checksums = agreed_checksums(share.write)
         else:
             self.copied = share
+
+    def begin_copy(self, copy: HostCopy) -> None:
+        """Begin to make the room that a save with this HostCopy will need."""
+        begin_copy(self.training_state(), self.root_device, copy)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._restored_from = Path(checkpoint_path).parent

@@ -12,8 +12,9 @@ from common.exits import INTERRUPTED
 from model.checkpoint import MARKER, checkpoint_folder, find_checkpoints, read_complete, write_complete
 from model.loading import StoredTensors
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
+from training.distributed import checkpoint_writer
 from training.distributed.checkpoint_state import Fragment, SaveError, TrainingState
-from training.distributed.checkpoint_writer import BackgroundSave, HostCopy, take_share
+from training.distributed.checkpoint_writer import BackgroundSave, HostCopy, begin_copy, take_share
 
 ASYNCHRONOUS = ("--checkpoint.asynchronous", "true")
 CPU = torch.device("cpu")
@@ -148,6 +149,16 @@ def test_what_is_copied_stays_as_it_was_and_memory_is_used_again(tmp_path: Path)
     assert tensors["weight/a"].tolist() == [[0, 1, 2], [3, 4, 5]] and tensors["weight/b"].tolist() == [0, 1, 2, 3]
     ((_, again),) = take_share(tmp_path, trained, CPU, b"rest", copy).files
     assert again["weight/b"].data_ptr() == tensors["weight/b"].data_ptr() and not again["weight/b"].any()
+
+
+def test_room_begun_ahead_is_the_room_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, host_memory, copy = [], checkpoint_writer.host_memory, HostCopy()
+    monkeypatch.setattr(checkpoint_writer, "host_memory", lambda n, device: asked.append(n) or host_memory(n, device))
+    assert not copy.begun
+    begin_copy(state(), CPU, copy)
+    assert copy.begun
+    ((_, tensors),) = take_share(tmp_path, state(), CPU, b"rest", copy).files
+    assert asked == [10] and tensors["weight/b"].tolist() == [0, 1, 2, 3]
 
 
 def test_the_marker_comes_last_and_is_there_when_finished(tmp_path: Path) -> None:
