@@ -58,16 +58,15 @@ class HeadAlpha(nn.Module):
         return alpha if progress is None else self.anneal_from + (alpha - self.anneal_from) * progress
 
     @torch.no_grad()
-    def take_over(self, other: "HeadAlpha") -> None:
-        """Give the heads the alphas that `other` has learned, moved inside these bounds: where the start or the bounds
-        differ, the same alpha_raw means another alpha. Nothing where one of the two is fixed."""
+    def taken_over(self, other: "HeadAlpha") -> Tensor | None:
+        """alpha_raw (H,) that gives the heads the alphas which `other` has learned, moved inside these bounds: where
+        the start or the bounds differ, the same alpha_raw means another alpha. None where one of the two is fixed."""
         if self.alpha_raw is None or other.alpha_raw is None:
-            return
+            return None
         if (self.start, self.lo, self.hi) == (other.start, other.lo, other.hi):
-            self.alpha_raw.copy_(other.alpha_raw)
-            return
-        share = (other._target(self.alpha_raw.device) - self.lo) / (self.hi - self.lo)
-        self.alpha_raw.copy_(share.clamp(ALPHA_MARGIN, 1 - ALPHA_MARGIN).logit() - self._offset)
+            return other.alpha_raw
+        share = (other._target(other.alpha_raw.device) - self.lo) / (self.hi - self.lo)
+        return share.clamp(ALPHA_MARGIN, 1 - ALPHA_MARGIN).logit() - self._offset
 
     @property
     def _offset(self) -> float:
@@ -100,7 +99,6 @@ class AdaptiveTemperature(nn.Module):
     def __init__(self, config: ModelConfig, n_heads: int):
         super().__init__()
         self.offset, self.range = config.attention.temperature_offset, config.attention.temperature_range
-        self.bias_start = config.attention.temperature_bias
         self.beta = nn.Linear(config.d_model, n_heads)
         self.gamma = nn.Linear(config.d_model, n_heads)
 

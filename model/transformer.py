@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from model.attention import Attention, AttentionMetadata, make_metadata
 from model.config import ModelConfig
+from model.initial_weights import InitialWeights, take_memory
 from model.kv_cache import LayerCache
-from model.layers import AdaptiveTemperature, FeedForward, ScalableTemperature
+from model.layers import FeedForward, ScalableTemperature
 from model.sequence_parallel import SequenceShards
 
 # Inductor pads strides that are not whole 128 bytes, and torch 2.11's may read a buffer with other strides than it was
@@ -30,15 +31,24 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """deferred: parameters stay on the meta device, for whoever gives them memory and the values of `initial`; so they
+    do without it where that is the default device."""
+
+    def __init__(self, config: ModelConfig, deferred: bool = False):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        device = torch.empty(0).device
+        with torch.device("meta"):  # layers would draw values of their own first
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+            self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.annealed = 1.0  # share of the way from attention.anneal_from to alpha
-        if not self.embedding.weight.is_meta:
+        deferred = deferred or device.type == "meta"
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        self.initial = InitialWeights(self, config, seed, torch.device("cpu") if deferred else device)
+        if not deferred:
+            take_memory(self, device)
             self.init_weights()
 
     def forward(
@@ -97,32 +107,11 @@ class Transformer(nn.Module):
         """(V, C); the embedding itself when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal with init_std, divided by sqrt(2 * n_layers) where a layer writes to the residual stream; norms 1,
-        biases and alpha_raw 0 (alpha then starts at its configured value) but for temperature_bias, SSMax scalars
-        normal with mean 1 and deviation 0.01."""
-        std, depth = self.config.init_std, (2 * self.config.n_layers) ** -0.5
-        nn.init.normal_(self.embedding.weight, std=std, generator=generator)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=std, generator=generator)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, ScalableTemperature):
-                nn.init.normal_(module.scalar, mean=1.0, std=0.01, generator=generator)
-        for module in self.blocks.modules():
-            if isinstance(module, AdaptiveTemperature):
-                nn.init.constant_(module.beta.bias, module.bias_start)
-        for block in self.layers():
-            for linear in (block.attention.wo, block.feed_forward.w_down):
-                nn.init.normal_(linear.weight, std=std * depth, generator=generator)
-            if block.attention.alpha is not None and block.attention.alpha.alpha_raw is not None:
-                nn.init.zeros_(block.attention.alpha.alpha_raw)
-        for module in self.modules():
-            if isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """As InitialWeights says."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial[name])
 
     @torch.no_grad()
     def alphas(self) -> Tensor | None:

@@ -131,6 +131,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_run_arguments(parser, needs_run_dir=self.needs_run_dir)
+        parser.link_arguments("parallel.zero_stage", "model.deferred", compute_fn=bool)
 
     def before_instantiate_classes(self) -> None:
         """Check what needs no model and no data, and choose the checkpoint to start from."""
@@ -280,7 +281,8 @@ class TrainingCLI(LightningCLI):
             check_settings(self.start.checkpoint, settings, self.config_init.allow_changes)
         elif self.init_from:
             check_tokenizer(self.init_from, str(self.datamodule.tokenizer_path), self.datamodule.tokenizer_fingerprint)
-            transfer_weights(self.init_from, self.model.model, self.config_init.checkpoint.verify)
+            verify = self.config_init.checkpoint.verify
+            self.model.taken_over = transfer_weights(self.init_from, self.model.model, verify)
         config = self.parser.dump(self.config, skip_none=False)
         record_session(self.run_dir, self.start.step, config, self.version)
         log_config(self.trainer.loggers, yaml.safe_load(config), self.version)

@@ -50,6 +50,8 @@ class LanguageModule(LightningModule):
         z_loss: coefficient of logsumexp(logits)^2 of each token (PaLM, arXiv 2204.02311), in training only; 0 for none.
             The logged loss is without it.
         mlp_tile_tokens: tokens for which the feed-forward layer's inner activations exist at one time; 0 for all.
+        deferred: the network stays on the meta device until the strategy gives it memory and `taken_over` or its
+            initial values (ZeroStrategy).
         cuda_graphs: replay forward and backward as CUDA graphs: for small models on one device, whose batches have one
             shape (data.task). The loss backend is the chunked one.
 
@@ -69,6 +71,7 @@ class LanguageModule(LightningModule):
         activation_checkpointing: ActivationCheckpointing = "none",
         mlp_tile_tokens: int = 0,
         cuda_graphs: bool = False,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         if cuda_graphs and loss_backend == "liger":
@@ -82,7 +85,8 @@ class LanguageModule(LightningModule):
         self.loss_backend, self.loss_chunk_tokens, self.z_loss = loss_backend, loss_chunk_tokens, z_loss
         if cuda_graphs:
             self.loss_backend = "chunked"  # liger waits for the device
-        self.model = Transformer(network)
+        self.model = Transformer(network, deferred)
+        self.taken_over: dict[str, Tensor] = {}  # weights of another run by name, where the model has no memory yet
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
         self.step_gradient_norm: Tensor | float = 0.0
         self.step_lr = 0.0

@@ -82,7 +82,9 @@ def test_factors_are_the_best(variant: str) -> None:
     model, tokens = Transformer(config), torch.randint(50, (2, 40))
     found = find_factors(model, tokens, 1.5, nullcontext())
     for index, layer in enumerate(found):
-        assert (layer.error < layer.error_at_1).all() and ((layer.keys >= 1) & (layer.keys < 20)).all()
+        inside = ~layer.at_bound  # a local ALiBi head's best factor may be above 1
+        assert inside.any() and (layer.error < layer.error_at_1)[inside].all()
+        assert ((layer.keys >= 1) & (layer.keys < 20)).all()
         errors = []
         for factor in (0.9, 1.0, 1.1):
             attention = [block.attention for block in model.layers()]
@@ -92,7 +94,8 @@ def test_factors_are_the_best(variant: str) -> None:
             heads = observers[index].found
             errors.append(heads.diagonal() if len(heads) > 1 else heads[:, 0])  # each head's own factor
         less, best, more = (one.sum(0, keepdim=True) if config.qk_norm else one for one in errors)
-        assert (best <= less).all() and (best <= more).all(), (variant, less, best, more)
+        inside = inside.any()[None] if config.qk_norm else inside
+        assert (best <= less)[inside].all() and (best <= more)[inside].all(), (variant, less, best, more)
         if config.qk_norm:
             assert (layer.factor == layer.factor[0]).all()
 

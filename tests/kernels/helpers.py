@@ -102,8 +102,8 @@ def rounding(inputs: tuple[Tensor, ...], alpha: Tensor, truth: tuple[Tensor, ...
     errors add up as squares.
 
     Past alpha = 1.5 the slope of w = u ** (beta - 1) grows without bound towards u = 0. So what the rounding of a
-    score, EPS |q| |k| by random walk, makes of w counts for pairs within 16 such roundings of the threshold, in ds and in
-    the delta of dalpha: whether plain PyTorch lands as far from the truth there is chance.
+    score, EPS |q| |k| by random walk, makes of w counts for pairs within 16 such roundings of the threshold, in ds and
+    in the delta of dalpha: whether plain PyTorch lands as far from the truth there is chance.
     """
     q, k, v, weight = (x.detach().double() for x in inputs)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from model.attention import make_metadata
 from model.attention_stats import attention_stats
 from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions, config_from_dict
+from model.initial_weights import take_memory
 from model.layers import HeadAlpha
 from model.rotary import rotary_tables, rotate
 from model.transformer import Transformer
@@ -157,19 +158,51 @@ def test_scalars_of_ssmax_by_layer_and_scaled_head() -> None:
     assert Transformer(tiny()).temperature_scalars() is None
 
 
-def test_meta_model_initialises_like_a_real_one() -> None:
-    torch.manual_seed(0)
-    real = Transformer(tiny())
-    with torch.device("meta"):
-        empty = Transformer(tiny())
-    empty.to_empty(device="cpu")
-    torch.manual_seed(0)
+def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in seeded(config, seed).named_parameters()}
+
+
+def seeded(config: ModelConfig, seed: int = 0, deferred: bool = False) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(config, deferred)
+
+
+def test_a_deferred_model_starts_like_a_real_one() -> None:
+    real, empty = seeded(tiny()), seeded(tiny(), deferred=True)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    take_memory(empty, torch.device("cpu"))
     empty.init_weights()
-    torch.manual_seed(0)
-    real.init_weights()
     for (name, a), (_, b) in zip(real.named_parameters(), empty.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert empty.head_weight is empty.embedding.weight
+
+
+def test_twins_share_their_initial_weights_and_seeds_do_not() -> None:
+    softmax, entmax, other = weights_of(tiny("softmax")), weights_of(tiny("asentmax")), weights_of(tiny("softmax"), 1)
+    assert softmax.keys() < entmax.keys()
+    assert all(torch.equal(weight, entmax[name]) for name, weight in softmax.items())
+    drawn = [name for name, weight in softmax.items() if weight.std() > 0]
+    assert drawn and not any(torch.equal(softmax[name], other[name]) for name in drawn)
+    values = [softmax[name].flatten()[0].item() for name in drawn]
+    assert len(set(values)) == len(values)  # parameters of one shape differ
+
+
+def test_initial_weights_have_the_documented_distributions() -> None:
+    config = tiny(d_model=256, d_ff=512, qk_norm=True, init_std=0.05, attention=dict(temperature_bias=-3.0))
+    weights = weights_of(config)
+    for name, std in {
+        "embedding.weight": 0.05,
+        "blocks.1.attention.wq.weight": 0.05,
+        "blocks.0.attention.wo.weight": 0.025,  # divided by sqrt(2 * 2 layers)
+        "blocks.1.feed_forward.w_down.weight": 0.025,
+        "blocks.0.attention.temperature.gamma.weight": 0.05,
+    }.items():
+        count = weights[name].numel()
+        assert weights[name].std().item() == pytest.approx(std, rel=4 / (2 * count) ** 0.5)  # four standard errors
+        assert abs(weights[name].mean().item()) < 4 * std / count**0.5
+    assert (weights["blocks.0.attention.q_norm.weight"] == 1).all() and (weights["norm.weight"] == 1).all()
+    assert (weights["blocks.0.attention.temperature.beta.bias"] == -3).all()
+    assert not weights["blocks.0.attention.temperature.gamma.bias"].any()
 
 
 def test_attention_stats() -> None:

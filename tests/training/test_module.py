@@ -209,6 +209,8 @@ def test_whole_sequences_are_not_packed() -> None:
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        # the temperature is float32 whatever the model is: a few roundings
+        rounding = 4 * torch.finfo(torch.float32).eps * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=rounding)
     mixed = module.on_before_batch_transfer(make_batch(range(3)), 0)
     assert mixed["cu_seqlens"] is not None and mixed["tokens"].shape == (1, 3 * LENGTH)

@@ -6,6 +6,7 @@ file needs to know of their internals stands in _Partitions (where weights and s
 
 import logging
 import os
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from model.checkpoint import WEIGHT
+from model.initial_weights import take_memory
 from training.distributed.checkpoint_state import (
     MOMENTS,
     Fragment,
@@ -54,9 +56,9 @@ def deepspeed_config(config: ParallelConfig) -> dict[str, Any]:
 class ZeroStrategy(ElasticCheckpoints, DeepSpeedStrategy):
     """DeepSpeed on CUDA, or on CPUs with gloo, with the checkpoints of this recipe.
 
-    The network is built whole in host memory by every process of a node, 4 bytes a parameter each, so that all stages
-    start from the weights that a single process would have; in bfloat16 the device then holds it whole for a moment
-    before stage 3 divides it.
+    A network on the meta device gets memory on the device, where it is whole, in the dtype that it computes with, for a
+    moment before stage 3 divides it. Its weights, those that a single process would have, are drawn or read parameter
+    by parameter, of which each rank keeps its own part.
     """
 
     def __init__(self, config: ParallelConfig, device_type: str) -> None:
@@ -73,6 +75,7 @@ class ZeroStrategy(ElasticCheckpoints, DeepSpeedStrategy):
         super().__init__(config=deepspeed_config(config), timeout=config.timeout, logging_level=logging.ERROR)
         self.parallel_config = config
         self._engine: ZeroEngine | None = None
+        self._start: Mapping[str, Tensor] = {}
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -97,13 +100,25 @@ class ZeroStrategy(ElasticCheckpoints, DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         # As DeepSpeedStrategy's, without its warning that configure_gradient_clipping does not clip: here it does.
         assert self.model is not None
+        self._start = self._start_weights()
+        if any(parameter.is_meta for parameter in self._network().parameters()):  # before the optimizer is made
+            dtype = None if self.precision_plugin.precision == "32-true" else torch.bfloat16
+            take_memory(self._network(), self.root_device, dtype)
         self._initialize_deepspeed_train(self.model)
 
+    def _start_weights(self) -> Mapping[str, Tensor]:
+        """By parameter name; none where a checkpoint will give them."""
+        module: Any = self.lightning_module
+        if module.trainer.ckpt_path:
+            return {}
+        found = {name: p.detach() for name, p in self._network().named_parameters() if not p.is_meta}
+        return found or ChainMap(module.taken_over, module.model.initial)
+
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
-        initial = {name: parameter.detach() for name, parameter in self._network().named_parameters()}
         engine, wrapper = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         self._engine = ZeroEngine(engine, self._network())
-        self._engine.partitions.set_weights(initial)  # DeepSpeed rounded them before it copied them
+        if self._start:
+            self._engine.partitions.set_weights(self._start)  # DeepSpeed has rounded what it copied, if anything
         return engine, wrapper
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -263,11 +278,13 @@ class _Partitions:
         return TrainingState(self.shapes, fragments, replicated=False, steps=steps)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take this rank's share of whole float32 weights, by parameter name."""
+        """Take this rank's share of whole float32 weights, by parameter name; each one is asked for where it is needed
+        alone."""
         state = self.state()
-        ours = [fragment for fragment in state.fragments if fragment.key.startswith(WEIGHT)]
-        stored = {WEIGHT + name: tensor for name, tensor in weights.items()}
-        read_state(stored, replace(state, fragments=ours))
+        for fragment in state.fragments:
+            if fragment.key.startswith(WEIGHT):
+                stored = {fragment.key: weights[fragment.key.removeprefix(WEIGHT)]}
+                read_state(stored, replace(state, fragments=[fragment]))
         self.refresh_weights()
 
     def set_steps(self, steps: Mapping[str, int]) -> None:

@@ -52,7 +52,7 @@ def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     if setup.optimizer == "muon":
         less = "4 less an element of the blocks' matrices"
         moments = Part(moments.bytes - FLOAT32 * muon_elements(setup.network), f"8 P, {less}")
-    copy = Part((FLOAT32 * count + moments.bytes) / ranks, f"(4 P + {moments.formula}) / W, from the first save on")
+    copy = Part((FLOAT32 * count + moments.bytes) / ranks, f"(4 P + {moments.formula}) / W, from the first step on")
     if stage:
         moments = Part(12 * count / ranks, "(8 + 4) P / W, with the float32 weights")
     if stage >= 2:

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+from torch import Tensor
+
 from common.nested import flatten
 from model.checkpoint import CheckpointInfo
 from model.checksums import Verify
@@ -42,19 +44,25 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
         )
 
 
-def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Verify = "checksum") -> None:
+def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Verify = "checksum") -> dict[str, Tensor]:
     """Give `model` the checkpoint's weights, and say what has changed and what keeps its initial values. Learned alphas
     stay what they are, wherever the config's alpha starts.
 
-    Raises ValueError as check_transfer and load_model do.
+    Returns the weights by name, mapped into memory, which a model on the meta device has yet to be given. Raises
+    ValueError as check_transfer and load_model do.
     """
     check_transfer(checkpoint, model.config)
     saved, wanted = _architectures(checkpoint, model.config)
     source = load_model(checkpoint.path, verify=verify).model
-    missing, dropped = model.load_state_dict(source.state_dict(), strict=False)
-    for new, old in zip(model.layers(), source.layers(), strict=True):
+    weights = dict(source.state_dict())
+    for layer, (new, old) in enumerate(zip(model.layers(), source.layers(), strict=True)):
         if new.attention.alpha is not None and old.attention.alpha is not None:
-            new.attention.alpha.take_over(old.attention.alpha)
+            taken = new.attention.alpha.taken_over(old.attention.alpha)
+            weights |= {} if taken is None else {f"blocks.{layer}.attention.alpha.alpha_raw": taken}
+    own = [name for name, _ in model.named_parameters()]
+    missing, dropped = [name for name in own if name not in weights], [name for name in weights if name not in own]
+    if not model.embedding.weight.is_meta:
+        model.load_state_dict(weights, strict=False)
     say(f"starting from the weights of {checkpoint.path} (its step {checkpoint.step}): step 0, new optimizer and data")
     changed = [f"{key} {saved.get(key)} -> {wanted.get(key)}" for key in _differing(saved, wanted)]
     for what, found in (
@@ -64,6 +72,7 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
     ):
         if found:
             say(f"  {what}: {', '.join(found)}")
+    return weights
 
 
 def _architectures(checkpoint: CheckpointInfo, network: ModelConfig) -> tuple[dict[str, object], dict[str, object]]:

@@ -84,7 +84,7 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 def test_tokens_are_generated_as_transformers_does(name: str) -> None:
     theirs = random_model(name)
     ours = ours_of(theirs)
-    prompt = torch.randint(61, (1, 11))
+    prompt = torch.randint(1, 61, (1, 11))  # 0 is padding, which transformers masks
     expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 11:]
     cache = make_cache(ours, 1, 40)
     hidden = prefill(ours, prompt.tolist(), cache, chunk_tokens=100)

@@ -90,6 +90,23 @@ def test_resume_is_bit_identical(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_stage_starts_from_the_weights_that_one_process_takes_over(
+    single: Path, train: TrainProcess, wider: Path, tmp_path: Path
+) -> None:
+    """Alphas stay what they are, though they start elsewhere."""
+    new = ("--init_from", single, "--model.network.attention.alpha", 1.4)
+    for name, options in (("one", ()), ("two", on_two(3))):
+        watching = callbacks(("SaveAtStart", {"folder": str(tmp_path / name)}), ("StopAfterStep", {"step": 1}))
+        done = train("--run_dir", tmp_path / f"run-{name}", *new, *options, watching, configs=(wider,))
+        assert done.returncode == 0, done.stderr
+        assert "changed: attention.alpha 1.5 -> 1.4" in done.stdout + done.stderr
+    one, two = (dict(StoredTensors(read_complete(tmp_path / name))) for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    taken = StoredTensors(read_complete(checkpoint_folder(single, 10)))
+    same = [key for key in taken if key.startswith("weight/") and "alpha" not in key]
+    assert same and all(torch.equal(taken[key], two[key]) for key in same)
+
+
 def test_from_one_process_to_two_at_other_stages_and_back(
     single: Path, train: TrainProcess, wider: Path, tmp_path: Path
 ) -> None:
