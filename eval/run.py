@@ -24,6 +24,7 @@ from eval.held_out.analysis import choose_baseline, pair, summarise
 from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import measure_or_reuse
 from eval.held_out.report import TITLE, Study, summary_lines, write_report
+from eval.held_out.seeds import compare_seeds
 from eval.held_out.tables import study_tables
 from eval.held_out.texts import open_held_out
 from eval.reporting.html_page import check_page
@@ -86,12 +87,14 @@ def evaluate(
     held_out = open_held_out(data, subjects, config)
     measurements = [measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
     baseline = choose_baseline(measurements)
+    settings = {subject.label: _settings(subject) for subject in subjects}
     study = Study(
         config=config,
         measurements=measurements,
         runs=[summarise(one) for one in measurements],
         pairs=[pair(one, baseline) for one in measurements if one is not baseline],
-        settings={subject.label: _settings(subject) for subject in subjects},
+        seeds=compare_seeds(measurements, settings),
+        settings=settings,
         metrics={subject.label: read_metrics(subject.run_dir) for subject in subjects},
         base_length=held_out.base_length,
         data=str(data),

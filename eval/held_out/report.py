@@ -11,6 +11,7 @@ from eval.held_out.attention_report import attention_blocks, head_mean
 from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
 from eval.held_out.needle_report import needle_blocks
+from eval.held_out.seeds import SeedSummary, seed_blocks
 from eval.held_out.settings_report import run_blocks
 from eval.held_out.verdict import verdict
 from eval.reporting.document import Block, Details, Heading, Items, Paragraph, Picture, Table, Verdict, pictures_of
@@ -36,6 +37,7 @@ class Study(Provenance):
     measurements: list[Measurement]
     runs: list[RunSummary]
     pairs: list[PairSummary]
+    seeds: list[SeedSummary]
     settings: dict[str, dict[str, str]]
     metrics: dict[str, dict[str, Series]]
     base_length: int
@@ -53,6 +55,7 @@ def write_report(study: Study, output: Path) -> tuple[Path, list[Picture]]:
         Verdict(verdict(study.runs, study.pairs), found_lines(study)),
         *_lengths(study, output),
         *_headline(study),
+        *seed_blocks(study.seeds, study.base_length),
         *needle_blocks(study.runs, study.config, study.base_length, output),
         *attention_blocks(study.measurements, study.config, study.base_length, output),
         *_training(study, output),
@@ -84,6 +87,7 @@ def found_lines(study: Study) -> list[str]:
             pair = ratios[run.label]
             line += f", bits per byte {interval_text(pair.bits_per_byte_ratio, 3)} times {pair.baseline}'s"
         lines.append(line)
+    lines += [one.said() for one in study.seeds]
     for i, score in enumerate(study.runs[0].lengths):
         row = "; ".join(f"{run.label} {interval_text(run.lengths[i].perplexity)}" for run in study.runs)
         lines.append(f"Perplexity at {score.multiple}x ({score.tokens:,} tokens): {row}")

@@ -50,7 +50,7 @@ def study(measurements: list[Measurement]) -> Study:
     }
     return Study(
         config=CONFIG, measurements=measurements, runs=[summarise(one) for one in measurements],
-        pairs=[pair(one, baseline) for one in measurements if one is not baseline],
+        pairs=[pair(one, baseline) for one in measurements if one is not baseline], seeds=[],
         settings={one.label: {"kind": one.label, "seed": "1"} for one in measurements},
         metrics={one.label: {**metrics, **(alphas if one.label == "sparse" else {})} for one in measurements},
         base_length=8, data="prepared/x", data_fingerprint="f" * 64, code_version="abc", command="python -m eval.run x",

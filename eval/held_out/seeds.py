@@ -1,0 +1,105 @@
+"""Configurations that were trained with several seeds, compared over seeds and documents."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from eval.held_out.analysis import PairSummary, choose_baseline, pair
+from eval.held_out.measurement import Measurement
+from eval.held_out.perplexity import Sums
+from eval.reporting.document import Block, Heading, Paragraph, Table
+from eval.reporting.formatting import interval_text
+
+SEED = "seed_everything"
+OF_A_RUN = (SEED, "data.seed", "run_dir", "resume", "init_from", "wandb.", "debug")
+Settings = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """One configuration against the baseline's.
+
+    Args:
+        pair: of the losses' means over seeds; its intervals are over documents, of these seeds.
+        seeds: that both were trained with.
+        ratios: of bits per byte, seed by seed.
+    """
+
+    pair: PairSummary
+    seeds: list[str]
+    ratios: list[float]
+
+    def said(self) -> str:
+        each = ", ".join(f"{ratio:.3f}" for ratio in self.ratios)
+        times = f"{interval_text(self.pair.bits_per_byte_ratio, 3)} times {self.pair.baseline}'s bits per byte"
+        return f"{self.pair.label}: {times} over {len(self.seeds)} seeds ({each})"
+
+
+def compare_seeds(measurements: Sequence[Measurement], settings: Settings) -> list[SeedSummary]:
+    """Of runs whose settings differ in nothing but seeds and folders, where two configurations or more have two seeds
+    or more in common.
+
+    Args:
+        settings: as in settings_report.run_blocks.
+    """
+    groups: dict[tuple[tuple[str, str], ...], dict[str, Measurement]] = {}
+    for one in measurements:
+        own = settings.get(one.label, {})
+        key = tuple(sorted((name, value) for name, value in own.items() if not name.startswith(OF_A_RUN)))
+        if SEED in own:
+            groups.setdefault(key, {}).setdefault(own[SEED], one)
+    several = [group for group in groups.values() if len(group) > 1]
+    if len(several) < 2:
+        return []
+    first = choose_baseline([next(iter(group.values())) for group in several])
+    baseline = next(group for group in several if first in group.values())
+    found = []
+    for group in several:
+        seeds = [seed for seed in group if seed in baseline]
+        if group is not baseline and len(seeds) > 1:
+            ours, theirs = [group[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+            each = [pair(a, b).bits_per_byte_ratio.value for a, b in zip(ours, theirs, strict=True)]
+            found.append(SeedSummary(pair(_mean(ours), _mean(theirs)), seeds, each))
+    return found
+
+
+def _mean(runs: Sequence[Measurement]) -> Measurement:
+    """A run whose losses are the means of these."""
+    first = runs[0]
+    label = os.path.commonprefix([run.label for run in runs]).rstrip("-_/. ").removesuffix("seed").rstrip("-_/. ")
+    results = [run.perplexity for run in runs]
+    by_length = {m: _mean_sums([result.by_length[m] for result in results]) for m in first.perplexity.by_length}
+    headline = _mean_sums([result.headline for result in results])
+    perplexity = replace(first.perplexity, headline=headline, by_length=by_length)
+    return replace(first, label=label or first.label, perplexity=perplexity)
+
+
+def _mean_sums(sums: Sequence[Sums]) -> Sums:
+    return replace(sums[0], loss=np.mean([one.loss for one in sums], axis=0).tolist())
+
+
+def seed_blocks(summaries: Sequence[SeedSummary], base_length: int) -> list[Block]:
+    if not summaries:
+        return []
+    lengths = [one.multiple for one in summaries[0].pair.lengths]
+    rows = [
+        [
+            f"{one.pair.label} / {one.pair.baseline}",
+            ", ".join(one.seeds),
+            interval_text(one.pair.bits_per_byte_ratio, 3),
+            ", ".join(f"{ratio:.3f}" for ratio in one.ratios),
+            *(interval_text(length.perplexity_ratio, 3) for length in one.pair.lengths),
+        ]
+        for one in summaries
+    ]
+    names = [f"perplexity at {m}x ({m * base_length:,})" for m in lengths]
+    return [
+        Heading("Over several seeds"),
+        Paragraph(
+            "Ratios of losses averaged over seeds (below 1 the configuration named first is better). The intervals are "
+            "over documents, paired, for these seeds; how much seeds matter is shown by the ratios of each."
+        ),
+        Table(["pair", "seeds", "bits per byte", "seed by seed", *names], rows),
+    ]

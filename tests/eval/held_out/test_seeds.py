@@ -1,0 +1,72 @@
+"""Several seeds: what is compared with what, and the arithmetic."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.held_out.analysis import pair
+from eval.held_out.measurement import Measurement
+from eval.held_out.report import summary_lines, write_report
+from eval.held_out.seeds import compare_seeds
+from eval.reporting.statistics import ratio_of_sums
+from tests.eval.held_out.made_up import measurement, study
+
+SCALES = {"softmax-seed-1": 1.0, "asentmax-seed-1": 0.9, "softmax-seed-2": 1.1, "asentmax-seed-2": 1.2}
+SETTINGS = {
+    label: {
+        "seed_everything": label[-1],
+        "data.seed": label[-1],
+        "run_dir": f"runs/{label}",
+        "model.network.attention.kind": label.split("-")[0],
+    }
+    for label in SCALES
+}
+
+
+def runs() -> list[Measurement]:
+    """With losses that differ from document to document and run to run."""
+    found = []
+    for number, (label, scale) in enumerate(SCALES.items()):
+        one = measurement(label, label.split("-")[0], scale)
+        headline = one.perplexity.headline
+        loss = [x * (1 + 0.05 * np.sin(7 * number + i)) for i, x in enumerate(headline.loss)]
+        found.append(replace(one, perplexity=replace(one.perplexity, headline=replace(headline, loss=loss))))
+    return found
+
+
+def test_the_means_over_seeds_are_paired_over_documents() -> None:
+    softmax_1, entmax_1, softmax_2, entmax_2 = measured = runs()
+    (found,) = compare_seeds(measured, SETTINGS)
+    losses = [np.array(one.perplexity.headline.loss) for one in measured]
+    assert found.pair.bits_per_byte_ratio == ratio_of_sums((losses[1] + losses[3]) / 2, (losses[0] + losses[2]) / 2)
+    each = [pair(entmax_1, softmax_1), pair(entmax_2, softmax_2)]
+    assert found.ratios == [one.bits_per_byte_ratio.value for one in each] and found.seeds == ["1", "2"]
+    assert (found.pair.label, found.pair.baseline) == ("asentmax", "softmax")
+    per_token = 1.25 * ((0.9 + 1.2) / 2 - (1.0 + 1.1) / 2)  # of what measurement() makes of its scale
+    assert found.pair.lengths[0].perplexity_ratio.value == pytest.approx(np.exp(per_token))
+
+
+@pytest.mark.parametrize(
+    ("change", "seeds"),
+    [
+        ({"softmax-seed-2": {"model.optimizer.lr": "0.1"}}, None),  # another configuration
+        ({"softmax-seed-2": {"seed_everything": "3"}}, None),  # one seed in common
+        ({"softmax-seed-2": {"seed_everything": "1"}}, None),  # the same seed twice
+        ({"softmax-seed-2": {"wandb.name": "x", "init_from": "runs/first"}}, ["1", "2"]),
+    ],
+)
+def test_only_seeds_may_differ(change: dict[str, dict[str, str]], seeds: list[str] | None) -> None:
+    settings = {label: own | change.get(label, {}) for label, own in SETTINGS.items()}
+    assert [one.seeds for one in compare_seeds(runs(), settings)] == ([] if seeds is None else [seeds])
+
+
+def test_the_report_says_it(tmp_path: Path) -> None:
+    made = study(measured := runs())
+    made = replace(made, seeds=compare_seeds(measured, SETTINGS))
+    page, _ = write_report(made, tmp_path)
+    (line,) = [line for line in summary_lines(made, page) if "over 2 seeds" in line]
+    assert line.startswith("asentmax: ") and "times softmax's bits per byte over 2 seeds (0." in line
+    assert "## Over several seeds" in (text := (tmp_path / "report.md").read_text())
+    assert "| asentmax / softmax | 1, 2 | " in text
