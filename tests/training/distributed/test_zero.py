@@ -9,6 +9,7 @@ import torch.multiprocessing
 
 from model.checkpoint import checkpoint_folder, read_complete
 from model.loading import StoredTensors
+from model.transformer import Transformer
 from tests.training.conftest import TrainProcess, callbacks, logged, stored_tensors
 from tests.training.distributed import zero_worker
 from training.distributed.config import ParallelConfig, check_combinations
@@ -105,6 +106,21 @@ def test_a_stage_starts_from_the_weights_that_one_process_takes_over(
     taken = StoredTensors(read_complete(checkpoint_folder(single, 10)))
     same = [key for key in taken if key.startswith("weight/") and "alpha" not in key]
     assert same and all(torch.equal(taken[key], two[key]) for key in same)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_in_bfloat16_the_float32_weights_start_as_those_of_one_process(
+    stage: int, single: Path, train: TrainProcess, wider: Path, tmp_path: Path
+) -> None:
+    watching = callbacks(("SaveAtStart", {"folder": str(tmp_path / "start")}), ("StopAfterStep", {"step": 1}))
+    options = ("--trainer.precision", "bf16-mixed", *on_two(stage))
+    done = train("--run_dir", tmp_path / "run", *options, watching, configs=(wider,))
+    assert done.returncode == 0, done.stderr
+    start = StoredTensors(read_complete(tmp_path / "start"))
+    torch.manual_seed(0)
+    initial = Transformer(read_complete(checkpoint_folder(single, 10)).architecture).initial
+    assert {key.removeprefix("weight/") for key in start if key.startswith("weight/")} == set(initial)
+    assert all(torch.equal(start[f"weight/{name}"], initial[name]) for name in initial)
 
 
 def test_from_one_process_to_two_at_other_stages_and_back(
