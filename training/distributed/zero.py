@@ -101,10 +101,18 @@ class ZeroStrategy(ElasticCheckpoints, DeepSpeedStrategy):
         # As DeepSpeedStrategy's, without its warning that configure_gradient_clipping does not clip: here it does.
         assert self.model is not None
         self._start = self._start_weights()
-        if any(parameter.is_meta for parameter in self._network().parameters()):  # before the optimizer is made
+        if self._is_deferred():  # before the optimizer is made
             dtype = None if self.precision_plugin.precision == "32-true" else torch.bfloat16
             take_memory(self._network(), self.root_device, dtype)
         self._initialize_deepspeed_train(self.model)
+
+    def _is_deferred(self) -> bool:
+        return any(parameter.is_meta for parameter in self._network().parameters())
+
+    def teardown(self) -> None:
+        if self.lightning_module is not None and self._is_deferred():
+            self._lightning_module = None  # setup has failed: what has no memory cannot move to the CPU
+        super().teardown()
 
     def _start_weights(self) -> Mapping[str, Tensor]:
         """By parameter name; none where a checkpoint will give them."""

@@ -293,7 +293,8 @@ def test_the_density_of_entmax_is_that_of_the_tokens_it_read(
     assert len(supports) == 2 * read and answers.texts[0]
     queries = range(length, length + read) if phase == "decode" else range(1, length + 1)
     kept = torch.stack(supports).unflatten(0, (-1, 2)).sum(0)  # [layers, heads]
-    assert answers.density == pytest.approx(float((kept / sum(queries)).mean()), rel=1e-4)
+    two_keys = 2 / (kept.numel() * sum(queries))  # at a threshold rounding decides
+    assert answers.density == pytest.approx(float((kept / sum(queries)).mean()), abs=two_keys)
 
 
 def test_what_the_folder_lacks_at_a_length_is_noted(tokenizer: Tokenizer, tmp_path: Path) -> None:
