@@ -5,7 +5,7 @@ NAMES = {
     "dense": "softmax, dense", "entmax": "entmax", "window": "sliding window", "streaming_llm": "StreamingLLM",
     "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
     "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "snapkv": "SnapKV",
-    "ada_snapkv": "Ada-SnapKV", "double_p": "Double-P", "bsfa": "BSFA",
+    "pyramidkv": "PyramidKV", "ada_snapkv": "Ada-SnapKV", "h2o": "H2O", "double_p": "Double-P", "bsfa": "BSFA",
 }  # fmt: skip
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from model.policies.bsfa import predicted_density
 from model.policies.double_p import DoubleP
 from model.policies.flexprefill import FlexPrefill
+from model.policies.h2o import H2O
 from model.policies.minference import BlockSparse, VerticalSlash
 from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
 from model.policies.topk import OracleTopK
 from model.policies.window import SlidingWindow, StreamingLLM
@@ -47,7 +48,9 @@ FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     # no dense layers, so that the density is that of all layers alike
     "quest": lambda level, n: Quest(_part(level, -(-n // 16)), dense_layers=0),
     "snapkv": lambda level, n: SnapKV(_part(level, n), observed=min(32, _block(n))),
+    "pyramidkv": lambda level, n: PyramidKV(_part(level, n), observed=min(8, _block(n))),
     "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),
+    "h2o": lambda level, n: H2O(_part(level / 2, n), _part(level / 2, n)),
     "double_p": lambda level, n: DoubleP(level**0.1, level),
 }
 

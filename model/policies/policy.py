@@ -36,7 +36,7 @@ SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of one sequence, all heads tog
 class SequenceView:
     """One sequence as one layer sees it. Query i stands at key query_start + i and sees the keys up to there.
 
-    layer: from 0.
+    layer, n_layers: from 0, of how many in the model.
     decoding: one token that continues a cache; False for whole sequences and chunks of a prompt.
     query_start: index of the key that query 0 stands at; the last query stands at the last key.
     key_start: position in the sequence of key 0: 0 but where a window has cut the cache.
@@ -48,6 +48,7 @@ class SequenceView:
     """
 
     layer: int
+    n_layers: int
     decoding: bool
     query_start: int
     key_start: int
@@ -299,9 +300,8 @@ class _LayerPolicy:
         if extension is None or query_start + key_start == 0:
             self.memories[row] = {}
         memory = self.memories.setdefault(row, {})
-        return SequenceView(
-            self.layer, decoding, query_start, key_start, q.shape[-1] ** -0.5, self.window, slopes, memory
-        )
+        scale, n_layers = q.shape[-1] ** -0.5, self.record.n_layers
+        return SequenceView(self.layer, n_layers, decoding, query_start, key_start, scale, self.window, slopes, memory)
 
 
 def sequences(

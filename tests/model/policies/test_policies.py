@@ -14,10 +14,11 @@ from model.inference.incremental import extend, make_cache, prefill
 from model.policies.double_p import DoubleP
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill
+from model.policies.h2o import H2O
 from model.policies.minference import BlockSparse, VerticalSlash
 from model.policies.policy import Attended, SequenceView, SparsePolicy, use_policy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
 from model.policies.topk import OracleTopK
 from model.policies.window import SlidingWindow, StreamingLLM
@@ -25,16 +26,18 @@ from tests.model.test_transformer import DOCUMENTS, make, tiny, tokens
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 LONG = 10**6
-DENSE: list[SparsePolicy] = [
+SET_DENSE: list[SparsePolicy] = [
     SlidingWindow(LONG), StreamingLLM(4, LONG), OracleTopK(LONG), Quest(LONG), VerticalSlash(1, LONG),
-    BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), AdaSnapKV(LONG), DoubleP(1.0, 1.0), SpargeAttention(1.0),
-    *(policy_at(name, 1.0, 128) for name in FAMILIES),
+    BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), PyramidKV(LONG), AdaSnapKV(LONG), H2O(LONG, LONG),
+    DoubleP(1.0, 1.0), SpargeAttention(1.0),
 ]  # fmt: skip
-SPARSE: list[SparsePolicy] = [
+SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
-    BlockSparse(2, 16), FlexPrefill(0.4, 0.2, 8, 8), SnapKV(20, 6), AdaSnapKV(20, 6), DoubleP(0.7, 0.4, 4),
-    SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), *(policy_at(name, 0.2, 128) for name in FAMILIES),
+    BlockSparse(2, 16), FlexPrefill(0.4, 0.2, 8, 8), SnapKV(20, 6), PyramidKV(20, 6), AdaSnapKV(20, 6), H2O(9, 8),
+    DoubleP(0.7, 0.4, 4), SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16),
 ]  # fmt: skip
+DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
+SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]
 
 
 def named(policy: SparsePolicy) -> str:
@@ -47,11 +50,11 @@ def one_thread() -> None:
 
 
 def view_of(n_queries: int, n_keys: int, slopes: Tensor | None = None, window: int | None = None) -> SequenceView:
-    return SequenceView(0, n_queries == 1 < n_keys, n_keys - n_queries, 0, 8**-0.5, window, slopes, {})
+    return SequenceView(0, 2, n_queries == 1 < n_keys, n_keys - n_queries, 0, 8**-0.5, window, slopes, {})
 
 
 @pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("policy", [p for p in DENSE[:11] if not p.remembers], ids=named)
+@pytest.mark.parametrize("policy", [p for p in SET_DENSE if not p.remembers], ids=named)
 def test_rows_of_different_lengths_equal_dense_ones(policy: SparsePolicy, window: int | None) -> None:
     model = make(tiny("softmax", "nape", window=window))
     prompts = [tokens()[0, :n].tolist() for n in (60, 33, 1)]
@@ -96,6 +99,21 @@ def test_full_density_equals_dense_attention(
     assert set(record.counts) == policy.phases
     for phase in policy.phases:
         assert (record.density(phase) == 1).all() and (record.tile_density(phase) == 1).all()
+
+
+@pytest.mark.parametrize("policy", [p for p in SET_SPARSE if "prefill" not in p.phases], ids=named)
+def test_a_prompt_in_chunks_is_one_prompt(policy: SparsePolicy) -> None:
+    model = make(tiny("softmax", "nape"))
+
+    def answer(chunk: int) -> Tensor:
+        cache = make_cache(model, 1, 80)
+        with use_policy(model, policy) as record:
+            prefill(model, tokens()[:, :70].tolist(), cache, chunk)
+            out = torch.cat([extend(model, tokens()[:, i : i + 1], cache)[0] for i in range(70, 80)])
+        assert (record.density("decode") < 1).all()
+        return out
+
+    torch.testing.assert_close(answer(14), answer(70), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=12)

@@ -17,7 +17,7 @@ from model.policies.flexprefill import FlexPrefill, js_distance
 from model.policies.minference import BlockSparse, Lines, VerticalSlash
 from model.policies.policy import Attended, SequenceView, TokenSelection, masked_attention, use_policy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import SnapKV
 from model.policies.sparge import SpargeAttention, cosine_similarity
 from model.policies.topk import OracleTopK
 from model.policies.window import StreamingLLM
@@ -274,7 +274,6 @@ def test_settings_that_mean_nothing_are_errors() -> None:
         (lambda: FlexPrefill(1.2), "coverage is 1.2: expected a share"),
         (lambda: FlexPrefill(0.5, tau=-1), "tau is -1"),
         (lambda: SnapKV(4, pooled=2), "pooled is 2: expected an odd"),
-        (lambda: AdaSnapKV(4, even=0), "even is 0: expected a share"),
         (lambda: DoubleP(0.5, 0.6), "exact is 0.6: expected at most coverage"),
         (lambda: SpargeAttention(0.5, margin=1), "margin is 1: expected a negative"),
         (lambda: SpargeAttention(0.5, warp_rows=48), "warp_rows is 48: expected a divisor"),
