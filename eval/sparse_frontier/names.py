@@ -4,8 +4,9 @@ AS_THEY_ARE = ("dense", "entmax")
 NAMES = {
     "dense": "softmax, dense", "entmax": "entmax", "window": "sliding window", "streaming_llm": "StreamingLLM",
     "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
-    "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "snapkv": "SnapKV",
-    "pyramidkv": "PyramidKV", "ada_snapkv": "Ada-SnapKV", "h2o": "H2O", "double_p": "Double-P", "bsfa": "BSFA",
+    "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "sparq": "SparQ",
+    "twilight": "Twilight", "snapkv": "SnapKV", "pyramidkv": "PyramidKV", "ada_snapkv": "Ada-SnapKV", "h2o": "H2O",
+    "double_p": "Double-P", "bsfa": "BSFA",
 }  # fmt: skip
 
 

@@ -12,7 +12,9 @@ from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
+from model.policies.sparq import SparQ
 from model.policies.topk import OracleTopK
+from model.policies.twilight import Twilight
 from model.policies.window import SlidingWindow, StreamingLLM
 
 
@@ -36,6 +38,17 @@ def _sparge(level: float, n_keys: int) -> SparsePolicy:
     return SpargeAttention(level, margin, max(0.0, 2 * level - 1), query_block=2 * block, key_block=block)
 
 
+def _quest(level: float, n_keys: int) -> Quest:
+    """Without dense layers, so that the density is that of all layers alike."""
+    return Quest(_part(level, -(-n_keys // 16)), dense_layers=0)
+
+
+def _sparq(level: float, n_keys: int) -> SparsePolicy:
+    """Keys and channels move together; 16 of 64 channels, the paper's example, near the middle."""
+    keys = _part(level, n_keys)
+    return SparQ(keys, _part(level, 32), min(keys, 16))
+
+
 # (level, keys of the text) -> the policy whose density rises with the level in (0, 1], dense at 1
 FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "window": lambda level, n: SlidingWindow(_part(level, n)),
@@ -45,8 +58,9 @@ FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "block_sparse": lambda level, n: BlockSparse(_blocks(level, n), _block(n)),
     "flexprefill": lambda level, n: FlexPrefill(level, least_keys=_block(n), block=_block(n)),
     "sparge": _sparge,
-    # no dense layers, so that the density is that of all layers alike
-    "quest": lambda level, n: Quest(_part(level, -(-n // 16)), dense_layers=0),
+    "quest": _quest,
+    "sparq": _sparq,
+    "twilight": lambda level, n: Twilight(_quest(level, n), level**0.1, dense_layers=0),
     "snapkv": lambda level, n: SnapKV(_part(level, n), observed=min(32, _block(n))),
     "pyramidkv": lambda level, n: PyramidKV(_part(level, n), observed=min(8, _block(n))),
     "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -124,7 +124,8 @@ class Attended:
 
     out: (H, Tq, D). kept: int64 (H,), pairs of a query and a key that was read for it. visible: int64 (), pairs of a
     query and a visible key. live_tiles: int64 (H,), 64 x 64 tiles with a kept pair; total_tiles: int64 (), tiles with a
-    visible pair, on the grid of this view's queries and keys.
+    visible pair, on the grid of this view's queries and keys. estimated: int64 (H,), what choosing them has read
+    besides, of policies that count it, in pairs: a key and its value.
     """
 
     out: Tensor
@@ -132,6 +133,15 @@ class Attended:
     visible: Tensor
     live_tiles: Tensor
     total_tiles: Tensor
+    estimated: Tensor | int = 0
+
+    @property
+    def read(self) -> Tensor:
+        """int64 (H,): pairs that density counts."""
+        return self.kept + self.estimated
+
+    def with_estimates(self, out: Tensor, estimated: Tensor | int) -> "Attended":
+        return replace(self, out=out, estimated=estimated)
 
 
 class SparsePolicy(ABC):
@@ -154,6 +164,10 @@ class SparsePolicy(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
         """Attention over what `select` keeps. v: (G, Tk, D)."""
         return masked_attention(q, k, v, view, self.select(q, k, view))
+
+    def estimating(self, k: Tensor, view: SequenceView) -> int:
+        """What `select` reads for one query besides the keys that it keeps, as in Attended; 0: it is not counted."""
+        return 0
 
     def faster(self, device: torch.device, config: ModelConfig) -> bool:
         """Whether over whole prompts `select` and `attend` skip work that is not kept there, so that their time says
@@ -204,7 +218,7 @@ def weigh(p: Tensor, v: Tensor) -> Tensor:
 class PolicyRecord:
     """What a policy did, summed over forward passes.
 
-    counts: phase -> int64 (2, L, H + 1): kept pairs and live tiles of each head, last the visible ones; phases in which
+    counts: phase -> int64 (2, L, H + 1): pairs read and live tiles of each head, last the visible ones; phases in which
     it did not act are missing.
     """
 
@@ -216,13 +230,14 @@ class PolicyRecord:
         if phase not in self.counts:
             shape = (2, self.n_layers, self.n_heads + 1)
             self.counts[phase] = torch.zeros(shape, dtype=torch.int64, device=attended.kept.device)
-        self.counts[phase][0, layer] += torch.cat([attended.kept.expand(self.n_heads), attended.visible[None]])
+        self.counts[phase][0, layer] += torch.cat([attended.read.expand(self.n_heads), attended.visible[None]])
         self.counts[phase][1, layer] += torch.cat(
             [attended.live_tiles.expand(self.n_heads), attended.total_tiles[None]]
         )
 
     def density(self, phase: Phase) -> Tensor:
-        """Kept over visible pairs of query and key, float64 (L, H). Raises ValueError where the policy did not act."""
+        """Pairs of query and key read over visible ones, float64 (L, H); above 1 where estimates did not pay. Raises
+        ValueError where the policy did not act."""
         return self._share(phase, 0)
 
     def tile_density(self, phase: Phase) -> Tensor:

@@ -261,7 +261,7 @@ def test_density_rises_with_the_level() -> None:
                 policy.observe(q[:, :127], k[:, :127], view_of(127, 127, SLOPES, memory=view.memory))
                 view = replace(view, decoding=True, query_start=127)
             attended = policy.attend(q[:, -1:] if view.decoding else q, k, v, view)
-            densities.append(float(attended.kept.float().mean() / attended.visible))
+            densities.append(float(attended.read.float().mean() / attended.visible))
         assert densities == sorted(densities) and densities[0] < 0.5 and densities[-1] == 1, (name, densities)
 
 
