@@ -15,6 +15,7 @@ from model.policies.sparge import SpargeAttention
 from model.policies.sparq import SparQ
 from model.policies.topk import OracleTopK
 from model.policies.twilight import Twilight
+from model.policies.vattention import VAttention
 from model.policies.window import SlidingWindow, StreamingLLM
 
 
@@ -49,6 +50,12 @@ def _sparq(level: float, n_keys: int) -> SparsePolicy:
     return SparQ(keys, _part(level, 32), min(keys, 16))
 
 
+def _vattention(level: float, n_keys: int) -> SparsePolicy:
+    """The error that is allowed falls as more keys are chosen: from a level of 0.16 on it is within the paper's."""
+    sure = min(128, _part(level / 8, n_keys))
+    return VAttention(_quest(level, n_keys), 0.1 / level**0.5, 0.1, sinks=sure, local=sure, rate=level / 10)
+
+
 # (level, keys of the text) -> the policy whose density rises with the level in (0, 1], dense at 1
 FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "window": lambda level, n: SlidingWindow(_part(level, n)),
@@ -61,6 +68,7 @@ FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "quest": _quest,
     "sparq": _sparq,
     "twilight": lambda level, n: Twilight(_quest(level, n), level**0.1, dense_layers=0),
+    "vattention": _vattention,
     "snapkv": lambda level, n: SnapKV(_part(level, n), observed=min(32, _block(n))),
     "pyramidkv": lambda level, n: PyramidKV(_part(level, n), observed=min(8, _block(n))),
     "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),

@@ -183,12 +183,19 @@ Skip = Callable[[Tensor, slice], Tensor]
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, view: SequenceView, selection: Selection, skip: Skip | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: SequenceView,
+    selection: Selection,
+    skip: Skip | None = None,
+    bias: Tensor | None = None,
 ) -> Attended:
     """Softmax over the selected visible keys, exactly, in float32, a block of queries at a time. Shapes as in
     SparsePolicy; a query without a selected key gets 0.
 
-    skip: drops weights that the softmax has already been normalised with.
+    skip: drops weights that the softmax has already been normalised with. bias: (H, 1, Tk), added to the scores of all
+    queries.
     """
     heads, n_queries, _ = q.shape
     out = torch.empty_like(q)
@@ -198,6 +205,8 @@ def masked_attention(
         seen = view.visible(rows, n_keys, q.device)
         mask = selection.mask(rows, n_keys) & seen
         scores = view.scores(q, k, rows, n_keys).masked_fill_(~mask, -torch.inf)
+        if bias is not None:
+            scores += bias[..., :n_keys]
         p = torch.softmax(scores, -1).nan_to_num_(0.0)
         if skip is not None:
             skipped = skip(scores, rows)

@@ -23,6 +23,7 @@ from model.policies.sparge import SpargeAttention
 from model.policies.sparq import SparQ
 from model.policies.topk import OracleTopK
 from model.policies.twilight import Twilight
+from model.policies.vattention import VAttention
 from model.policies.window import SlidingWindow, StreamingLLM
 from tests.model.test_transformer import DOCUMENTS, make, tiny, tokens
 
@@ -32,12 +33,14 @@ SET_DENSE: list[SparsePolicy] = [
     SlidingWindow(LONG), StreamingLLM(4, LONG), OracleTopK(LONG), Quest(LONG), VerticalSlash(1, LONG),
     BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), PyramidKV(LONG), AdaSnapKV(LONG), H2O(LONG, LONG),
     DoubleP(1.0, 1.0), SpargeAttention(1.0), SparQ(LONG), Twilight(Quest(LONG), 1.0),
+    VAttention(Quest(1, 4, dense_layers=0), sinks=1, local=2, rate=1.0),
 ]  # fmt: skip
 SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
     BlockSparse(2, 16), FlexPrefill(0.4, 0.2, 8, 8), SnapKV(20, 6), PyramidKV(20, 6), AdaSnapKV(20, 6), H2O(9, 8),
     DoubleP(0.7, 0.4, 4), SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), SparQ(9, 2, 3),
     Twilight(Quest(3, 4, dense_layers=0), 0.6, dense_layers=0),
+    VAttention(Quest(1, 4, dense_layers=0), 0.7, 0.3, sinks=2, local=3),
 ]  # fmt: skip
 DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
 SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]
