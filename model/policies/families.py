@@ -8,6 +8,7 @@ from model.policies.double_p import DoubleP
 from model.policies.flexprefill import FlexPrefill
 from model.policies.h2o import H2O
 from model.policies.minference import BlockSparse, VerticalSlash
+from model.policies.patterns import Fixed, Strided
 from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
@@ -39,6 +40,16 @@ def _sparge(level: float, n_keys: int) -> SparsePolicy:
     return SpargeAttention(level, margin, max(0.0, 2 * level - 1), query_block=2 * block, key_block=block)
 
 
+def _stride(level: float, n_keys: int) -> int:
+    """From the square root of the text's length, where a stride keeps fewest keys."""
+    return max(_part(level, n_keys), math.isqrt(n_keys))
+
+
+def _fixed(level: float, n_keys: int) -> SparsePolicy:
+    columns = max(1, _stride(level, n_keys) // 16)
+    return Fixed(columns * -(-_stride(level, n_keys) // columns), columns)
+
+
 def _quest(level: float, n_keys: int) -> Quest:
     """Without dense layers, so that the density is that of all layers alike."""
     return Quest(_part(level, -(-n_keys // 16)), dense_layers=0)
@@ -60,6 +71,8 @@ def _vattention(level: float, n_keys: int) -> SparsePolicy:
 FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "window": lambda level, n: SlidingWindow(_part(level, n)),
     "streaming_llm": lambda level, n: StreamingLLM(4, _part(level, n)),
+    "strided": lambda level, n: Strided(_stride(level, n)),
+    "fixed": _fixed,
     "oracle": lambda level, n: OracleTopK(_blocks(level, n), _block(n)),
     "vertical_slash": lambda level, n: VerticalSlash(_part(level, n), _part(level, n)),
     "block_sparse": lambda level, n: BlockSparse(_blocks(level, n), _block(n)),

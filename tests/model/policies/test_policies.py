@@ -1,7 +1,9 @@
 """Sparse-attention policies: dense at full density, causal, within documents, and what each one selects."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eval.sparse_frontier.names import NAMES
 from model.config import AttentionKind, Positions
 from model.inference.incremental import extend, make_cache, prefill
 from model.policies.double_p import DoubleP
@@ -16,6 +19,7 @@ from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill
 from model.policies.h2o import H2O
 from model.policies.minference import BlockSparse, VerticalSlash
+from model.policies.patterns import Fixed, Strided
 from model.policies.policy import Attended, SequenceView, SparsePolicy, use_policy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
@@ -34,6 +38,7 @@ SET_DENSE: list[SparsePolicy] = [
     BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), PyramidKV(LONG), AdaSnapKV(LONG), H2O(LONG, LONG),
     DoubleP(1.0, 1.0), SpargeAttention(1.0), SparQ(LONG), Twilight(Quest(LONG), 1.0),
     VAttention(Quest(1, 4, dense_layers=0), sinks=1, local=2, rate=1.0),
+    Strided(LONG), Fixed(LONG, 1),
 ]  # fmt: skip
 SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
@@ -41,6 +46,7 @@ SET_SPARSE: list[SparsePolicy] = [
     DoubleP(0.7, 0.4, 4), SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), SparQ(9, 2, 3),
     Twilight(Quest(3, 4, dense_layers=0), 0.6, dense_layers=0),
     VAttention(Quest(1, 4, dense_layers=0), 0.7, 0.3, sinks=2, local=3),
+    Strided(9), Fixed(12, 3),
 ]  # fmt: skip
 DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
 SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]
@@ -189,6 +195,17 @@ def test_density_counts_pairs_and_tiles() -> None:
     torch.testing.assert_close(record.tile_density("prefill"), torch.full((2, 4), 5 / 6).double())
     with pytest.raises(ValueError, match="did not act in phase 'decode': it acted in \\['prefill'\\]"):
         record.density("decode")
+
+
+def test_the_table_of_the_docs_has_every_policy() -> None:
+    """With the phases where it acts, and a name in the report."""
+    lines = (Path(__file__).parents[3] / "docs/sparse_attention.md").read_text().splitlines()
+    rows = [line.split("|")[1:4] for line in lines if line.startswith("| `")]
+    acts = {name: phases.strip() for names, _, phases in rows for name in re.findall(r"`(\w+)`", names)}
+    where = {"both": {"prefill", "decode"}, "prompt": {"prefill"}, "decoding": {"decode"}}
+    found = {name: policy_at(name, 0.5, 128).phases for name in FAMILIES}
+    assert acts.keys() == found.keys() <= NAMES.keys()
+    assert all(where[acts[name]] == phases for name, phases in found.items())
 
 
 def test_what_cannot_run_is_an_error() -> None:
