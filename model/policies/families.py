@@ -7,6 +7,7 @@ from model.policies.bsfa import predicted_density
 from model.policies.double_p import DoubleP
 from model.policies.flexprefill import FlexPrefill
 from model.policies.h2o import H2O
+from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, VerticalSlash
 from model.policies.patterns import Fixed, Strided
 from model.policies.policy import SparsePolicy
@@ -71,6 +72,7 @@ def _vattention(level: float, n_keys: int) -> SparsePolicy:
 FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "window": lambda level, n: SlidingWindow(_part(level, n)),
     "streaming_llm": lambda level, n: StreamingLLM(4, _part(level, n)),
+    "lm_infinite": lambda level, n: LMInfinite(_part(level, n), 4),
     "strided": lambda level, n: Strided(_stride(level, n)),
     "fixed": _fixed,
     "oracle": lambda level, n: OracleTopK(_blocks(level, n), _block(n)),

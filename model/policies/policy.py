@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from model.attention import AttentionMetadata
 from model.config import ModelConfig
 from model.kv_cache import Extension
 from model.override import override_attention
+from model.rotary import rotary_frequencies
 from model.transformer import Transformer
 
 Phase = Literal["prefill", "decode"]
@@ -45,6 +46,7 @@ class SequenceView:
     alibi_slopes: float32 (H,) or None; bias -slope * (query - key).
     memory: what the policy keeps of this row and layer from one forward pass to the next; empty where a sequence
         starts. Only sequences in a cache go on.
+    frequencies: model.rotary's angle per token of each pair of channels, float32 (D / 2,); None without rotation.
     """
 
     layer: int
@@ -56,6 +58,7 @@ class SequenceView:
     window: int | None
     alibi_slopes: Tensor | None
     memory: dict[str, Any]
+    frequencies: Tensor | None = None
 
     def visible(self, rows: slice, n_keys: int, device: torch.device) -> Tensor:
         """Bool (rows, n_keys): which of the first n_keys keys queries rows.start ... rows.stop - 1 may see."""
@@ -140,9 +143,6 @@ class Attended:
         """int64 (H,): pairs that density counts."""
         return self.kept + self.estimated
 
-    def with_estimates(self, out: Tensor, estimated: Tensor | int) -> "Attended":
-        return replace(self, out=out, estimated=estimated)
-
 
 class SparsePolicy(ABC):
     """Frozen dataclasses with the policy's settings. Subclasses choose keys (`select`), or also change what is computed
@@ -156,6 +156,9 @@ class SparsePolicy(ABC):
     name: ClassVar[str]
     phases: ClassVar[frozenset[Phase]] = PHASES
     remembers: ClassVar[bool] = False
+
+    def check(self, config: ModelConfig) -> None:  # noqa: B027
+        """Raises ValueError for a model that the policy cannot run on."""
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
@@ -194,8 +197,7 @@ def masked_attention(
     """Softmax over the selected visible keys, exactly, in float32, a block of queries at a time. Shapes as in
     SparsePolicy; a query without a selected key gets 0.
 
-    skip: drops weights that the softmax has already been normalised with. bias: (H, 1, Tk), added to the scores of all
-    queries.
+    skip: drops weights that the softmax has already been normalised with. bias: (H, 1, Tk), added to all scores.
     """
     heads, n_queries, _ = q.shape
     out = torch.empty_like(q)
@@ -268,15 +270,15 @@ def use_policy(
 
     phases: of the policy's, in which it acts; None for all of them.
 
-    Raises: ValueError for an entmax model, and where a policy is in use already.
+    Raises: ValueError for an entmax model or another that the policy cannot run on, and where one is in use already.
     """
-    kind = model.config.attention.kind
-    if model.config.attention.is_entmax:
+    config, kind = model.config, model.config.attention.kind
+    if config.attention.is_entmax:
         raise ValueError(f"policies prune softmax attention, and this model's kind is {kind!r}: give its softmax twin")
-    record = PolicyRecord(model.config.n_layers, model.config.n_heads)
+    policy.check(config)
+    record = PolicyRecord(config.n_layers, config.n_heads)
     active = policy.phases & (phases or PHASES)
-    layers = range(model.config.n_layers)
-    with override_attention(model, [_LayerPolicy(policy, i, model.config.window, active, record) for i in layers]):
+    with override_attention(model, [_LayerPolicy(policy, i, config, active, record) for i in range(config.n_layers)]):
         yield record
 
 
@@ -284,9 +286,9 @@ class _LayerPolicy:
     """A policy in one layer, over the sequences of each forward pass. memories: of each row of the cache."""
 
     def __init__(
-        self, policy: SparsePolicy, layer: int, window: int | None, phases: AbstractSet[Phase], record: PolicyRecord
+        self, policy: SparsePolicy, layer: int, config: ModelConfig, phases: AbstractSet[Phase], record: PolicyRecord
     ) -> None:
-        self.policy, self.layer, self.window, self.phases, self.record = policy, layer, window, phases, record
+        self.policy, self.layer, self.config, self.phases, self.record = policy, layer, config, phases, record
         self.memories: dict[int, dict[str, Any]] = {}
 
     @torch.compiler.disable
@@ -324,8 +326,13 @@ class _LayerPolicy:
         if extension is None or query_start + key_start == 0:
             self.memories[row] = {}
         memory = self.memories.setdefault(row, {})
-        scale, n_layers = q.shape[-1] ** -0.5, self.record.n_layers
-        return SequenceView(self.layer, n_layers, decoding, query_start, key_start, scale, self.window, slopes, memory)
+        scale, n_layers, window = q.shape[-1] ** -0.5, self.config.n_layers, self.config.window
+        frequencies = None
+        if self.config.positions == "rope" and self.layer not in self.config.nope_layers:
+            last = torch.tensor(key_start + k.shape[1] - 1, device=k.device)
+            frequencies = rotary_frequencies(self.config, last)
+        facts = (self.layer, n_layers, decoding, query_start, key_start, scale, window, slopes, memory, frequencies)
+        return SequenceView(*facts)
 
 
 def sequences(

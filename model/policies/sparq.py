@@ -1,6 +1,6 @@
 """SparQ: keys chosen by the query's largest channels; the mean value stands for the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -64,7 +64,7 @@ class SparQ(SparsePolicy):
         seen = view.visible(slice(0, 1), k.shape[1], q.device)[0]
         mean = v[:, seen].float().mean(1, keepdim=True).repeat_interleave(len(q) // len(v), 0)  # [H, 1, D]
         out = share * exact.out.float() + (1 - share) * mean
-        return exact.with_estimates(out.to(q.dtype), reads)
+        return replace(exact, out=out.to(q.dtype), estimated=reads)
 
     def _choose(self, scores: Tensor, groups: int) -> Tensor:
         """Bool (H, keys), which are attended. scores: (H, keys)."""

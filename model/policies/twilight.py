@@ -1,6 +1,6 @@
 """Twilight: of what another policy selects, only the keys that hold most of its weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -46,8 +46,7 @@ class Twilight(SparsePolicy):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
         selection, estimated = self._choose(q, k, view)
-        attended = masked_attention(q, k, v, view, selection)
-        return attended.with_estimates(attended.out, estimated)
+        return replace(masked_attention(q, k, v, view, selection), estimated=estimated)
 
     def _choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Selection, Tensor | int]:
         """The keys, and int64 (H,) or a number, what choosing them has read."""

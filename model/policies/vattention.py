@@ -1,6 +1,6 @@
 """vAttention: the weight of keys that no selector chose is estimated from a random sample of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import ClassVar
 
@@ -68,7 +68,7 @@ class VAttention(SparsePolicy):
         times = (others.sum(-1) / second.sum(-1).clamp(min=1))[:, None]
         bias = torch.where(second, times, 1.0).log()[:, None]  # [H, 1, keys]
         attended = masked_attention(q, k, v, view, TokenSelection((exact | second)[:, None]), bias=bias)
-        return attended.with_estimates(attended.out, (first & ~second).sum(-1) + self.base.estimating(k, view))
+        return replace(attended, estimated=(first & ~second).sum(-1) + self.base.estimating(k, view))
 
     def _exact(self, q: Tensor, k: Tensor, view: SequenceView) -> Tensor:
         """Bool (H, keys)."""

@@ -14,8 +14,10 @@ from model.policies.blocks import block_means, line_weights, top_count, top_shar
 from model.policies.double_p import DoubleP
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill, js_distance
+from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, Lines, VerticalSlash
-from model.policies.policy import Attended, SequenceView, TokenSelection, masked_attention, use_policy
+from model.policies.patterns import Fixed
+from model.policies.policy import Attended, SequenceView, SparsePolicy, TokenSelection, masked_attention, use_policy
 from model.policies.quest import Quest
 from model.policies.snapkv import SnapKV
 from model.policies.sparge import SpargeAttention, cosine_similarity
@@ -45,11 +47,12 @@ def test_attention_over_a_selection_is_renormalised_softmax() -> None:
     assert attended.visible == sum(range(41, 191)) and attended.total_tiles == 2 + 3 + 3
 
 
-def test_small_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", [OracleTopK(3, 16), LMInfinite(20, 5), Fixed(24, 4)], ids=lambda policy: policy.name)
+def test_small_blocks_of_queries_change_nothing(policy: SparsePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(200, 200)
-    whole = OracleTopK(3, 16).attend(q, k, v, view_of(200, 200, SLOPES))
+    whole = policy.attend(q, k, v, view_of(200, 200, SLOPES))
     monkeypatch.setitem(__import__("model.policies.policy", fromlist=["x"]).SCORES_AT_ONCE, "cpu", 1)
-    parts = OracleTopK(3, 16).attend(q, k, v, view_of(200, 200, SLOPES))
+    parts = policy.attend(q, k, v, view_of(200, 200, SLOPES))
     torch.testing.assert_close(parts.out, whole.out)
     assert parts.kept.tolist() == whole.kept.tolist() and parts.live_tiles.tolist() == whole.live_tiles.tolist()
 
