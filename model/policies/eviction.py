@@ -14,7 +14,7 @@ class Budgets:
     """How the layers of a model and the heads of a layer share what each of them may keep.
 
     beta: None for all layers alike. Else budgets fall linearly from the first layer to the last, which gets 1 / beta of
-        the mean (PyramidKV, arXiv:2406.02069, section 4.2). No layer gets more than there is; what the first ones
+        the mean (PyramidKV, arXiv:2406.02069). No layer gets more than there is; what the first ones
         cannot use goes to the last ones. Steps are rounded so that the layers' sum stays what it is, where the authors'
         code rounds every step down and keeps a tenth more at small budgets.
     even: share of a layer's budget that its heads get alike. Each has of the rest what it has among the largest scores

@@ -16,7 +16,7 @@ from model.rotary import rotate
 @dataclass(frozen=True)
 class LMInfinite(SparsePolicy):
     """Each query sees the `size` keys that end with its own, at their distance, and the first `sinks` keys of its
-    sequence, at a distance of at most `size` (LM-Infinite, arXiv:2308.16137, section 4): rotary queries are turned to
+    sequence, at a distance of at most `size` (LM-Infinite, arXiv:2308.16137): rotary queries are turned to
     position `size` and the sinks to 0, ALiBi's bias stays at that distance. Dense up to size tokens; not beyond, where
     distances change. Sinks: the paper's 10 to 100.
 

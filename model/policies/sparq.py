@@ -22,7 +22,7 @@ from model.policies.policy import (
 class SparQ(SparsePolicy):
     """Decoding attends to `keys` keys and its own (SparQ, arXiv:2312.04985, Algorithm 1): the last `local` of them, and
     those of largest score in the `channels` channels where the query is largest. Scores are divided by the root of
-    these channels' share of the query's L1 norm (eq. 7). Heads that share keys choose together, by sums of |q| and of
+    these channels' share of the query's L1 norm. Heads that share keys choose together, by sums of |q| and of
     scores. Of the output the share of weight that the scores give the rest goes to the mean value of all visible keys.
 
     The density counts what scores read, channels / 2D of the visible keys (a key and its value are 2D numbers), and

@@ -21,7 +21,7 @@ from model.policies.policy import (
 @dataclass(frozen=True)
 class Twilight(SparsePolicy):
     """Decoding attends to the fewest keys that hold `share` of the weight among those that `base` selects (Twilight,
-    arXiv:2502.02770), each query head for itself. The weights that decide are of keys in 4 bits (section 4.2), between
+    arXiv:2502.02770), each query head for itself. The weights that decide are of keys in 4 bits, between
     the least and the largest of their channels; attention over the keys is exact. Everything in the first
     `dense_layers` layers. At share 1 what base selects.
 

@@ -26,7 +26,7 @@ from model.policies.window import NearKeys
 class VAttention(SparsePolicy):
     """Decoding attends exactly to the first `sinks` keys, the last `local` and those that `base` selects, and estimates
     what the n others add to softmax's numerator and denominator by b of them, drawn without replacement, each counted
-    n / b times (vAttention, arXiv:2510.05688, Algorithm 1). Both estimates are unbiased. Dense at rate 1.
+    n / b times (vAttention, arXiv:2510.05688). Both estimates are unbiased. Dense at rate 1.
 
     b is chosen for each head and token so that the numerator and the denominator each miss their value by more than the
     share `eps` of it with a probability of at most `delta`: by the central limit theorem, z(1 - delta / 2) n sigma /
