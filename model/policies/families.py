@@ -47,8 +47,9 @@ def _stride(level: float, n_keys: int) -> int:
 
 
 def _fixed(level: float, n_keys: int) -> SparsePolicy:
-    columns = max(1, _stride(level, n_keys) // 16)
-    return Fixed(columns * -(-_stride(level, n_keys) // columns), columns)
+    """By columns: with longer blocks the density of a query would depend on its place in one."""
+    block = math.isqrt(n_keys)
+    return Fixed(block, _part(level, block))
 
 
 def _quest(level: float, n_keys: int) -> Quest:

@@ -63,7 +63,8 @@ class Strided(SparsePolicy):
 class Fixed(SparsePolicy):
     """Each query sees its own block of `block` keys and `columns` keys of every block before (Sparse Transformer,
     arXiv:1904.10509, section 4.3, its fixed pattern, both parts in each head): a block's last ones, heads taking turns
-    from its end on. Blocks count from the start of the text. Dense from block = T on. Defaults: the paper's for Enwik8.
+    from its end on. Blocks count from the start of the text. Dense from block = T on, and where columns are the block.
+    Defaults: the paper's for Enwik8.
     """
 
     name: ClassVar[str] = "fixed"
@@ -72,8 +73,8 @@ class Fixed(SparsePolicy):
 
     def __post_init__(self) -> None:
         check_least(1, block=self.block, columns=self.columns)
-        if self.block % self.columns:
-            raise ValueError(f"columns is {self.columns}: expected a divisor of block, {self.block}")
+        if self.columns > self.block:
+            raise ValueError(f"columns is {self.columns}: expected at most block, {self.block}")
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         return FixedKeys(view, self.block, self.columns, len(q), q.device)

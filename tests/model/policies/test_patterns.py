@@ -48,11 +48,12 @@ def test_strided_is_a_band_and_every_stride_th_key(stride: int, n_keys: int, bef
 
 
 @settings(max_examples=20)
-@given(columns=st.integers(1, 4), blocks=st.integers(1, 5), **SHAPES)
+@given(columns=st.integers(1, 4), blocks=st.integers(1, 5), more=st.integers(0, 3), **SHAPES)
 def test_fixed_is_the_own_block_and_columns_that_rotate_over_heads(
-    columns: int, blocks: int, n_keys: int, before: int, cut: int
+    columns: int, blocks: int, more: int, n_keys: int, before: int, cut: int
 ) -> None:
-    n_queries, block = max(1, n_keys - before), columns * blocks
+    """A block's first keys are nobody's where columns do not divide it."""
+    n_queries, block = max(1, n_keys - before), columns * blocks + more % columns
     q, k, _ = draw(n_queries, n_keys)
     mask = mask_of(Fixed(block, columns), q, k, view_of(n_queries, n_keys, key_start=cut))
     expected = torch.zeros(4, n_queries, n_keys, dtype=torch.bool)
@@ -148,7 +149,7 @@ def test_settings_of_patterns_that_mean_nothing_are_errors() -> None:
         (lambda: Fixed(12, 0), "columns is 0: expected at least 1"),
         (lambda: LMInfinite(0), "size is 0: expected at least 1"),
         (lambda: LMInfinite(4, -1), "sinks is -1: expected at least 0"),
-        (lambda: Fixed(12, 5), "columns is 5: expected a divisor of block, 12"),
+        (lambda: Fixed(12, 13), "columns is 13: expected at most block, 12"),
     ):
         with pytest.raises(ValueError, match=said):
             wrong()
