@@ -6,12 +6,18 @@ from collections.abc import Callable, Sequence
 from model.policies.bsfa import predicted_density
 from model.policies.double_p import DoubleP
 from model.policies.flexprefill import FlexPrefill
+from model.policies.h2o import H2O
+from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, VerticalSlash
+from model.policies.patterns import Fixed, Strided
 from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
+from model.policies.sparq import SparQ
 from model.policies.topk import OracleTopK
+from model.policies.twilight import Twilight
+from model.policies.vattention import VAttention
 from model.policies.window import SlidingWindow, StreamingLLM
 
 
@@ -35,19 +41,54 @@ def _sparge(level: float, n_keys: int) -> SparsePolicy:
     return SpargeAttention(level, margin, max(0.0, 2 * level - 1), query_block=2 * block, key_block=block)
 
 
+def _stride(level: float, n_keys: int) -> int:
+    """From the square root of the text's length, where a stride keeps fewest keys."""
+    return max(_part(level, n_keys), math.isqrt(n_keys))
+
+
+def _fixed(level: float, n_keys: int) -> SparsePolicy:
+    """By columns: with longer blocks the density of a query would depend on its place in one."""
+    block = math.isqrt(n_keys)
+    return Fixed(block, _part(level, block))
+
+
+def _quest(level: float, n_keys: int) -> Quest:
+    """Without dense layers, so that the density is that of all layers alike."""
+    return Quest(_part(level, -(-n_keys // 16)), dense_layers=0)
+
+
+def _sparq(level: float, n_keys: int) -> SparsePolicy:
+    """Keys and channels move together; 16 of 64 channels, the paper's example, near the middle."""
+    keys = _part(level, n_keys)
+    return SparQ(keys, _part(level, 32), min(keys, 16))
+
+
+def _vattention(level: float, n_keys: int) -> SparsePolicy:
+    """The error that is allowed falls as more keys are chosen: from a level of 0.16 on it is within the paper's."""
+    sure = min(128, _part(level / 8, n_keys))
+    return VAttention(_quest(level, n_keys), 0.1 / level**0.5, 0.1, sinks=sure, local=sure, rate=level / 10)
+
+
 # (level, keys of the text) -> the policy whose density rises with the level in (0, 1], dense at 1
 FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "window": lambda level, n: SlidingWindow(_part(level, n)),
     "streaming_llm": lambda level, n: StreamingLLM(4, _part(level, n)),
+    "lm_infinite": lambda level, n: LMInfinite(_part(level, n), 4),
+    "strided": lambda level, n: Strided(_stride(level, n)),
+    "fixed": _fixed,
     "oracle": lambda level, n: OracleTopK(_blocks(level, n), _block(n)),
     "vertical_slash": lambda level, n: VerticalSlash(_part(level, n), _part(level, n)),
     "block_sparse": lambda level, n: BlockSparse(_blocks(level, n), _block(n)),
     "flexprefill": lambda level, n: FlexPrefill(level, least_keys=_block(n), block=_block(n)),
     "sparge": _sparge,
-    # no dense layers, so that the density is that of all layers alike
-    "quest": lambda level, n: Quest(_part(level, -(-n // 16)), dense_layers=0),
+    "quest": _quest,
+    "sparq": _sparq,
+    "twilight": lambda level, n: Twilight(_quest(level, n), level**0.1, dense_layers=0),
+    "vattention": _vattention,
     "snapkv": lambda level, n: SnapKV(_part(level, n), observed=min(32, _block(n))),
+    "pyramidkv": lambda level, n: PyramidKV(_part(level, n), observed=min(8, _block(n))),
     "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),
+    "h2o": lambda level, n: H2O(_part(level / 2, n), _part(level / 2, n)),
     "double_p": lambda level, n: DoubleP(level**0.1, level),
 }
 

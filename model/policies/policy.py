@@ -25,6 +25,7 @@ from model.attention import AttentionMetadata
 from model.config import ModelConfig
 from model.kv_cache import Extension
 from model.override import override_attention
+from model.rotary import rotary_frequencies
 from model.transformer import Transformer
 
 Phase = Literal["prefill", "decode"]
@@ -36,7 +37,7 @@ SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of one sequence, all heads tog
 class SequenceView:
     """One sequence as one layer sees it. Query i stands at key query_start + i and sees the keys up to there.
 
-    layer: from 0.
+    layer, n_layers: from 0, of how many in the model.
     decoding: one token that continues a cache; False for whole sequences and chunks of a prompt.
     query_start: index of the key that query 0 stands at; the last query stands at the last key.
     key_start: position in the sequence of key 0: 0 but where a window has cut the cache.
@@ -45,9 +46,11 @@ class SequenceView:
     alibi_slopes: float32 (H,) or None; bias -slope * (query - key).
     memory: what the policy keeps of this row and layer from one forward pass to the next; empty where a sequence
         starts. Only sequences in a cache go on.
+    frequencies: model.rotary's angle per token of each pair of channels, float32 (D / 2,); None without rotation.
     """
 
     layer: int
+    n_layers: int
     decoding: bool
     query_start: int
     key_start: int
@@ -55,6 +58,7 @@ class SequenceView:
     window: int | None
     alibi_slopes: Tensor | None
     memory: dict[str, Any]
+    frequencies: Tensor | None = None
 
     def visible(self, rows: slice, n_keys: int, device: torch.device) -> Tensor:
         """Bool (rows, n_keys): which of the first n_keys keys queries rows.start ... rows.stop - 1 may see."""
@@ -123,7 +127,8 @@ class Attended:
 
     out: (H, Tq, D). kept: int64 (H,), pairs of a query and a key that was read for it. visible: int64 (), pairs of a
     query and a visible key. live_tiles: int64 (H,), 64 x 64 tiles with a kept pair; total_tiles: int64 (), tiles with a
-    visible pair, on the grid of this view's queries and keys.
+    visible pair, on the grid of this view's queries and keys. estimated: int64 (H,), what choosing them has read
+    besides, of policies that count it, in pairs: a key and its value.
     """
 
     out: Tensor
@@ -131,6 +136,12 @@ class Attended:
     visible: Tensor
     live_tiles: Tensor
     total_tiles: Tensor
+    estimated: Tensor | int = 0
+
+    @property
+    def read(self) -> Tensor:
+        """int64 (H,): pairs that density counts."""
+        return self.kept + self.estimated
 
 
 class SparsePolicy(ABC):
@@ -146,6 +157,9 @@ class SparsePolicy(ABC):
     phases: ClassVar[frozenset[Phase]] = PHASES
     remembers: ClassVar[bool] = False
 
+    def check(self, config: ModelConfig) -> None:  # noqa: B027
+        """Raises ValueError for a model that the policy cannot run on."""
+
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         """The keys that each query sees; at least one visible key a query. q: (H, Tq, D), k: (G, Tk, D)."""
@@ -153,6 +167,10 @@ class SparsePolicy(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
         """Attention over what `select` keeps. v: (G, Tk, D)."""
         return masked_attention(q, k, v, view, self.select(q, k, view))
+
+    def estimating(self, k: Tensor, view: SequenceView) -> int:
+        """What `select` reads for one query besides the keys that it keeps, as in Attended; 0: it is not counted."""
+        return 0
 
     def faster(self, device: torch.device, config: ModelConfig) -> bool:
         """Whether over whole prompts `select` and `attend` skip work that is not kept there, so that their time says
@@ -168,12 +186,18 @@ Skip = Callable[[Tensor, slice], Tensor]
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, view: SequenceView, selection: Selection, skip: Skip | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: SequenceView,
+    selection: Selection,
+    skip: Skip | None = None,
+    bias: Tensor | None = None,
 ) -> Attended:
     """Softmax over the selected visible keys, exactly, in float32, a block of queries at a time. Shapes as in
     SparsePolicy; a query without a selected key gets 0.
 
-    skip: drops weights that the softmax has already been normalised with.
+    skip: drops weights that the softmax has already been normalised with. bias: (H, 1, Tk), added to all scores.
     """
     heads, n_queries, _ = q.shape
     out = torch.empty_like(q)
@@ -183,6 +207,8 @@ def masked_attention(
         seen = view.visible(rows, n_keys, q.device)
         mask = selection.mask(rows, n_keys) & seen
         scores = view.scores(q, k, rows, n_keys).masked_fill_(~mask, -torch.inf)
+        if bias is not None:
+            scores += bias[..., :n_keys]
         p = torch.softmax(scores, -1).nan_to_num_(0.0)
         if skip is not None:
             skipped = skip(scores, rows)
@@ -203,7 +229,7 @@ def weigh(p: Tensor, v: Tensor) -> Tensor:
 class PolicyRecord:
     """What a policy did, summed over forward passes.
 
-    counts: phase -> int64 (2, L, H + 1): kept pairs and live tiles of each head, last the visible ones; phases in which
+    counts: phase -> int64 (2, L, H + 1): pairs read and live tiles of each head, last the visible ones; phases in which
     it did not act are missing.
     """
 
@@ -215,13 +241,14 @@ class PolicyRecord:
         if phase not in self.counts:
             shape = (2, self.n_layers, self.n_heads + 1)
             self.counts[phase] = torch.zeros(shape, dtype=torch.int64, device=attended.kept.device)
-        self.counts[phase][0, layer] += torch.cat([attended.kept.expand(self.n_heads), attended.visible[None]])
+        self.counts[phase][0, layer] += torch.cat([attended.read.expand(self.n_heads), attended.visible[None]])
         self.counts[phase][1, layer] += torch.cat(
             [attended.live_tiles.expand(self.n_heads), attended.total_tiles[None]]
         )
 
     def density(self, phase: Phase) -> Tensor:
-        """Kept over visible pairs of query and key, float64 (L, H). Raises ValueError where the policy did not act."""
+        """Pairs of query and key read over visible ones, float64 (L, H); above 1 where estimates did not pay. Raises
+        ValueError where the policy did not act."""
         return self._share(phase, 0)
 
     def tile_density(self, phase: Phase) -> Tensor:
@@ -243,15 +270,15 @@ def use_policy(
 
     phases: of the policy's, in which it acts; None for all of them.
 
-    Raises: ValueError for an entmax model, and where a policy is in use already.
+    Raises: ValueError for an entmax model or another that the policy cannot run on, and where one is in use already.
     """
-    kind = model.config.attention.kind
-    if model.config.attention.is_entmax:
+    config, kind = model.config, model.config.attention.kind
+    if config.attention.is_entmax:
         raise ValueError(f"policies prune softmax attention, and this model's kind is {kind!r}: give its softmax twin")
-    record = PolicyRecord(model.config.n_layers, model.config.n_heads)
+    policy.check(config)
+    record = PolicyRecord(config.n_layers, config.n_heads)
     active = policy.phases & (phases or PHASES)
-    layers = range(model.config.n_layers)
-    with override_attention(model, [_LayerPolicy(policy, i, model.config.window, active, record) for i in layers]):
+    with override_attention(model, [_LayerPolicy(policy, i, config, active, record) for i in range(config.n_layers)]):
         yield record
 
 
@@ -259,9 +286,9 @@ class _LayerPolicy:
     """A policy in one layer, over the sequences of each forward pass. memories: of each row of the cache."""
 
     def __init__(
-        self, policy: SparsePolicy, layer: int, window: int | None, phases: AbstractSet[Phase], record: PolicyRecord
+        self, policy: SparsePolicy, layer: int, config: ModelConfig, phases: AbstractSet[Phase], record: PolicyRecord
     ) -> None:
-        self.policy, self.layer, self.window, self.phases, self.record = policy, layer, window, phases, record
+        self.policy, self.layer, self.config, self.phases, self.record = policy, layer, config, phases, record
         self.memories: dict[int, dict[str, Any]] = {}
 
     @torch.compiler.disable
@@ -299,9 +326,13 @@ class _LayerPolicy:
         if extension is None or query_start + key_start == 0:
             self.memories[row] = {}
         memory = self.memories.setdefault(row, {})
-        return SequenceView(
-            self.layer, decoding, query_start, key_start, q.shape[-1] ** -0.5, self.window, slopes, memory
-        )
+        scale, n_layers, window = q.shape[-1] ** -0.5, self.config.n_layers, self.config.window
+        frequencies = None
+        if self.config.positions == "rope" and self.layer not in self.config.nope_layers:
+            last = torch.tensor(key_start + k.shape[1] - 1, device=k.device)
+            frequencies = rotary_frequencies(self.config, last)
+        facts = (self.layer, n_layers, decoding, query_start, key_start, scale, window, slopes, memory, frequencies)
+        return SequenceView(*facts)
 
 
 def sequences(

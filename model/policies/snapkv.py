@@ -1,23 +1,27 @@
-"""SnapKV and Ada-SnapKV: after the prompt, keys that its last queries did not look at are evicted."""
+"""SnapKV, PyramidKV and Ada-SnapKV: after the prompt, keys that its last queries did not look at are evicted."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from model.policies.blocks import check_least, check_share, last_weights, top_count
+from model.policies.blocks import check_least, last_weights, top_count
+from model.policies.eviction import Budgets, check_whole_prompt, of_query_heads
 from model.policies.policy import Phase, Selection, SequenceView, SparsePolicy, TokenSelection
+
+Pooling = Literal["mean", "max"]
 
 
 @dataclass(frozen=True)
 class SnapKV(SparsePolicy):
     """Decoding sees `capacity` keys of the prompt, chosen once, and all later ones (SnapKV, arXiv:2404.14469): its last
-    `observed` keys, and those with most weight in the exact attention of its last `observed` queries, averaged over
-    `pooled` neighbouring keys. Dense where the capacity holds the prompt.
+    `observed` keys, and those with most weight in the exact attention of its last `observed` queries, of which each key
+    has the mean (or the maximum, `pooling`) over `pooled` neighbours. Dense where the capacity holds the prompt.
 
-    Each query head chooses for itself, as in the authors' code. Simplified: keys are hidden, not freed. The prompt ends
-    before the first token that is passed alone.
+    Each query head chooses for itself, as in the authors' code; budgets.grouped changes that, and the other budgets
+    that of layers and heads. Simplified: keys are hidden, not freed. The prompt ends before the first token that is
+    passed alone.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -26,58 +30,59 @@ class SnapKV(SparsePolicy):
     capacity: int
     observed: int = 32
     pooled: int = 5
+    pooling: Pooling = "mean"
+    budgets: Budgets = Budgets(grouped=False)
 
     def __post_init__(self) -> None:
         check_least(1, capacity=self.capacity, observed=self.observed, pooled=self.pooled)
         if self.pooled % 2 == 0:
             raise ValueError(f"pooled is {self.pooled}: expected an odd number of keys, so that each has a centre")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is {self.pooling!r}: expected one of {get_args(Pooling)}")
 
     def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:
         before = view.memory.get("queries")
         view.memory["queries"] = (q if before is None else torch.cat([before, q], 1))[:, -self.observed :].clone()
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        if view.key_start:
-            raise ValueError(f"{self.name} chooses from whole prompts: not from a cache that a window has cut")
+        queries = view.memory.get("queries", q[:, :0])
+        check_whole_prompt(self.name, view, queries.shape[1], view.query_start)
         if "kept" not in view.memory:
-            view.memory["kept"] = self._choose(k[:, : view.query_start], view)
+            view.memory["kept"] = of_query_heads(self._choose(queries, k[:, : view.query_start], view), len(q))
         kept = view.memory["kept"]
         return TokenSelection(torch.nn.functional.pad(kept, (0, k.shape[1] - kept.shape[1]), value=True)[:, None])
 
-    def _choose(self, k: Tensor, view: SequenceView) -> Tensor:
-        """Bool (H, prompt): which keys of the prompt stay."""
-        n_keys, queries = k.shape[1], view.memory.get("queries")
-        if n_keys and queries is None:
-            raise ValueError(f"{self.name} has seen no prompt: start under the policy with an empty cache")
-        n_seen = 0 if queries is None else queries.shape[1]
-        if queries is None or n_seen == n_keys:
+    def _choose(self, queries: Tensor, k: Tensor, view: SequenceView) -> Tensor:
+        """Bool (heads that choose, prompt): which keys of the prompt stay. queries: its last ones, (H, n, D)."""
+        n_keys, n_seen = k.shape[1], queries.shape[1]
+        if n_seen == n_keys:
             return torch.ones(1, n_keys, dtype=torch.bool, device=k.device)
         watched = replace(view, query_start=n_keys - n_seen)
         weights = last_weights(queries, k, watched, n_seen).sum(1)[:, : n_keys - n_seen]
-        pooled = torch.nn.functional.avg_pool1d(weights, self.pooled, 1, self.pooled // 2)
-        chosen = top_count(pooled, self.budgets(pooled, max(0, self.capacity - n_seen)))
+        pool = torch.nn.functional.avg_pool1d if self.pooling == "mean" else torch.nn.functional.max_pool1d
+        scores = pool(self.budgets.scores(weights, len(k)), self.pooled, 1, self.pooled // 2)
+        chosen = top_count(scores, self.budgets.counts(scores, max(0, self.capacity - n_seen), view))
         return torch.nn.functional.pad(chosen, (0, n_seen), value=True)
 
-    def budgets(self, weights: Tensor, each: int) -> Tensor:
-        """int64 (H,): keys that each head keeps of those before the observed ones. weights: (H, keys)."""
-        return torch.full(weights.shape[:1], each, device=weights.device)
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV whose capacity shrinks from layer to layer (PyramidKV, arXiv:2406.02069, with the settings of its
+    LongBench runs): `capacity` is the mean over layers. Query heads that share keys keep the same ones."""
+
+    name: ClassVar[str] = "pyramidkv"
+    observed: int = 8
+    pooled: int = 7
+    pooling: Pooling = "max"
+    budgets: Budgets = Budgets(beta=20)
 
 
 @dataclass(frozen=True)
 class AdaSnapKV(SnapKV):
-    """SnapKV with the capacity of a layer divided among its heads (Ada-KV, arXiv:2407.11550, Algorithm 1): each gets as
-    many as it has among the largest weights of all heads together, mixed with an even share.
-
-    even: share of the capacity that is dealt evenly (the authors' code has 0.2).
-    """
+    """SnapKV with the capacity of a layer divided among its heads (Ada-KV, arXiv:2407.11550, with the settings of its
+    authors' code). Query heads that share keys keep the same ones, its option for such models."""
 
     name: ClassVar[str] = "ada_snapkv"
-    even: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(even=self.even)
-
-    def budgets(self, weights: Tensor, each: int) -> Tensor:
-        among_all = top_count(weights.flatten(), each * len(weights)).view_as(weights).sum(-1)
-        return (self.even * each + (1 - self.even) * among_all).long()
+    pooled: int = 7
+    pooling: Pooling = "max"
+    budgets: Budgets = Budgets(even=0.2)

@@ -9,6 +9,12 @@ from torch import Tensor
 from model.policies.policy import Selection, SequenceView, SparsePolicy
 
 
+def places(view: SequenceView, rows: slice, n_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions in the sequence of queries `rows`, int64 (rows, 1), and of the first n_keys keys, int64 (n_keys,)."""
+    query = torch.arange(rows.start, rows.stop, device=device) + view.query_start + view.key_start
+    return query[:, None], torch.arange(n_keys, device=device) + view.key_start
+
+
 @dataclass(frozen=True)
 class NearKeys:
     """The first `sinks` keys of the sequence, and of each query the `size` keys that end with its own."""
@@ -19,9 +25,8 @@ class NearKeys:
     device: torch.device
 
     def mask(self, rows: slice, n_keys: int) -> Tensor:
-        query = torch.arange(rows.start, rows.stop, device=self.device) + self.view.query_start
-        key = torch.arange(n_keys, device=self.device)
-        return ((query[:, None] - key < self.size) | (key + self.view.key_start < self.sinks))[None]
+        query, key = places(self.view, rows, n_keys, self.device)
+        return ((query - key < self.size) | (key < self.sinks))[None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ SLOPES = torch.tensor([1.0, 0.3, 0.0, 0.0])
 
 
 def view_of(n_queries: int, n_keys: int, slopes: Tensor | None = None, **options) -> SequenceView:
-    facts = SequenceView(0, n_queries == 1, n_keys - n_queries, 0, 8**-0.5, None, slopes, {})
+    facts = SequenceView(0, 2, n_queries == 1, n_keys - n_queries, 0, 8**-0.5, None, slopes, {})
     return replace(facts, **options)
 
 

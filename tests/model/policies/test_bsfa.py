@@ -32,7 +32,7 @@ def policy_of(thresholds: Tensor) -> BlockSparseFlash:
 
 
 def view_of(n_queries: int, n_keys: int, slopes: Tensor | None = None) -> SequenceView:
-    return SequenceView(0, False, n_keys - n_queries, 0, 8**-0.5, None, slopes, {})
+    return SequenceView(0, 2, False, n_keys - n_queries, 0, 8**-0.5, None, slopes, {})
 
 
 def draw(heads: int, n: int, seed: int) -> Tensor:

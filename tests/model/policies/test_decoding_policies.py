@@ -1,4 +1,5 @@
-"""What each policy of decoding selects: Quest, SnapKV, Ada-SnapKV and Double-P, against their definitions."""
+"""What policies of decoding select, against their definitions: Quest, SnapKV and Double-P; what those with a memory
+share."""
 
 import math
 from dataclasses import replace
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from model.inference.incremental import extend, make_cache, prefill
 from model.policies.double_p import DoubleP, make_clusters
+from model.policies.h2o import H2O
 from model.policies.policy import SparsePolicy, use_policy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import SnapKV
 from tests.model.policies.policy_inputs import SLOPES, draw, mask_of, view_of, weights_of
 from tests.model.test_transformer import make, tiny, tokens
 
@@ -60,14 +62,6 @@ def test_snapkv_keeps_what_the_last_queries_look_at() -> None:
     assert (later[:, 0, :60] == mask[:, :60]).all() and later[:, 0, 60:].all()  # chosen once
 
 
-def test_ada_snapkv_gives_spread_heads_more() -> None:
-    weights = torch.zeros(2, 40)
-    weights[0, :2], weights[1, :30] = 0.5, 1 / 30
-    budgets = AdaSnapKV(20, even=0.2).budgets(weights, 10)
-    assert budgets.tolist() == [math.floor(2 + 0.8 * 2), math.floor(2 + 0.8 * 18)]
-    assert AdaSnapKV(20, even=1.0).budgets(weights, 10).tolist() == [10, 10]
-
-
 def test_eviction_needs_one_row_and_its_prompt() -> None:
     model = make(tiny("softmax"))
     with use_policy(model, SnapKV(8)), pytest.raises(ValueError, match="snapkv remembers one prompt, got a cache of 2"):
@@ -91,7 +85,7 @@ def test_a_new_prompt_is_not_taken_for_the_last_one() -> None:
         return out
 
     first, second = tokens(100)[:, :40], tokens(100)[:, 50:]
-    for policy in (SnapKV(6, 3), DoubleP(0.6, 0.3, 4)):
+    for policy in (SnapKV(6, 3), H2O(3, 3), DoubleP(0.6, 0.3, 4)):
         torch.testing.assert_close(answer(policy, first, second), answer(policy, second))
         assert (answer(policy, second) - answer(SnapKV(100), second)).abs().max() > 1e-3
 

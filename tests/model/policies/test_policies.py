@@ -1,7 +1,9 @@
 """Sparse-attention policies: dense at full density, causal, within documents, and what each one selects."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,32 +11,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eval.sparse_frontier.names import NAMES
 from model.config import AttentionKind, Positions
 from model.inference.incremental import extend, make_cache, prefill
 from model.policies.double_p import DoubleP
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill
+from model.policies.h2o import H2O
+from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, VerticalSlash
+from model.policies.patterns import Fixed, Strided
 from model.policies.policy import Attended, SequenceView, SparsePolicy, use_policy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
+from model.policies.sparq import SparQ
 from model.policies.topk import OracleTopK
+from model.policies.twilight import Twilight
+from model.policies.vattention import VAttention
 from model.policies.window import SlidingWindow, StreamingLLM
 from tests.model.test_transformer import DOCUMENTS, make, tiny, tokens
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 LONG = 10**6
-DENSE: list[SparsePolicy] = [
+SET_DENSE: list[SparsePolicy] = [
     SlidingWindow(LONG), StreamingLLM(4, LONG), OracleTopK(LONG), Quest(LONG), VerticalSlash(1, LONG),
-    BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), AdaSnapKV(LONG), DoubleP(1.0, 1.0), SpargeAttention(1.0),
-    *(policy_at(name, 1.0, 128) for name in FAMILIES),
+    BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), PyramidKV(LONG), AdaSnapKV(LONG), H2O(LONG, LONG),
+    DoubleP(1.0, 1.0), SpargeAttention(1.0), SparQ(LONG), Twilight(Quest(LONG), 1.0),
+    VAttention(Quest(1, 4, dense_layers=0), sinks=1, local=2, rate=1.0),
+    Strided(LONG), Fixed(LONG, 1), LMInfinite(128),
 ]  # fmt: skip
-SPARSE: list[SparsePolicy] = [
+SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
-    BlockSparse(2, 16), FlexPrefill(0.4, 0.2, 8, 8), SnapKV(20, 6), AdaSnapKV(20, 6), DoubleP(0.7, 0.4, 4),
-    SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), *(policy_at(name, 0.2, 128) for name in FAMILIES),
+    BlockSparse(2, 16), FlexPrefill(0.4, 0.2, 8, 8), SnapKV(20, 6), PyramidKV(20, 6), AdaSnapKV(20, 6), H2O(9, 8),
+    DoubleP(0.7, 0.4, 4), SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), SparQ(9, 2, 3),
+    Twilight(Quest(3, 4, dense_layers=0), 0.6, dense_layers=0),
+    VAttention(Quest(1, 4, dense_layers=0), 0.7, 0.3, sinks=2, local=3),
+    Strided(9), Fixed(12, 3), LMInfinite(9, 4),
 ]  # fmt: skip
+DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
+SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]
 
 
 def named(policy: SparsePolicy) -> str:
@@ -47,11 +63,11 @@ def one_thread() -> None:
 
 
 def view_of(n_queries: int, n_keys: int, slopes: Tensor | None = None, window: int | None = None) -> SequenceView:
-    return SequenceView(0, n_queries == 1 < n_keys, n_keys - n_queries, 0, 8**-0.5, window, slopes, {})
+    return SequenceView(0, 2, n_queries == 1 < n_keys, n_keys - n_queries, 0, 8**-0.5, window, slopes, {})
 
 
 @pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("policy", [p for p in DENSE[:11] if not p.remembers], ids=named)
+@pytest.mark.parametrize("policy", [p for p in SET_DENSE if not p.remembers], ids=named)
 def test_rows_of_different_lengths_equal_dense_ones(policy: SparsePolicy, window: int | None) -> None:
     model = make(tiny("softmax", "nape", window=window))
     prompts = [tokens()[0, :n].tolist() for n in (60, 33, 1)]
@@ -96,6 +112,21 @@ def test_full_density_equals_dense_attention(
     assert set(record.counts) == policy.phases
     for phase in policy.phases:
         assert (record.density(phase) == 1).all() and (record.tile_density(phase) == 1).all()
+
+
+@pytest.mark.parametrize("policy", [p for p in SET_SPARSE if "prefill" not in p.phases], ids=named)
+def test_a_prompt_in_chunks_is_one_prompt(policy: SparsePolicy) -> None:
+    model = make(tiny("softmax", "nape"))
+
+    def answer(chunk: int) -> Tensor:
+        cache = make_cache(model, 1, 80)
+        with use_policy(model, policy) as record:
+            prefill(model, tokens()[:, :70].tolist(), cache, chunk)
+            out = torch.cat([extend(model, tokens()[:, i : i + 1], cache)[0] for i in range(70, 80)])
+        assert (record.density("decode") < 1).all()
+        return out
+
+    torch.testing.assert_close(answer(14), answer(70), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=12)
@@ -165,6 +196,17 @@ def test_density_counts_pairs_and_tiles() -> None:
     torch.testing.assert_close(record.tile_density("prefill"), torch.full((2, 4), 5 / 6).double())
     with pytest.raises(ValueError, match="did not act in phase 'decode': it acted in \\['prefill'\\]"):
         record.density("decode")
+
+
+def test_the_table_of_the_docs_has_every_policy() -> None:
+    """With the phases where it acts, and a name in the report."""
+    lines = (Path(__file__).parents[3] / "docs/sparse_attention.md").read_text().splitlines()
+    rows = [line.split("|")[1:4] for line in lines if line.startswith("| `")]
+    acts = {name: phases.strip() for names, _, phases in rows for name in re.findall(r"`(\w+)`", names)}
+    where = {"both": {"prefill", "decode"}, "prompt": {"prefill"}, "decoding": {"decode"}}
+    found = {name: policy_at(name, 0.5, 128).phases for name in FAMILIES}
+    assert acts.keys() == found.keys() <= NAMES.keys()
+    assert all(where[acts[name]] == phases for name, phases in found.items())
 
 
 def test_what_cannot_run_is_an_error() -> None:

@@ -14,10 +14,12 @@ from model.policies.blocks import block_means, line_weights, top_count, top_shar
 from model.policies.double_p import DoubleP
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill, js_distance
+from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, Lines, VerticalSlash
-from model.policies.policy import Attended, SequenceView, TokenSelection, masked_attention, use_policy
+from model.policies.patterns import Fixed
+from model.policies.policy import Attended, SequenceView, SparsePolicy, TokenSelection, masked_attention, use_policy
 from model.policies.quest import Quest
-from model.policies.snapkv import AdaSnapKV, SnapKV
+from model.policies.snapkv import SnapKV
 from model.policies.sparge import SpargeAttention, cosine_similarity
 from model.policies.topk import OracleTopK
 from model.policies.window import StreamingLLM
@@ -45,11 +47,12 @@ def test_attention_over_a_selection_is_renormalised_softmax() -> None:
     assert attended.visible == sum(range(41, 191)) and attended.total_tiles == 2 + 3 + 3
 
 
-def test_small_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", [OracleTopK(3, 16), LMInfinite(20, 5), Fixed(24, 4)], ids=lambda policy: policy.name)
+def test_small_blocks_of_queries_change_nothing(policy: SparsePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(200, 200)
-    whole = OracleTopK(3, 16).attend(q, k, v, view_of(200, 200, SLOPES))
+    whole = policy.attend(q, k, v, view_of(200, 200, SLOPES))
     monkeypatch.setitem(__import__("model.policies.policy", fromlist=["x"]).SCORES_AT_ONCE, "cpu", 1)
-    parts = OracleTopK(3, 16).attend(q, k, v, view_of(200, 200, SLOPES))
+    parts = policy.attend(q, k, v, view_of(200, 200, SLOPES))
     torch.testing.assert_close(parts.out, whole.out)
     assert parts.kept.tolist() == whole.kept.tolist() and parts.live_tiles.tolist() == whole.live_tiles.tolist()
 
@@ -261,7 +264,7 @@ def test_density_rises_with_the_level() -> None:
                 policy.observe(q[:, :127], k[:, :127], view_of(127, 127, SLOPES, memory=view.memory))
                 view = replace(view, decoding=True, query_start=127)
             attended = policy.attend(q[:, -1:] if view.decoding else q, k, v, view)
-            densities.append(float(attended.kept.float().mean() / attended.visible))
+            densities.append(float(attended.read.float().mean() / attended.visible))
         assert densities == sorted(densities) and densities[0] < 0.5 and densities[-1] == 1, (name, densities)
 
 
@@ -274,7 +277,6 @@ def test_settings_that_mean_nothing_are_errors() -> None:
         (lambda: FlexPrefill(1.2), "coverage is 1.2: expected a share"),
         (lambda: FlexPrefill(0.5, tau=-1), "tau is -1"),
         (lambda: SnapKV(4, pooled=2), "pooled is 2: expected an odd"),
-        (lambda: AdaSnapKV(4, even=0), "even is 0: expected a share"),
         (lambda: DoubleP(0.5, 0.6), "exact is 0.6: expected at most coverage"),
         (lambda: SpargeAttention(0.5, margin=1), "margin is 1: expected a negative"),
         (lambda: SpargeAttention(0.5, warp_rows=48), "warp_rows is 48: expected a divisor"),

@@ -1,0 +1,82 @@
+"""H2O: keys that have had little attention so far are evicted, at every step."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from model.policies.blocks import check_least, top_count
+from model.policies.eviction import Budgets, check_whole_prompt, of_query_heads
+from model.policies.policy import Phase, Selection, SequenceView, SparsePolicy, TokenSelection
+
+
+@dataclass(frozen=True)
+class H2O(SparsePolicy):
+    """Decoding keeps the `recent` newest keys and of the older ones the `heavy` that have had most attention (H2O,
+    arXiv:2306.14048, Algorithm 1): the softmax weights of all queries so far, summed. Before each token all others are
+    evicted, for good: later sums run over what is left. The token's own key comes in addition. Dense where heavy and
+    recent hold the text.
+
+    The paper takes a tenth of the text for each. Query heads that share keys have one sum (Budgets), where the paper's
+    models share none; budgets of layers and heads are set when keys are first evicted. Simplified: keys are hidden, not
+    freed; the prompt is read densely, and so is one that goes on later. `select` counts: once a token.
+    """
+
+    name: ClassVar[str] = "h2o"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"decode"})
+    remembers: ClassVar[bool] = True
+    heavy: int
+    recent: int
+    budgets: Budgets = Budgets()
+
+    def __post_init__(self) -> None:
+        check_least(1, heavy=self.heavy, recent=self.recent)
+
+    def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:
+        self._check(view)
+        sums = torch.zeros(len(q), k.shape[1], device=q.device)
+        for rows in view.row_blocks(q, k.shape[1]):
+            n_keys = view.query_start + rows.stop
+            sums[:, :n_keys] += torch.softmax(view.scores(q, k, rows, n_keys), -1).sum(1)
+        self._add(sums, len(k), view)
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        self._check(view)
+        n_keys = k.shape[1]
+        if "sums" in view.memory:
+            self._evict(view)
+        kept = torch.ones(1, n_keys, dtype=torch.bool, device=k.device)
+        if "alive" in view.memory:
+            kept = of_query_heads(_longer(view.memory["alive"], n_keys, True), len(q))
+        scores = view.scores(q, k, slice(0, 1), n_keys)[:, 0].masked_fill(~kept, -torch.inf)
+        self._add(torch.softmax(scores, -1), len(k), view)
+        return TokenSelection(kept[:, None])
+
+    def _check(self, view: SequenceView) -> None:
+        check_whole_prompt(self.name, view, "sums" in view.memory, view.query_start)
+
+    def _add(self, weights: Tensor, groups: int, view: SequenceView) -> None:
+        """weights: (H, keys), sums over the queries of this forward pass."""
+        sums = self.budgets.scores(weights, groups)
+        if "sums" in view.memory:
+            sums = sums + _longer(view.memory["sums"], sums.shape[1], 0)
+        view.memory["sums"] = sums
+
+    def _evict(self, view: SequenceView) -> None:
+        """Cuts memory["alive"], bool (heads, keys), down to the budget, by memory["sums"], (heads, keys)."""
+        sums = view.memory["sums"]
+        older = sums.shape[1] - self.recent
+        if older <= self.heavy and "heavy" not in view.memory:
+            return
+        alive = _longer(view.memory.get("alive", torch.ones_like(sums[:, :0], dtype=torch.bool)), sums.shape[1], True)
+        candidates = sums[:, :older].masked_fill(~alive[:, :older], -torch.inf)
+        if "heavy" not in view.memory:
+            view.memory["heavy"] = self.budgets.counts(candidates, self.heavy, view)
+        alive[:, :older] = top_count(candidates, view.memory["heavy"])
+        view.memory["alive"] = alive
+
+
+def _longer(x: Tensor, n_keys: int, value: float) -> Tensor:
+    """(heads, n) -> (heads, n_keys), new."""
+    return torch.nn.functional.pad(x, (0, n_keys - x.shape[1]), value=value)
