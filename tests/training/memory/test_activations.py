@@ -17,7 +17,7 @@ import training.step.recomputation
 from model.attention import make_metadata
 from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
-from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make
+from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make, needs_float8_by_row
 from training.memory.activations import block_activations, kept_of_attention
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
@@ -113,6 +113,7 @@ class TestFloat8:
         found = measured_activations(module, setup)
         assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
 
+    @needs_float8_by_row
     @pytest.mark.parametrize(
         ("name", "recipe", "mode", "bound"),
         [
@@ -125,9 +126,7 @@ class TestFloat8:
     def test_compiled_blocks(
         self, name: str, recipe: Any, mode: str, bound: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(
-            training.step.float8, "EMULATED", False
-        )  # CPUs have FP8 products: no other graphs than GPUs'
+        monkeypatch.setattr(training.step.float8, "EMULATED", False)
         module, setup = make(MODELS[name], "bf16-mixed", float8=recipe, **FLOAT8_MODES[mode])
         compile_without_inductor(module)
         found = measured_activations(module, setup)
@@ -152,6 +151,7 @@ class TestKeptOfAttention:
         found = sum(x.nbytes for x in tree_leaves(list(map(dict, kept))))
         assert kept_of_attention(replace(setup, cuda=True)) == pytest.approx(found, rel=0.02) and found > 0
 
+    @needs_float8_by_row
     @pytest.mark.usefixtures("emulated_float8")
     def test_by_triton_compiled_in_float8(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels.alpha_entmax.results, "SHORTEST_KEY_LIST", 0)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import training.step.float8
 from benchmarks.train_memory import network_of
-from tests.training.memory.helpers import MODELS, MODES, autocast, batch, make
+from tests.training.memory.helpers import MODELS, MODES, autocast, batch, make, needs_float8_by_row
 from training.memory import workspace
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
@@ -81,13 +81,14 @@ def test_estimated_peak_is_near_the_measured(
         assert expected.total == pytest.approx(found, rel=0.05)
 
 
+@needs_float8_by_row
 @pytest.mark.usefixtures("emulated_float8")
 @pytest.mark.parametrize(
     ("recipe", "mode"), [("tensorwise", "none"), ("rowwise", "full"), ("rowwise_with_gw_hp", "full")]
 )
 def test_eager_float8_rounds_in_float32(recipe: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(workspace.BLOCKWISE_BYTES, False, 0)
-    monkeypatch.setattr(training.step.float8, "EMULATED", False)  # CPUs have FP8 products
+    monkeypatch.setattr(training.step.float8, "EMULATED", False)
     module, setup = make(MODELS["asentmax-nape"], "bf16-mixed", float8=recipe, **MODES[mode])
     for accumulation in (1, 2):
         found = peak_of_two_steps(module, "bf16-mixed", accumulation)
