@@ -4,16 +4,17 @@
     python -m benchmarks.train_speed --models 125m --kinds asentmax --lengths 4096
     python -m benchmarks.train_speed --lengths 32768 131072 --checkpointing full selective offload --steps 2
     python -m benchmarks.train_speed --models 1b --longest 131072 262144  # which of these contexts train at all
+    python -m benchmarks.train_speed --lengths 4096 --float8 none rowwise tensorwise  # 1b in bf16 and in FP8
     python -m benchmarks.train_speed --lengths --longest 262144 --sequence_parallel 2  # one rank of two, by itself
     PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
 freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps steps
 after two to warm up (--longest: one step after another, in which kernels compile). mode:
-model.activation_checkpointing. MFU: training.throughput.speed_metrics. live %: 64 x 64 tiles with support, mean over
-layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is live. With --sequence_parallel S
-a row is of one rank among S GPUs that share each sequence: its memory and MFU, and the tokens/s of all S together, less
-the time of exchanges (benchmarks/loopback.py).
+model.activation_checkpointing. MFU: training.throughput.speed_metrics, in FP8 beside bfloat16's peak too. live %: 64 x
+64 tiles with support, mean over layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is
+live. With --sequence_parallel S a row is of one rank among S GPUs that share each sequence: its memory and MFU, and the
+tokens/s of all S together, less the time of exchanges (benchmarks/loopback.py).
 """
 
 from common.interrupts import end_on_ctrl_c
@@ -45,6 +46,7 @@ from model.flops import peak_flops
 from training.distributed.engine import PlainEngine
 from training.module import LanguageModule
 from training.step.activations import ActivationCheckpointing
+from training.step.float8 import Float8, check_device
 from training.step.loss import resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer
 from training.throughput import peak_memory_gib, speed_metrics
@@ -57,6 +59,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 class Row:
     model: str
     attention: str
+    float8: str
     checkpointing: str
     tokens: int
     length: int
@@ -86,6 +89,7 @@ class Trial:
 
     def __init__(self, model: str, kind: str, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
         self.device = torch.device("cuda")
+        check_device(options.get("float8", "none"), self.device)
         self.config, self.ranks = network(model, kind), ranks
         with self.device:
             self.module = LanguageModule(self.config, OptimizerConfig(), **options)
@@ -171,8 +175,8 @@ def show(row: Row) -> None:
     peak = f"{row.peak_gib:8.1f}" if row.peak_gib else f"{'-':>8}"
     live = f"{row.live_percent:6.1f}" if row.live_percent is not None else f"{'-':>6}"
     print(
-        f"{row.model:6} {row.attention:9} {row.checkpointing:9} {row.length:>7} {row.tokens:>7} {speed} {mfu} {peak} "
-        f"{live}  {row.note}",
+        f"{row.model:6} {row.attention:9} {row.float8:18} {row.checkpointing:9} {row.length:>7} {row.tokens:>7} "
+        f"{speed} {mfu} {peak} {live}  {row.note}",
         flush=True,
     )
 
@@ -200,6 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--checkpointing", nargs="+", choices=get_args(ActivationCheckpointing), default=["none"],
                         help="model.activation_checkpointing of --lengths")  # fmt: skip
+    parser.add_argument("--float8", nargs="+", choices=get_args(Float8), default=["none"], help="model.float8")
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/train_speed.csv"))
@@ -224,37 +229,37 @@ def main() -> int:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, loss {options.loss}"
         + f", one of {ranks} ranks" * (ranks > 1)
     )
-    print("model  attention mode       length  tokens   tokens/s    MFU peak GiB live %")
+    print("model  attention float8             mode       length  tokens   tokens/s    MFU peak GiB live %")
     rows: list[Row] = []
 
     def add(trial: Trial, model: str, kind: str, length: int, steps: int, warm_up: int, live: bool) -> Row:
-        row = Row(model, kind, trial.module.checkpointing, step_tokens[length], length, None, None, None, None, None)
+        module, tokens = trial.module, step_tokens[length]
+        row = Row(model, kind, module.float8, module.checkpointing, tokens, length, None, None, None, None, None)
         row = run(trial, row, steps, warm_up, live)
         rows.append(row)
         show(row)
         return row
 
-    for model in options.models:
-        for kind in options.kinds:
-            shared: dict[str, Any] = dict(compile=not options.eager)
-            for mode in options.checkpointing if options.lengths else ():
-                torch._dynamo.reset()  # or compiled blocks of the mode before count towards the limit of recompilations
-                trial = Trial(model, kind, options.loss, ranks, {**shared, "activation_checkpointing": mode})
-                for length in options.lengths:
-                    add(trial, model, kind, length, options.steps, 2, live=True)
-                del trial
-                gc.collect()
-                torch.cuda.empty_cache()
-            if options.longest:
-                checkpointed = dict(activation_checkpointing="full", mlp_tile_tokens=options.tile)
-                trial = Trial(model, kind, options.loss, ranks, {**shared, **checkpointed})
-                trial.compile_for_any_length()
-                for length in options.longest:
-                    if add(trial, model, kind, length, 1, 1, live=False).tokens_per_second is None:
-                        break
-                del trial
+    for model, kind, float8 in product(options.models, options.kinds, options.float8):
+        shared: dict[str, Any] = dict(compile=not options.eager, float8=float8)
+        for mode in options.checkpointing if options.lengths else ():
+            torch._dynamo.reset()  # or compiled blocks of the mode before count towards the limit of recompilations
+            trial = Trial(model, kind, options.loss, ranks, {**shared, "activation_checkpointing": mode})
+            for length in options.lengths:
+                add(trial, model, kind, length, options.steps, 2, live=True)
+            del trial
             gc.collect()
             torch.cuda.empty_cache()
+        if options.longest:
+            checkpointed = dict(activation_checkpointing="full", mlp_tile_tokens=options.tile)
+            trial = Trial(model, kind, options.loss, ranks, {**shared, **checkpointed})
+            trial.compile_for_any_length()
+            for length in options.longest:
+                if add(trial, model, kind, length, 1, 1, live=False).tokens_per_second is None:
+                    break
+            del trial
+        gc.collect()
+        torch.cuda.empty_cache()
     write_rows(options.output, rows)
     return 0
 

@@ -70,6 +70,7 @@ from training.setup_checks import (
     first_device,
     usable_folder,
 )
+from training.step.float8 import check_device, check_products
 from training.step.loss import resolve_loss_backend
 from training.throughput import StepClock
 from training.tracking import log_config, make_loggers, record_session, say
@@ -159,6 +160,7 @@ class TrainingCLI(LightningCLI):
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
         check_runs_here(network, first_device(options))
+        check_device(self.config.model.float8, first_device(options))
         if self.config.checkpoint.asynchronous:
             check_copy_fits(network, self.config.model.optimizer.name, options.num_nodes)
         self.init_from = self._choose_weights(network)
@@ -223,6 +225,10 @@ class TrainingCLI(LightningCLI):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         model = self.config.model
         check_combinations(parallel, precision=trainer.precision, compile=model.compile, optimizer=model.optimizer.name)
+        check_products(
+            model.float8, precision=trainer.precision, tokens=tokens // parallel.sequence_parallel,
+            tile_tokens=model.mlp_tile_tokens,
+        )  # fmt: skip
         data_ranks = trainer.world_size // parallel.sequence_parallel
         trainer.accumulate_grad_batches = self.datamodule.accumulation(data_ranks)
         trainer.val_check_interval = max(1, every) * trainer.accumulate_grad_batches
@@ -291,11 +297,17 @@ class TrainingCLI(LightningCLI):
         """One line on what is about to run."""
         data, trainer, module = self.datamodule, self.trainer, self.model
         parameters, device = sum(p.numel() for p in module.parameters()), trainer.strategy.root_device
+        products = module.converted
         return (
             f"training {parameters:,} parameters ({module.network_config.attention.kind}) from step {self.start.step} "
             f"to {trainer.max_steps}: {data.global_batch_size} x {data.sequence_length} tokens a step, accumulated "
             f"over {trainer.accumulate_grad_batches}, on {trainer.world_size} x {device.type} in {trainer.precision}, "
             f"loss backend {resolve_loss_backend(module.loss_backend, device)}"
+            + (
+                f", {products.float8} of the blocks' {products.all} linears in FP8 ({module.float8})"
+                if products
+                else ""
+            )
         )
 
     def fit(self, on_start: Callable[[], None]) -> int:

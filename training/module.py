@@ -19,6 +19,7 @@ from training.faults.step_guard import StepGuard
 from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
 from training.step.compiling import share_cores
 from training.step.cuda_graphs import GraphedLoss, check_graphs
+from training.step.float8 import Float8, convert_linears
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
 from training.step.recomputation import checkpoint_blocks
@@ -43,6 +44,8 @@ class LanguageModule(LightningModule):
         optimizer: AdamW or Muon, and the schedule.
         loss_backend: "auto" (liger-kernel on CUDA where installed, else chunked), "liger" or "chunked".
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
+        float8: "none", or how the blocks' linears scale the operands of products in FP8 (step/float8.py): "tensorwise",
+            "rowwise" or "rowwise_with_gw_hp". Needs torchao, and with torch.compile only it can be fast.
         compile: compile each block with torch.compile.
         activation_checkpointing: "none" keeps all activations for backward; "full" each block's input and entmax's
             thresholds, and recomputes the rest; "selective" attention's output too; "offload" is full with the blocks'
@@ -57,7 +60,8 @@ class LanguageModule(LightningModule):
 
     Raises:
         ValueError: a loss_backend that is unknown or that this machine cannot run, an unknown activation_checkpointing,
-            loss_chunk_tokens below 1, z_loss outside [0, 1], or mlp_tile_tokens below 0.
+            an unknown float8 or one without torchao, loss_chunk_tokens below 1, z_loss outside [0, 1], or
+            mlp_tile_tokens below 0.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class LanguageModule(LightningModule):
         loss_backend: str = "auto",
         loss_chunk_tokens: int = 2048,
         z_loss: float = 0.0,
+        float8: Float8 = "none",
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         mlp_tile_tokens: int = 0,
@@ -79,13 +84,18 @@ class LanguageModule(LightningModule):
         check_number("model.loss_chunk_tokens", loss_chunk_tokens, least=1, whole=True)
         check_number("model.z_loss", z_loss, least=0, most=1, zero="none")
         check_number("model.mlp_tile_tokens", mlp_tile_tokens, least=0, whole=True, zero="all at once")
-        if activation_checkpointing not in (modes := get_args(ActivationCheckpointing)):
-            raise ValueError(f"model.activation_checkpointing is {activation_checkpointing!r}: expected one of {modes}")
+        for name, value, known in (
+            ("activation_checkpointing", activation_checkpointing, get_args(ActivationCheckpointing)),
+            ("float8", float8, get_args(Float8)),
+        ):
+            if value not in known:
+                raise ValueError(f"model.{name} is {value!r}: expected one of {known}")
         self.network_config, self.optimizer_config = network, optimizer
         self.loss_backend, self.loss_chunk_tokens, self.z_loss = loss_backend, loss_chunk_tokens, z_loss
         if cuda_graphs:
             self.loss_backend = "chunked"  # liger waits for the device
-        self.model = Transformer(network, deferred)
+        self.model, self.float8 = Transformer(network, deferred), float8
+        self.converted = None if float8 == "none" else convert_linears(self.model.layers(), float8)
         self.taken_over: dict[str, Tensor] = {}  # weights of another run by name, where the model has no memory yet
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
         self.step_gradient_norm: Tensor | float = 0.0

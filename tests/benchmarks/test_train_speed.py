@@ -1,10 +1,12 @@
 """The training-speed benchmark, as far as it runs without a CUDA device."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import train_speed
 from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show, write_rows
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
@@ -21,10 +23,11 @@ def test_steps_take_its_batches(kind: str) -> None:
 
 
 def test_rows_show_what_did_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Row("1b", "softmax", "full", 32768, 32768, None, None, None, None, None, "out of memory"))
+    show(Row("1b", "softmax", "none", "full", 32768, 32768, None, None, None, None, None, "out of memory"))
     assert capsys.readouterr().out.split() == [
         "1b",
         "softmax",
+        "none",
         "full",
         "32768",
         "32768",
@@ -36,11 +39,13 @@ def test_rows_show_what_did_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rows_are_written(tmp_path: Path) -> None:
-    write_rows(tmp_path / "new" / "x.csv", [Row("1b", "softmax", "full", 32768, 4096, 7.0, 0.5, 2.0, 1.0, None)])
+    write_rows(
+        tmp_path / "new" / "x.csv", [Row("1b", "softmax", "rowwise", "full", 32768, 4096, 7.0, 0.5, 2.0, 1.0, None)]
+    )
     header, row = (tmp_path / "new" / "x.csv").read_text().splitlines()
     assert (
-        header.startswith("model,attention,checkpointing,tokens,length")
-        and row == "1b,softmax,full,32768,4096,7.0,0.5,2.0,1.0,,"
+        header.startswith("model,attention,float8,checkpointing,tokens,length")
+        and row == "1b,softmax,rowwise,full,32768,4096,7.0,0.5,2.0,1.0,,"
     )
 
 
@@ -48,3 +53,29 @@ def test_rows_are_written(tmp_path: Path) -> None:
 def test_needs_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["train_speed"])
     assert main() == 2 and "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_rows_of_fp8(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each of --float8 trains a model of its own; the rows say which."""
+    trained = []
+
+    class OnCpu(train_speed.Trial):
+        def __init__(self, model: str, kind: str, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
+            self.module = LanguageModule(network(model, kind), OptimizerConfig(), **options | {"compile": False})
+            self.config = self.module.network_config
+            self.optimizer = torch.optim.AdamW(self.module.parameters())
+
+        def measure(self, tokens: int, length: int, steps: int, warm_up: int) -> dict[str, float]:
+            trained.append((self.module.float8, self.module.converted))
+            return {}
+
+    monkeypatch.setattr(train_speed, "Trial", OnCpu)
+    for name, value in (("is_available", True), ("get_device_name", "H200")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    options = ["--models", "smoke", "--kinds", "softmax", "--lengths", "64", "--float8", "none", "rowwise"]
+    monkeypatch.setattr("sys.argv", ["train_speed", *options, "--output", str(tmp_path / "x.csv")])
+    assert main() == 0
+    assert [name for name, _ in trained] == ["none", "rowwise"] and trained[0][1] is None and trained[1][1].float8 > 0
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["smoke", "softmax", recipe] for recipe in ("none", "rowwise")
+    ]

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 from data.prepare import main as prepare
 from model.checkpoint import checkpoint_folder, read_complete
 from model.loading import StoredTensors, load_model
+from tests.training.step.emulation import emulate
 from tests.training.warm import Ended, warm_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,13 @@ def tiny_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(TINY.replace("CORPUS", str(corpus)))
     return path
+
+
+@pytest.fixture
+def emulated_float8() -> Iterator[None]:
+    emulate()
+    yield
+    emulate(False)
 
 
 def child_environment() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.distributed.engine import Engine
 
-LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel")  # torch names its build itself (+cu130)
+LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel", "torchao")  # torch names its build itself (+cu130)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ slope and length), 8 for the row's first and last key, N / 32,768 bytes a head f
 attention's output (H D w) and its threshold or log-sum-exp (4 bytes a head); compiled blocks need the 12 bytes no
 longer then.
 
+With float8, weights that are multiplied with in FP8 have no cast copies. Eager blocks keep bfloat16 operands as without
+it, and round the largest one through float32 (9 bytes an element). Compiled ones, but for "rowwise_with_gw_hp", keep
+wo's operand and the second norm's output in FP8, and compute the feed-forward layer's product again.
+
 Sizes in formulas: P parameters, W ranks, S ranks that share a sequence, N tokens of a micro-batch, n = N / S of a rank,
 L layers, C width, F width of the feed-forward layer, H query heads, G key/value heads, D head dim, V vocabulary. r and
 w: bytes of the residual stream and of matrix products (4 and 4 in float32; 4 and 2 under autocast; 2 and 2 where ZeRO

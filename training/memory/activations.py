@@ -1,7 +1,7 @@
 """What the forward pass keeps for backward."""
 
 from model.attention import kept_bits
-from training.memory.setup import FLOAT32, Setup
+from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
 
 
@@ -12,7 +12,7 @@ def block_activations(setup: Setup) -> dict[str, float]:
         return _compiled_block(setup)
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     norm = norm_activations(setup, network.d_model)
-    attention_weights, feed_forward_weights = block_matrices(network)
+    attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     feed_forward = setup.residual_bytes * network.d_model if setup.tiled else feed_forward_activations(setup)
     readers = 3 + 2 * (network.attention.kind == "asentmax")  # wq, wk, wv; beta and gamma
     parts = {
@@ -32,7 +32,7 @@ def _compiled_block(setup: Setup) -> dict[str, float]:
     norm's input and what leads to queries again, so operands have one copy for all readers."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     width, heads, head_dim = network.d_model, network.n_heads, network.head_size
-    attention_weights, feed_forward_weights = block_matrices(network)
+    attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     queries = 0
     if network.attention.kind in ("ssmax", "asentmax"):  # rotated queries are float32, others what wq gives
         queries += heads * (head_dim * (FLOAT32 if network.positions == "rope" else w) + FLOAT32)
@@ -51,7 +51,26 @@ def _compiled_block(setup: Setup) -> dict[str, float]:
         "feed-forward": 0 if setup.tiled else n * w * (width + 3 * network.d_ff),
         "cast weights": setup.casts * w * (attention_weights + (0 if setup.tiled else feed_forward_weights)),
     }
+    if setup.operands_in_float8:
+        parts |= _operands_in_float8(setup)
+    if setup.float8 != "none" and setup.tiled:
+        parts["cast weights"] += FLOAT8 * (block_matrices(network)[1] - feed_forward_weights)  # what tiles share
     return {name: float(size) for name, size in parts.items()}
+
+
+def _operands_in_float8(setup: Setup) -> dict[str, float]:
+    """Parts of a compiled block in which the operands of weights' gradients are FP8: what is rounded to it is kept so,
+    or computed again, where nothing else reads it."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    width, out = network.d_model, network.n_heads * network.head_size
+    temperatures_read = network.attention.kind == "asentmax"
+    # in its backward, the output that wo rounds; where ranks exchange it, `_attention` has it
+    kernel_reads = network.attention.is_entmax and uses_triton(setup) and setup.sequence_parallel == 1
+    return {
+        "attention's input": n * w * width * temperatures_read,
+        "attention's output": n * out * (FLOAT8 + w * kernel_reads),
+        "feed-forward": n * (FLOAT8 * width + (0 if setup.tiled else 2 * w * network.d_ff)),  # without the product
+    }
 
 
 def norm_activations(setup: Setup, width: int, *, mixed: bool = False) -> int:

@@ -23,7 +23,9 @@ def report(setup: Setup, found: Estimate) -> str:
     lines = [
         f"{parameter_count(setup.network):,} parameters, {setup.local_tokens:,} tokens a rank and micro-batch "
         f"({setup.ranks} ranks{shared}), {setup.precision}, ZeRO stage {setup.zero_stage}, activation checkpointing "
-        f"{setup.activation_checkpointing}, loss backend {setup.loss_backend}",
+        f"{setup.activation_checkpointing}, loss backend {setup.loss_backend}"
+        + f", FP8 {setup.float8}"
+        * (setup.float8 != "none"),
         "",
     ]
 
@@ -72,6 +74,7 @@ class MemoryCLI(TrainingCLI):
             loss_backend={"auto": "liger" if cuda else "chunked"}.get(backend, backend),
             cuda=cuda,
             compiled=config.model.compile,
+            float8=config.model.float8,
             optimizer=config.model.optimizer.name,
             asynchronous_saves=config.checkpoint.asynchronous,
             keeps_gradients=ranks > 1 or config.data.global_batch_size > config.data.micro_batch_size,

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 from training.distributed.config import check_optimizer
+from training.step.float8 import Float8, check_products
 
-FLOAT32 = 4  # bytes
+FLOAT32, FLOAT8 = 4, 1  # bytes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Setup:
         keeps_gradients: gradients exist while a backward pass begins: with accumulation, or where an engine keeps them.
         cuda: with the kernels that run on CUDA, else those on CPU.
         compiled: as model.compile.
+        float8: as model.float8.
         optimizer: as model.optimizer.name.
         asynchronous_saves: as checkpoint.asynchronous.
     """
@@ -43,6 +45,7 @@ class Setup:
     cuda: bool = True
     keeps_gradients: bool = True
     compiled: bool = False
+    float8: Float8 = "none"
     optimizer: str = "adamw"
     asynchronous_saves: bool = False
 
@@ -50,6 +53,9 @@ class Setup:
         if self.precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision is {self.precision!r}: the estimate knows 32-true and bf16-mixed")
         check_optimizer(self.zero_stage, self.optimizer)
+        check_products(
+            self.float8, precision=self.precision, tokens=self.local_tokens, tile_tokens=self.mlp_tile_tokens
+        )
 
     @property
     def local_tokens(self) -> int:
@@ -59,6 +65,11 @@ class Setup:
     def product_bytes(self) -> int:
         """w."""
         return 2 if self.precision == "bf16-mixed" else 4
+
+    @property
+    def operands_in_float8(self) -> bool:
+        """Whether the weights' gradients have operands in FP8, which compiled blocks keep; eager ones keep bfloat16."""
+        return self.float8 in ("tensorwise", "rowwise")
 
     @property
     def residual_bytes(self) -> int:

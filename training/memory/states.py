@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from model.config import ModelConfig
 from model.transformer import Block, Transformer
 from training.distributed.checkpoint_state import SAVED_BYTES
 from training.distributed.config import BUCKET_ELEMENTS
 from training.memory.setup import FLOAT32, Setup
+from training.step.float8 import Float8, fits
 from training.step.muon import is_muon
 from training.step.optim import OptimizerConfig, parameter_groups
 
@@ -33,12 +35,17 @@ def muon_elements(network: ModelConfig) -> int:
     return sum(p.numel() for group in groups if is_muon(group) for p in group["params"])
 
 
-def block_matrices(network: ModelConfig) -> tuple[int, int]:
-    """Elements of one block's matrices: attention with temperature, feed-forward."""
+def block_matrices(network: ModelConfig, float8: Float8 = "none") -> tuple[int, int]:
+    """Elements of one block's matrices: attention with temperature, feed-forward. float8: without those that are
+    multiplied with in FP8."""
     with torch.device("meta"):
         block = Block(network, layer=0)
-    counts = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (block.attention, block.feed_forward)]
-    return counts[0], counts[1]
+
+    def elements(module: nn.Module) -> int:
+        matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
+        return sum(p.numel() for name, p in matrices.items() if float8 == "none" or not fits(name, p.shape))
+
+    return elements(block.attention), elements(block.feed_forward)
 
 
 def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:

@@ -1,7 +1,7 @@
 """What a phase of the step has beside states and what forward keeps."""
 
 from training.memory.activations import feed_forward_activations, norm_activations, uses_triton
-from training.memory.setup import FLOAT32, Setup
+from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
 
 BLOCKWISE_BYTES = {True: 6 * 2**27, False: 6 * 2**20}  # scores and temporaries of the PyTorch entmax; CUDA, CPU
@@ -36,6 +36,9 @@ def backward_workspace(setup: Setup) -> float:
     matrix = width * inner_width * (FLOAT32 + (w if setup.casts else 0))
     # gradients of gate and up, or w_down's weight, its operand's gradient and its output's
     inner = max(2 * w * tile * inner_width, w * tile * (inner_width + width) + matrix)
+    if setup.float8 != "none" and not setup.compiled:  # w_down's operand in float32, clamped, and in FP8
+        rounding = (2 * FLOAT32 + FLOAT8) * tile * inner_width
+        inner = max(inner, rounding + setup.operands_in_float8 * w * tile * (inner_width + width))
     if setup.tiled:  # what the tile has computed again; the gradients of all tiles' inputs
         inner += tile * feed_forward_activations(setup) + n * setup.residual_bytes * width
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)

@@ -39,6 +39,7 @@ def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: in
         "data": {"global_batch_size": global_batch_size},
         "model": {
             "z_loss": module.z_loss,
+            "float8": module.float8,
             "optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
         },
     }

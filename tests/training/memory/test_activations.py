@@ -12,17 +12,20 @@ from torch.utils._pytree import tree_leaves
 import kernels.alpha_entmax.results
 import model.transformer
 import training.module
+import training.step.float8
 import training.step.recomputation
 from model.attention import make_metadata
 from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
-from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make
-from training.memory.activations import kept_of_attention
+from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make, needs_float8_by_row
+from training.memory.activations import block_activations, kept_of_attention
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.activations import KeepOnHost
 from training.step.recomputation import _contexts
+
+FLOAT8_MODES = {**MODES, "tiled": {"mlp_tile_tokens": 96}}  # 16 divides its tiles
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -101,6 +104,35 @@ def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: 
     assert estimate(replace(setup, compiled=True)).lasting["activations"].bytes == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.usefixtures("emulated_float8")
+class TestFloat8:
+    @pytest.mark.parametrize(("recipe", "mode"), [("tensorwise", "none"), ("rowwise", "full"), ("rowwise", "tiled")])
+    @pytest.mark.parametrize("name", ["asentmax-nape", "softmax-rope"])
+    def test_eager_blocks(self, name: str, recipe: Any, mode: str) -> None:
+        module, setup = make(MODELS[name], "bf16-mixed", float8=recipe, **FLOAT8_MODES[mode])
+        found = measured_activations(module, setup)
+        assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
+
+    @needs_float8_by_row
+    @pytest.mark.parametrize(
+        ("name", "recipe", "mode", "bound"),
+        [
+            ("asentmax-nape", "tensorwise", "none", 0.01),
+            ("asentmax-nape", "rowwise", "tiled", 0.03),
+            ("asentmax-nape", "rowwise_with_gw_hp", "none", 0.01),
+            ("entmax-nope-fixed-qk_norm", "rowwise", "none", 0.05),  # the second norm's output is computed again
+        ],
+    )
+    def test_compiled_blocks(
+        self, name: str, recipe: Any, mode: str, bound: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training.step.float8, "EMULATED", False)
+        module, setup = make(MODELS[name], "bf16-mixed", float8=recipe, **FLOAT8_MODES[mode])
+        compile_without_inductor(module)
+        found = measured_activations(module, setup)
+        assert estimate(replace(setup, compiled=True)).lasting["activations"].bytes == pytest.approx(found, rel=bound)
+
+
 class TestKeptOfAttention:
     pytestmark = needs_triton
 
@@ -118,6 +150,20 @@ class TestKeptOfAttention:
         module.training_step(batch(), 0)
         found = sum(x.nbytes for x in tree_leaves(list(map(dict, kept))))
         assert kept_of_attention(replace(setup, cuda=True)) == pytest.approx(found, rel=0.02) and found > 0
+
+    @needs_float8_by_row
+    @pytest.mark.usefixtures("emulated_float8")
+    def test_by_triton_compiled_in_float8(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels.alpha_entmax.results, "SHORTEST_KEY_LIST", 0)
+        monkeypatch.setattr(training.step.float8, "EMULATED", False)
+        network = replace(MODELS["asentmax-nape"], n_layers=1)
+        network = replace(network, attention=replace(network.attention, backend="triton"))
+        module, setup = make(network, "bf16-mixed", float8="rowwise")
+        compile_without_inductor(module)
+        found = measured_activations(module, setup)
+        ours, cuda = replace(setup, compiled=True), replace(setup, compiled=True, cuda=True)
+        blocks = sum(block_activations(cuda).values()) - sum(block_activations(ours).values())
+        assert estimate(ours).lasting["activations"].bytes + blocks == pytest.approx(found, rel=0.02)
 
     def test_by_triton_compiled(self, trained: tuple[LanguageModule, Setup]) -> None:
         module, setup = trained

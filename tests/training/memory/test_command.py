@@ -50,11 +50,27 @@ def test_no_part_is_negative_and_the_peak_is_the_largest_phase(
         assert len(phases) == 4 and parts["peak per device"] == max(phases), printed
 
 
+def test_float8_keeps_less(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    activations = []
+    options = ("--model.activation_checkpointing", "none", "--model.compile", "true", "--model.mlp_tile_tokens", 0)
+    for recipe in ("none", "rowwise_with_gw_hp", "rowwise"):
+        assert run(monkeypatch, *CONFIGS, *options, "--model.float8", recipe) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].endswith(f", FP8 {recipe}") == (recipe != "none")
+        row = next(line for line in lines if line.split()[:1] == ["activations"])
+        activations.append(float(row.split()[1]))
+    assert activations == sorted(activations, reverse=True) and len(set(activations)) == 3
+
+
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for options, part in (
         (("--trainer.devices", 6), "sequence_parallel is 4: expected a divisor of the 6 ranks"),
         (("--trainer.precision", "16-mixed"), "trainer.precision is '16-mixed'"),
         (("--model.network.n_layerz", 6), "model.network.n_layerz"),
+        (
+            ("--model.float8", "rowwise", "--trainer.precision", "32"),
+            "trainer.precision is '32-true', but model.float8",
+        ),
     ):
         assert run(monkeypatch, *CONFIGS, *options) == 2
         assert part in capsys.readouterr().err

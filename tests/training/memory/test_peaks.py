@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import training.step.float8
 from benchmarks.train_memory import network_of
-from tests.training.memory.helpers import MODELS, MODES, autocast, batch, make
+from tests.training.memory.helpers import MODELS, MODES, autocast, batch, make, needs_float8_by_row
 from training.memory import workspace
 from training.memory.estimate import estimate
 from training.memory.setup import Setup
@@ -76,6 +77,21 @@ def test_estimated_peak_is_near_the_measured(
     module, setup = make(MODELS[name], precision, **MODES[mode])
     for accumulation in (1, 2):
         found = peak_of_two_steps(module, precision, accumulation)
+        expected = estimate(replace(setup, keeps_gradients=accumulation > 1))
+        assert expected.total == pytest.approx(found, rel=0.05)
+
+
+@needs_float8_by_row
+@pytest.mark.usefixtures("emulated_float8")
+@pytest.mark.parametrize(
+    ("recipe", "mode"), [("tensorwise", "none"), ("rowwise", "full"), ("rowwise_with_gw_hp", "full")]
+)
+def test_eager_float8_rounds_in_float32(recipe: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(workspace.BLOCKWISE_BYTES, False, 0)
+    monkeypatch.setattr(training.step.float8, "EMULATED", False)
+    module, setup = make(MODELS["asentmax-nape"], "bf16-mixed", float8=recipe, **MODES[mode])
+    for accumulation in (1, 2):
+        found = peak_of_two_steps(module, "bf16-mixed", accumulation)
         expected = estimate(replace(setup, keeps_gradients=accumulation > 1))
         assert expected.total == pytest.approx(found, rel=0.05)
 
