@@ -4,6 +4,7 @@ that one process would have, and models that differ in one layer share all other
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,10 @@ class InitialWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.normals)
+
+    def count(self) -> int:
+        """Parameters of the network, whoever holds them."""
+        return sum(prod(normal.shape) for normal in self.normals.values())
 
 
 def _mean_and_std(prefix: str, module: nn.Module, name: str, config: ModelConfig) -> tuple[float, float]:

@@ -132,7 +132,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_run_arguments(parser, needs_run_dir=self.needs_run_dir)
-        parser.link_arguments("parallel.zero_stage", "model.deferred", compute_fn=bool)
+        parser.link_arguments("parallel.zero_stage", "model.deferred", compute_fn=bool, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         """Check what needs no model and no data, and choose the checkpoint to start from."""
@@ -221,6 +221,8 @@ class TrainingCLI(LightningCLI):
             # Lightning would save inside its signal handler, where ranks wait for each other: see interruption.py
             options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         trainer = Trainer(**options)
+        assert self.stop is not None
+        self.stop.ranks.launcher = trainer.strategy.launcher  # before it starts ranks, which end with this one
         # signals.py handles them: Lightning's SIGTERM handler would wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         model = self.config.model
@@ -296,7 +298,7 @@ class TrainingCLI(LightningCLI):
     def describe(self) -> str:
         """One line on what is about to run."""
         data, trainer, module = self.datamodule, self.trainer, self.model
-        parameters, device = sum(p.numel() for p in module.parameters()), trainer.strategy.root_device
+        parameters, device = module.model.initial.count(), trainer.strategy.root_device  # ZeRO 3 has divided them
         products = module.converted
         return (
             f"training {parameters:,} parameters ({module.network_config.attention.kind}) from step {self.start.step} "

@@ -7,6 +7,11 @@ in place of four. A row is of one size of tiles; columns: without dq; with the p
 is; with it added to float32 dq by atomics (red), or by the tensor copy engine (tma). Needs a CUDA device.
 """
 
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
 import sys
 from functools import partial
 

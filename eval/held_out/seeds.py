@@ -1,6 +1,6 @@
 """Configurations that were trained with several seeds, compared over seeds and documents."""
 
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,9 @@ from eval.reporting.document import Block, Heading, Paragraph, Table
 from eval.reporting.formatting import interval_text
 
 SEED = "seed_everything"
-OF_A_RUN = (SEED, "data.seed", "run_dir", "resume", "init_from", "wandb.", "debug")
+OF_A_RUN = (SEED, "data.seed", "run_dir", "resume", "wandb.", "debug")
+NUMBER = re.compile(r"\d+")
+SEED_IN_LABEL = re.compile(r"(?<![^\W_])(?:seed|s)?[-_]?\d+(?![^\W_])")
 Settings = Mapping[str, Mapping[str, str]]
 
 
@@ -38,16 +40,17 @@ class SeedSummary:
 
 
 def compare_seeds(measurements: Sequence[Measurement], settings: Settings) -> list[SeedSummary]:
-    """Of runs whose settings differ in nothing but seeds and folders, where two configurations or more have two seeds
-    or more in common.
+    """Of runs whose settings differ in nothing but seeds and folders, after as many steps, where two configurations or
+    more have two seeds or more in common.
 
     Args:
-        settings: as in settings_report.run_blocks.
+        settings: as in settings_report.run_blocks. Numbers in init_from are taken for seeds.
     """
-    groups: dict[tuple[tuple[str, str], ...], dict[str, Measurement]] = {}
+    groups: dict[tuple[object, ...], dict[str, Measurement]] = {}
     for one in measurements:
-        own = settings.get(one.label, {})
-        key = tuple(sorted((name, value) for name, value in own.items() if not name.startswith(OF_A_RUN)))
+        own = dict(settings.get(one.label, {}))
+        own["init_from"] = NUMBER.sub("", own.get("init_from", ""))
+        key = (one.step, *sorted((name, value) for name, value in own.items() if not name.startswith(OF_A_RUN)))
         if SEED in own:
             groups.setdefault(key, {}).setdefault(own[SEED], one)
     several = [group for group in groups.values() if len(group) > 1]
@@ -68,12 +71,13 @@ def compare_seeds(measurements: Sequence[Measurement], settings: Settings) -> li
 def _mean(runs: Sequence[Measurement]) -> Measurement:
     """A run whose losses are the means of these."""
     first = runs[0]
-    label = os.path.commonprefix([run.label for run in runs]).rstrip("-_/. ").removesuffix("seed").rstrip("-_/. ")
+    names = {SEED_IN_LABEL.sub("", run.label).strip("-_/. ") for run in runs}
+    label = names.pop() if len(names) == 1 else ""
     results = [run.perplexity for run in runs]
     by_length = {m: _mean_sums([result.by_length[m] for result in results]) for m in first.perplexity.by_length}
     headline = _mean_sums([result.headline for result in results])
     perplexity = replace(first.perplexity, headline=headline, by_length=by_length)
-    return replace(first, label=label or first.label, perplexity=perplexity)
+    return replace(first, label=label or "mean of " + ", ".join(run.label for run in runs), perplexity=perplexity)
 
 
 def _mean_sums(sums: Sequence[Sums]) -> Sums:

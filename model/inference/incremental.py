@@ -69,6 +69,8 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache
     while start < lengths[0]:
         active = sum(length > start for length in lengths)
         stop = min(start + max(1, chunk_tokens // active), lengths[0])
+        if stop == lengths[0] - 1 and stop > start + 1:
+            stop -= 1  # a token by itself would be taken for one that is decoded
         padded = [[*prompt[start:stop], *[0] * (stop - len(prompt))] for prompt in prompts[:active]]
         hidden = extend(model, torch.tensor(padded, device=device), cache)
         ended = [row for row in range(active) if lengths[row] <= stop]

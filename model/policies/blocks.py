@@ -99,7 +99,9 @@ def check_share(**values: float) -> None:
 
 
 def check_least(least: int, **values: int) -> None:
-    """Raises ValueError for a number below `least`."""
+    """Raises ValueError for what is no integer, or below `least`."""
     for name, value in values.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{name} is {value}: expected an integer of at least {least}")
         if value < least:
             raise ValueError(f"{name} is {value}: expected at least {least}")

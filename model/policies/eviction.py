@@ -52,7 +52,9 @@ class Budgets:
         if self.beta is None or each >= n_keys or view.n_layers == 1:
             return each
         most = min(2 * each - each // self.beta, n_keys)
-        return most - view.layer * 2 * (most - each) // (view.n_layers - 1)
+        from_end = min(view.layer, view.n_layers - 1 - view.layer)  # such a pair of layers keeps 2 * each
+        early = most - from_end * 2 * (most - each) // (view.n_layers - 1)
+        return early if from_end == view.layer else 2 * each - early
 
 
 def of_query_heads(kept: Tensor, heads: int) -> Tensor:

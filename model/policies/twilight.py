@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.policies.blocks import check_least, check_share, top_share
 from model.policies.policy import (
     Attended,
@@ -40,6 +41,9 @@ class Twilight(SparsePolicy):
         check_share(share=self.share)
         check_least(0, dense_layers=self.dense_layers)
         check_selector(self.base)
+
+    def check(self, config: ModelConfig) -> None:
+        self.base.check(config)
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         return self._choose(q, k, view)[0]

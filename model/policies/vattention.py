@@ -8,6 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.policies.blocks import check_least, check_share, top_count
 from model.policies.policy import (
     Attended,
@@ -57,6 +58,9 @@ class VAttention(SparsePolicy):
         if not 0 < self.delta < 1:
             raise ValueError(f"delta is {self.delta}: expected a probability in (0, 1)")
 
+    def check(self, config: ModelConfig) -> None:
+        self.base.check(config)
+
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         """The exact keys alone: how many others are read depends on the values."""
         return TokenSelection(self._exact(q, k, view)[:, None])
@@ -86,7 +90,9 @@ class VAttention(SparsePolicy):
         place = f"{self.seed} {view.layer} {view.key_start + view.query_start}".encode()
         # torch's generator on the CPU reads the low 32 bits of a seed alone: a sum of shifted numbers would lose some
         generator = torch.Generator().manual_seed(xxhash.xxh32_intdigest(place))
-        draws = torch.rand(2, *others.shape, generator=generator, dtype=torch.float64).to(q.device)
+        heads, n_keys = others.shape
+        draws = torch.rand(view.key_start + n_keys, 2, heads, generator=generator, dtype=torch.float64)
+        draws = draws[view.key_start :].permute(1, 2, 0).to(q.device)  # a position's, wherever the cache starts
         n = others.sum(-1)
         count = (n * self.rate).ceil().long().clamp(min=2).minimum(n)
         first = top_count(draws[0].masked_fill(~others, -1), count)

@@ -65,9 +65,6 @@ class Interruption(Callback):
         """For the terminal."""
         return "a signal" if self.signals.requested or not self.max_time else f"trainer.max_time {self.max_time}"
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.signals.ranks.launcher = trainer.strategy.launcher
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
         if self.max_time is not None:

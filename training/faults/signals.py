@@ -125,6 +125,8 @@ class StopSignals:
     def _wait(self) -> None:
         """Called often while the process has been told to stop: say what is waited for, and end it when time is up."""
         if self.ranks.parent is not None:
+            if os.getppid() != self.ranks.parent:
+                os._exit(INTERRUPTED)  # it has ended before it knew this one
             return  # rank 0 decides
         progress, waited = self.progress, time.monotonic() - self.since
         if not progress.stepped:

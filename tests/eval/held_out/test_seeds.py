@@ -54,12 +54,40 @@ def test_the_means_over_seeds_are_paired_over_documents() -> None:
         ({"softmax-seed-2": {"model.optimizer.lr": "0.1"}}, None),  # another configuration
         ({"softmax-seed-2": {"seed_everything": "3"}}, None),  # one seed in common
         ({"softmax-seed-2": {"seed_everything": "1"}}, None),  # the same seed twice
-        ({"softmax-seed-2": {"wandb.name": "x", "init_from": "runs/first"}}, ["1", "2"]),
+        ({"softmax-seed-2": {"init_from": "runs/first"}}, None),
+        ({label: {"init_from": f"runs/first-{label[-1]}", "wandb.name": label} for label in SCALES}, ["1", "2"]),
     ],
 )
 def test_only_seeds_may_differ(change: dict[str, dict[str, str]], seeds: list[str] | None) -> None:
     settings = {label: own | change.get(label, {}) for label, own in SETTINGS.items()}
     assert [one.seeds for one in compare_seeds(runs(), settings)] == ([] if seeds is None else [seeds])
+
+
+def test_other_steps_are_another_configuration() -> None:
+    first, *others = runs()
+    assert compare_seeds([replace(first, step=4), *others], SETTINGS) == []
+    (found,) = compare_seeds(
+        [replace(first, label="early", step=4), first, *others], SETTINGS | {"early": SETTINGS[first.label]}
+    )
+    assert found == compare_seeds([first, *others], SETTINGS)[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (("softmax-seed-10", "softmax-seed-11"), "softmax"),
+        (("softmax-10", "softmax-11"), "softmax"),
+        (("run-seed1", "run-seed12"), "run"),
+        (("seed1-softmax", "seed2-softmax"), "softmax"),
+        (("a150-1", "a150-2"), "a150"),
+        (("one", "other"), "mean of one, other"),
+    ],
+)
+def test_what_is_compared_has_the_name_that_its_runs_share(labels: tuple[str, str], wanted: str) -> None:
+    entmax = [replace(one, label=label) for one, label in zip(runs()[1::2], labels, strict=True)]
+    settings = SETTINGS | {label: SETTINGS[one] for label, one in zip(labels, list(SCALES)[1::2], strict=True)}
+    (found,) = compare_seeds([*runs()[::2], *entmax], settings)
+    assert found.pair.label == wanted
 
 
 def test_the_report_says_it(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_pyramid_budgets_fall_and_sum_to_the_layers_share(each: int, n_keys: int
     if each >= n_keys:
         assert found == [each] * n_layers  # everything stays
         return
-    assert found[0] <= n_keys and 0 <= sum(found) - n_layers * each < n_layers
+    assert found[0] <= n_keys and sum(found) == n_layers * each
     if n_layers > 1:
         most = min(2 * each - each // beta, n_keys)
         assert (found[0], found[-1]) == (most, 2 * each - most)
@@ -212,6 +212,8 @@ def test_settings_of_eviction_that_mean_nothing_are_errors() -> None:
         (lambda: H2O(3, 0), "recent is 0: expected at least 1"),
         (lambda: Budgets(beta=0), "beta is 0: expected at least 1"),
         (lambda: Budgets(even=0), "even is 0: expected a share"),
+        (lambda: Budgets(beta=2.5), "beta is 2.5: expected an integer of at least 1"),
+        (lambda: H2O(float("nan"), 3), "heavy is nan: expected an integer of at least 1"),
         (lambda: PyramidKV(4, pooled=2), "pooled is 2: expected an odd"),
         (lambda: SnapKV(4, pooling="sum"), "pooling is 'sum': expected one of"),
     ):

@@ -186,6 +186,15 @@ def test_samples_belong_to_seed_layer_and_position() -> None:
     assert (torch.get_rng_state() == state).all()
 
 
+def test_a_key_is_drawn_wherever_the_cache_starts() -> None:
+    """Other rows decide how much a window leaves of the cache; equal keys, so that sizes are equal."""
+    policy = VAttention(SlidingWindow(1), 0.3, sinks=0, local=2)
+    q, k, v = torch.zeros(4, 1, 8), torch.zeros(2, 60, 8), torch.ones(2, 60, 8)
+    whole = drawn(policy, q, k, v, view_of(1, 60, window=30))[1]
+    cut = drawn(policy, q, k[:, 20:], v[:, 20:], view_of(1, 40, key_start=20, window=30))[1]
+    assert (cut == whole[:, 20:]).all() and not whole[:, :20].any() and whole.any()
+
+
 def test_settings_of_vattention_that_mean_nothing_are_errors() -> None:
     for wrong, said in (
         (lambda: VAttention(SnapKV(40)), "base is snapkv: expected a policy that chooses keys of every token anew"),

@@ -1,6 +1,7 @@
 """ZeRO and DDP: the same training as one process, and checkpoints that go from any of them to any other."""
 
 import socket
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,14 @@ def test_a_stage_starts_from_the_weights_that_one_process_takes_over(
 ) -> None:
     """Alphas stay what they are, though they start elsewhere."""
     new = ("--init_from", single, "--model.network.attention.alpha", 1.4)
+    shapes = StoredTensors(read_complete(checkpoint_folder(single, 10))).shapes()
+    count = sum(prod(shape) for key, shape in shapes.items() if key.startswith("weight/"))
     for name, options in (("one", ()), ("two", on_two(3))):
         watching = callbacks(("SaveAtStart", {"folder": str(tmp_path / name)}), ("StopAfterStep", {"step": 1}))
         done = train("--run_dir", tmp_path / f"run-{name}", *new, *options, watching, configs=(wider,))
         assert done.returncode == 0, done.stderr
         assert "changed: attention.alpha 1.5 -> 1.4" in done.stdout + done.stderr
+        assert f"training {count:,} parameters" in done.stdout + done.stderr
     one, two = (dict(StoredTensors(read_complete(tmp_path / name))) for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     taken = StoredTensors(read_complete(checkpoint_folder(single, 10)))
