@@ -1,9 +1,12 @@
 """A process that is told to stop while its main thread is not in Python; what it says of its state."""
 
+import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -46,6 +49,39 @@ def test_while_the_main_thread_is_in_c(options: list[str], signals: list[int], c
         time.sleep(0.3)  # two signals of a kind merge while the first one is pending
     assert process.wait(60) == code
     assert message in process.stderr.read()
+
+
+STARTS_A_RANK = """
+import os, subprocess, sys
+environment = os.environ | {"LONGSPLASH_LAUNCHER_PID": str(os.getpid()), "LOCAL_RANK": "1"}
+pipe = int(sys.argv[2])
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environment, stdout=subprocess.PIPE, pass_fds=[pipe])
+rank.stdout.readline()
+print(rank.pid, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's mutexes")
+def test_a_rank_whose_starter_has_ended_ends_when_told_to_stop() -> None:
+    """A Ctrl-C reaches both while they wait for each other, and rank 0 ends first."""
+    ended, held = os.pipe()
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTS_A_RANK, BLOCKED, str(held)], cwd=ROOT, pass_fds=[held], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(held)
+    assert starter.stdout
+    rank = int(starter.stdout.readline())
+    starter.kill()
+    starter.wait()
+    os.kill(rank, signal.SIGTERM)
+    try:
+        assert select.select([ended], [], [], 30)[0], "rank 1 is still there"
+    finally:
+        os.close(ended)
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
