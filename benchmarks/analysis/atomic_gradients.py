@@ -56,15 +56,14 @@ def backward_over_keys(
     tl.store(p_dk + keys, dk)
 
 
-def launch(q: Tensor, k: Tensor, mode: int, tile: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """dk and dq, float32 (H, T, D), of q and k (H, T, D) in 16 bits and ds = q k^T below the diagonal's tiles."""
+def launch(q: Tensor, k: Tensor, dk: Tensor, dq: Tensor, mode: int, tile: tuple[int, int, int]) -> None:
+    """Writes dk and adds to dq, float32 (H, T, D), of q and k (H, T, D) in 16 bits and ds = q k^T below the diagonal's
+    tiles. mode: a number of MODES. tile: one of TILES."""
     n_queries, n_keys, warps = tile
     heads, n_tokens, head_dim = q.shape
-    dk, dq = torch.empty_like(q, dtype=torch.float32), torch.zeros_like(q, dtype=torch.float32)
     rows = TensorDescriptor.from_tensor(dq.view(-1, head_dim), [n_queries, head_dim])
     grid = (n_tokens // n_keys, heads)
     backward_over_keys[grid](q, k, dk, dq, rows, n_tokens, mode, n_queries, n_keys, head_dim, num_warps=warps)
-    return dk, dq
 
 
 def main(arguments: list[str]) -> int:
@@ -82,8 +81,10 @@ def main(arguments: list[str]) -> int:
             if n_tokens % 128 or n_tokens < 128:
                 raise UsageError(f"--lengths is {n_tokens}: expected multiples of 128")
             q, k = (torch.randn(HEADS, n_tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            dk, dq = (torch.zeros_like(q, dtype=torch.float32) for _ in range(2))
             for tile in TILES:
-                found = [triton.testing.do_bench(partial(launch, q, k, mode, tile)) for mode in range(len(MODES))]
+                calls = [partial(launch, q, k, dk, dq, mode, tile) for mode in range(len(MODES))]
+                found = [triton.testing.do_bench(call) for call in calls]
                 times = ", ".join(f"{name} {ms:.2f}" for name, ms in zip(MODES, found, strict=True))
                 lines.append(f"{n_tokens} tokens, tiles of {tile[0]} x {tile[1]}, {tile[2]} warps: {times}")
         return lines

@@ -85,6 +85,7 @@ def _mean_sums(sums: Sequence[Sums]) -> Sums:
 
 
 def seed_blocks(summaries: Sequence[SeedSummary], base_length: int) -> list[Block]:
+    """The report's part on them; nothing where there are none. base_length: tokens of 1x."""
     if not summaries:
         return []
     lengths = [one.multiple for one in summaries[0].pair.lengths]

@@ -120,13 +120,15 @@ class ZeroStrategy(ElasticCheckpoints, DeepSpeedStrategy):
         if module.trainer.ckpt_path:
             return {}
         found = {name: p.detach() for name, p in self._network().named_parameters() if not p.is_meta}
-        return found or ChainMap(module.taken_over, module.model.initial)
+        taken_over, module.taken_over = module.taken_over, {}
+        return found or ChainMap(taken_over, module.model.initial)
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         engine, wrapper = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         self._engine = ZeroEngine(engine, self._network())
         if self._start:
             self._engine.partitions.set_weights(self._start)  # DeepSpeed has rounded what it copied, if anything
+        self._start = {}  # whole weights, or the files that they lie in
         return engine, wrapper
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

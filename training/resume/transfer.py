@@ -48,8 +48,8 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
     """Give `model` the checkpoint's weights, and say what has changed and what keeps its initial values. Learned alphas
     stay what they are, wherever the config's alpha starts.
 
-    Returns the weights by name, mapped into memory, which a model on the meta device has yet to be given. Raises
-    ValueError as check_transfer and load_model do.
+    Returns what a model on the meta device has yet to be given, by name and mapped into memory; nothing where it has it
+    already. Raises ValueError as check_transfer and load_model do.
     """
     check_transfer(checkpoint, model.config)
     saved, wanted = _architectures(checkpoint, model.config)
@@ -61,7 +61,8 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
             weights |= {} if taken is None else {f"blocks.{layer}.attention.alpha.alpha_raw": taken}
     own = [name for name, _ in model.named_parameters()]
     missing, dropped = [name for name in own if name not in weights], [name for name in weights if name not in own]
-    if not model.embedding.weight.is_meta:
+    deferred = model.embedding.weight.is_meta
+    if not deferred:
         model.load_state_dict(weights, strict=False)
     say(f"starting from the weights of {checkpoint.path} (its step {checkpoint.step}): step 0, new optimizer and data")
     changed = [f"{key} {saved.get(key)} -> {wanted.get(key)}" for key in _differing(saved, wanted)]
@@ -72,7 +73,7 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
     ):
         if found:
             say(f"  {what}: {', '.join(found)}")
-    return weights
+    return weights if deferred else {}
 
 
 def _architectures(checkpoint: CheckpointInfo, network: ModelConfig) -> tuple[dict[str, object], dict[str, object]]:
