@@ -21,8 +21,6 @@ import kernels.common.backends
 from kernels import entmax_attention
 from kernels.alpha_entmax.attention import unsupported_by_triton
 from kernels.alpha_entmax.operator import sum_operator, thresholds_operator
-from kernels.alpha_entmax.results import kept_bits, lists_keys
-from kernels.common.launching import ceil_div
 from tests.kernels.conftest import SLOPES
 from tests.kernels.helpers import (
     DEVICE,
@@ -238,14 +236,3 @@ def test_auto_says_once_why_it_is_slow(monkeypatch) -> None:
     assert len(seen) == 1
     monkeypatch.setattr(kernels.alpha_entmax.attention, "shared_memory", lambda device: 227 * 1024)
     assert unsupported_by_triton(torch.float32, 256, cuda) is None
-
-
-@pytest.mark.parametrize(
-    ("n_tokens", "n_documents", "follows"),
-    [(4095, 1, False), (4096, 1, True), (8192, 2, True), (8192, 3, False), (2**17, 1, True), (2**17 + 1, 1, False)],
-)
-def test_lengths_that_follow_single_keys(n_tokens: int, n_documents: int, follows: bool) -> None:
-    """And only they keep bits of single keys and queries for backward."""
-    assert lists_keys(n_tokens, n_tokens, n_documents) == follows
-    tiles_alone = 32 * ceil_div(n_tokens, 64) * ceil_div(n_tokens, 32 * 64)
-    assert (kept_bits(n_tokens, n_documents) > tiles_alone) == follows

@@ -1,5 +1,6 @@
 """What the forward pass keeps for backward, against what training keeps."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import model.transformer
 import training.module
 import training.step.float8
 import training.step.recomputation
-from model.attention import make_metadata
+from model.attention import kept_bits, make_metadata
 from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
 from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make, needs_float8_by_row
@@ -218,3 +219,13 @@ def test_activations_of_ranks_that_share_a_sequence(heads: tuple[int, int], mode
     finally:
         distributed.destroy_process_group()
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_documents", "follows"),
+    [(4095, 1, False), (4096, 1, True), (8192, 2, True), (8192, 3, False), (2**17, 1, True), (2**17 + 1, 1, False)],
+)
+def test_lengths_that_keep_bits_of_single_keys(n_tokens: int, n_documents: int, follows: bool) -> None:
+    """A mean document of 4,096 tokens or more, and inputs of at most 131,072; others keep a bit a tile."""
+    of_tiles = 32 * math.ceil(n_tokens / 64) * math.ceil(n_tokens / (32 * 64))
+    assert (kept_bits(n_tokens, n_documents) > of_tiles) == follows
