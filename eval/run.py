@@ -18,7 +18,7 @@ from common.wandb_config import WandbConfig
 from eval.common import provenance
 from eval.common.metrics import read_metrics
 from eval.common.options import KEPT, check_output, config_of
-from eval.common.subjects import Subject, choose_device, find_subjects
+from eval.common.subjects import Subject, choose_device, find_subjects, with_dual_chunk
 from eval.common.tracking import Records, add_wandb_arguments, open_tracker, wandb_config
 from eval.held_out.analysis import choose_baseline, pair, summarise
 from eval.held_out.config import EvalConfig
@@ -77,7 +77,7 @@ def evaluate(
     """
     started = time.monotonic()
     device = choose_device(config.device)
-    subjects = find_subjects(runs)
+    subjects = with_dual_chunk(find_subjects(runs), config.dual_chunk)
     kinds = [subject.checkpoint.architecture.attention.kind for subject in subjects]
     if config.thresholds is not None and not {"softmax", "ssmax"} & set(kinds):
         raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
@@ -86,14 +86,15 @@ def evaluate(
     check_page(output, TITLE)
     held_out = open_held_out(data, subjects, config)
     measurements = [measure_or_reuse(subject, held_out, output, config, device) for subject in subjects]
-    baseline = choose_baseline(measurements)
+    own = [one for one, subject in zip(measurements, subjects, strict=True) if subject.dual_chunk is None]
+    baseline = choose_baseline(own)
     settings = {subject.label: _settings(subject) for subject in subjects}
     study = Study(
         config=config,
         measurements=measurements,
         runs=[summarise(one) for one in measurements],
         pairs=[pair(one, baseline) for one in measurements if one is not baseline],
-        seeds=compare_seeds(measurements, settings),
+        seeds=compare_seeds(own, settings),
         settings=settings,
         metrics={subject.label: read_metrics(subject.run_dir) for subject in subjects},
         base_length=held_out.base_length,

@@ -25,6 +25,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def turned(x: Tensor, position: Tensor, wanted: Tensor | int, frequencies: Tensor | None) -> Tensor:
+    """What x would be at another position, float32, as x. x: (heads, T, D), rotated for `position`, int64 (T,).
+    wanted: int64 (T,), or one for all. frequencies: of `rotary_frequencies`; None: nothing was rotated."""
+    if frequencies is None:
+        return x.float()
+    goal = wanted.float()[:, None] if isinstance(wanted, Tensor) else wanted
+    angle = goal * frequencies - position.float()[:, None] * frequencies  # rounded as the model's
+    return rotate(x[None], angle.cos(), angle.sin())[0]
+
+
 def rotary_frequencies(config: ModelConfig, last: Tensor) -> Tensor:
     """Angle per token of each pair, float32 (D / 2,). last: as in `rotary_tables`, which counts for "dynamic"."""
     dim, scaling, device = config.head_size, config.rope_scaling, last.device

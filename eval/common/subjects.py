@@ -10,14 +10,17 @@ import torch
 from data.store import TokenStore
 from eval.common import provenance
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
+from model.policies.dual_chunk import DualChunk
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint to evaluate, with the label it has in the report."""
+    """One checkpoint to evaluate, with the label it has in the report. dual_chunk: the trained length from which it
+    attends by Dual Chunk Attention; None for the model's own attention."""
 
     label: str
     checkpoint: CheckpointInfo
+    dual_chunk: int | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -61,6 +64,34 @@ def find_subjects(runs: Sequence[str]) -> list[Subject]:
     if len(set(labels)) < len(labels):
         raise ValueError(f"the runs have the labels {', '.join(labels)}: rename their folders so that they differ")
     return [Subject(label, checkpoint) for label, checkpoint in zip(labels, found, strict=True)]
+
+
+def with_dual_chunk(subjects: Sequence[Subject], trained_length: int | None) -> list[Subject]:
+    """Behind each rotary softmax model itself with Dual Chunk Attention; `subjects` alone where trained_length is None.
+
+    Raises: ValueError where no model can have it.
+    """
+    if trained_length is None:
+        return list(subjects)
+    found: list[Subject] = []
+    refused: list[str] = []
+    for subject in subjects:
+        found.append(subject)
+        model = subject.checkpoint.architecture
+        try:
+            if model.attention.is_entmax:
+                raise ValueError(f"attention.kind is {model.attention.kind!r}: dual_chunk is for softmax")
+            DualChunk.of_trained_length(trained_length).check(model)
+        except ValueError as error:
+            refused.append(f"{subject.label}: {error}")
+        else:
+            found.append(Subject(f"{subject.label}-dual-chunk", subject.checkpoint, trained_length))
+    if len(found) == len(subjects):
+        raise ValueError(f"dual_chunk is {trained_length}, and no run can attend so: {'; '.join(refused)}")
+    labels = [subject.label for subject in found]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the runs have the labels {', '.join(labels)}: rename their folders so that they differ")
+    return found
 
 
 def check_tokenizer(subject: Subject, data: Path, store: TokenStore) -> None:

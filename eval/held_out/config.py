@@ -34,6 +34,8 @@ class EvalConfig:
         row_tokens: Most tokens packed into one forward pass; a longer context is a row of its own.
         thresholds: File of eval.calibrate: softmax models attend by Block-Sparse FlashAttention.
         keep_blocks: Which of its ks.
+        dual_chunk: Trained length in tokens of softmax models with rotary positions: each is measured once more, with
+            Dual Chunk Attention (arXiv:2402.17463) in place of its own.
     """
 
     lengths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
@@ -54,6 +56,7 @@ class EvalConfig:
     row_tokens: int = 8192
     thresholds: str | None = None
     keep_blocks: int | None = None
+    dual_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths or any(multiple < 1 for multiple in self.lengths):
@@ -73,7 +76,7 @@ class EvalConfig:
         smallest = {
             "headline_tokens": 0, "seed": 0, "max_documents": 2, "needle_samples": 1,
             "needle_tokens": 1, "needle_depths": 2, "needle_digits": 1, "needle_count": 2, "profile_documents": 1,
-            "profile_queries": 1, "sink_tokens": 1, "row_tokens": 1, "base_length": 8,
+            "profile_queries": 1, "sink_tokens": 1, "row_tokens": 1, "base_length": 8, "dual_chunk": 8,
         }  # fmt: skip
         check_least(self, smallest)
         check_most(self, GREATEST)

@@ -1,7 +1,8 @@
 """All that is measured of one checkpoint on held-out text, before statistics."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,10 @@ from eval.held_out.perplexity import PerplexityPlan, PerplexityResult, bytes_of_
 from eval.held_out.texts import HeldOut
 from model.loading import load_model
 from model.policies.bsfa import use_thresholds
+from model.policies.dual_chunk import DualChunk
+from model.policies.policy import use_policy
 from model.policies.thresholds import read_thresholds
+from model.transformer import Transformer
 
 T = TypeVar("T")
 
@@ -78,8 +82,7 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
     seconds: dict[str, float] = {}
     store, plan, label, model = held_out.store, held_out.plan, subject.label, loaded.model
     token_bytes = bytes_of_tokens(held_out.tokenizer)
-    chosen = (None, None) if loaded.config.attention.is_entmax else (config.thresholds, config.keep_blocks)
-    with use_thresholds(model, *chosen) as record:
+    with _attention(model, subject, config) as said:
         perplexity = _timed(
             seconds,
             "perplexity",
@@ -89,7 +92,6 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
         multi_needles = _timed(
             seconds, "several needles", lambda: measure_multi_needles(model, held_out.multi_samples, runtime, label)
         )
-    policy = "" if record is None else _describe(*chosen, float(record.density("prefill").mean()))
     documents, length = plan.documents[: config.profile_documents], held_out.base_length
     attention = _timed(
         seconds,
@@ -104,7 +106,7 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
         training={name: meta.get(name) for name in ("samples", "tokens", "code_version", "created")},
         model=asdict(loaded.config),
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        policy=policy,
+        policy=said(),
         training_length=loaded.training_length,
         precision="float32" if autocast is None else "bfloat16 autocast",
         hardware=provenance.hardware(device),
@@ -117,6 +119,21 @@ def measure(subject: Subject, held_out: HeldOut, config: EvalConfig, device: tor
         needle_notes=held_out.needle_notes,
         attention=attention,
     )
+
+
+@contextmanager
+def _attention(model: Transformer, subject: Subject, config: EvalConfig) -> Iterator[Callable[[], str]]:
+    """Inside, the model attends as the subject does; afterwards the function says how, in words."""
+    if subject.dual_chunk is not None:
+        policy = DualChunk.of_trained_length(subject.dual_chunk)
+        distances = f"no distance above {policy.farthest:,} tokens and true ones up to {policy.local:,}"
+        said = f"attention is Dual Chunk Attention, with {distances}; its profile below is that of the model's own."
+        with use_policy(model, policy):
+            yield lambda: said
+        return
+    path, k = (None, None) if model.config.attention.is_entmax else (config.thresholds, config.keep_blocks)
+    with use_thresholds(model, path, k) as record:
+        yield lambda: "" if record is None else _describe(path, k, float(record.density("prefill").mean()))
 
 
 def _describe(path: str | None, k: int | None, density: float) -> str:

@@ -9,8 +9,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.policies.blocks import check_least
 from model.policies.policy import Attended, Selection, SequenceView, SparsePolicy, masked_attention
-from model.policies.window import NearKeys, places
-from model.rotary import rotate
+from model.policies.window import NearKeys, places, refuse_dynamic
+from model.rotary import turned
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,7 @@ class LMInfinite(SparsePolicy):
         check_least(0, sinks=self.sinks)
 
     def check(self, config: ModelConfig) -> None:
-        if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
-            raise ValueError(
-                f"rope_scaling.kind is 'dynamic': {self.name} needs angles that do not change with the text"
-            )
+        refuse_dynamic(self, config)
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         return NearKeys(view, self.sinks, self.size, q.device)
@@ -56,18 +53,11 @@ class _NearView(SequenceView):
         scores = super().scores(q, k, rows, n_keys)
         n_sinks = min(n_keys, self.sinks)  # what a window hides of them, or has cut, attention leaves out all the same
         query, key = places(self, rows, n_sinks, q.device)
-        part = self._turned(q[:, rows], query[:, 0], self.size).unflatten(0, (len(k), -1))
-        sinks = self._turned(k[:, :n_sinks], key, 0)[:, None]
+        part = turned(q[:, rows], query[:, 0], self.size, self.frequencies).unflatten(0, (len(k), -1))
+        sinks = turned(k[:, :n_sinks], key, 0, self.frequencies)[:, None]
         near = (part @ sinks.transpose(-1, -2)).flatten(0, 1) * self.scale  # [H, rows, sinks]
         if self.alibi_slopes is not None:
             near -= self.alibi_slopes[:, None, None] * self.size
         far = query - key >= self.size
         scores[..., :n_sinks] = torch.where(far, near, scores[..., :n_sinks])
         return scores
-
-    def _turned(self, x: Tensor, position: Tensor, wanted: int) -> Tensor:
-        """x, (heads, n, D), of tokens at int64 (n,) `position`, as it would be at `wanted`, float32."""
-        if self.frequencies is None:
-            return x.float()
-        angle = wanted * self.frequencies - position.float()[:, None] * self.frequencies  # rounded as the model's
-        return rotate(x[None], angle.cos(), angle.sin())[0]

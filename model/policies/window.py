@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.policies.policy import Selection, SequenceView, SparsePolicy
 
 
@@ -13,6 +14,12 @@ def places(view: SequenceView, rows: slice, n_keys: int, device: torch.device) -
     """Positions in the sequence of queries `rows`, int64 (rows, 1), and of the first n_keys keys, int64 (n_keys,)."""
     query = torch.arange(rows.start, rows.stop, device=device) + view.query_start + view.key_start
     return query[:, None], torch.arange(n_keys, device=device) + view.key_start
+
+
+def refuse_dynamic(policy: SparsePolicy, config: ModelConfig) -> None:
+    """Raises ValueError where rotary angles grow with the text, so that nothing can be turned to another position."""
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        raise ValueError(f"rope_scaling.kind is 'dynamic': {policy.name} needs angles that do not change with the text")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from data.prepare import prepare
 from data.prepare_settings import PrepareConfig, TokenizerConfig
 from data.store import TokenStore
 from model.checkpoint import checkpoint_folder, write_complete
-from model.config import AttentionConfig, ModelConfig
+from model.config import AttentionConfig, ModelConfig, Positions
 from model.transformer import Transformer
 
 BASE_LENGTH = 128
@@ -137,19 +137,19 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_run(corpus: Path) -> MakeRun:
-    """make_run(folder, kind, step=7, fingerprint=None, init_std=0.02, data=corpus): a run folder with one complete
-    checkpoint and metrics. Weights that are small repeat the last token for ever, large ones write what depends on the
-    context."""
+    """make_run(folder, kind, step=7, fingerprint=None, init_std=0.02, data=corpus, positions="nape"): a run folder with
+    one complete checkpoint and metrics. Weights that are small repeat the last token for ever, large ones write what
+    depends on the context."""
 
     def make(
         folder: Path, kind: str, step: int = 7, fingerprint: str | None = None, init_std: float = 0.02,
-        data: Path = corpus,
+        data: Path = corpus, positions: Positions = "nape",
     ) -> Path:  # fmt: skip
         store = TokenStore(data / "heldout")
         torch.manual_seed(step)
         config = ModelConfig(
             vocab_size=store.vocab_size, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, init_std=init_std,
-            attention=AttentionConfig(kind=kind),  # type: ignore[arg-type]
+            positions=positions, attention=AttentionConfig(kind=kind),  # type: ignore[arg-type]
         )  # fmt: skip
         weights = {f"weight/{name}": value for name, value in Transformer(config).state_dict().items()}
         checkpoint = checkpoint_folder(folder, step)
