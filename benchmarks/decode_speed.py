@@ -4,11 +4,16 @@
     python -m benchmarks.decode_speed --rows 16 --lengths 4096          # 16 texts at once
     python -m benchmarks.decode_speed --kinds entmax --backend torch    # another backend of kernels.entmax_attention
     python -m benchmarks.decode_speed --cuda_graphs                     # decoding steps captured
+    python -m benchmarks.decode_speed --kinds softmax --positions rope --evict pyramidkv ada_snapkv h2o --keep 0.2
 
 The model has random weights in bfloat16. Prefill: --rows prompts of `length` random tokens, in chunks, after an untimed
 pass over the same, in which everything compiles. Decoding: the median step, of one token a row, that continues the
 filled cache and takes the likeliest token of its logits. Fresh entmax weights are nearly uniform, so that nearly every
-tile has support: entmax's slowest case.
+tile has support: entmax's slowest case. Cache: the bytes of keys and values that decoding holds, its room for further
+tokens included; decode GiB: the most that was allocated while decoding, weights included.
+
+--evict: softmax models that evict keys too, down to --keep of the prompt's (model/inference/evicting.py), kernel by
+kernel.
 """
 
 from common.interrupts import end_on_ctrl_c
@@ -18,11 +23,13 @@ if __name__ == "__main__":
 
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -34,10 +41,15 @@ from common.arguments import PlainParser, a_path
 from common.errors import user_errors
 from model.config import ModelConfig, Positions
 from model.inference.decoding import STEPS_BEFORE_CAPTURE, Decoder
+from model.inference.evicting import evicting
 from model.inference.incremental import make_cache, prefill
+from model.policies.eviction import EvictingPolicy
+from model.policies.families import policy_at
 from model.transformer import Transformer
 
 T = TypeVar("T")
+Values = dict[str, float]
+EVICTING = ["pyramidkv", "ada_snapkv", "h2o"]  # of model/policies/families.py: heads that share keys evict the same
 WARM_UP = STEPS_BEFORE_CAPTURE + 3  # decoding steps
 
 
@@ -54,6 +66,8 @@ class Row:
     decode_per_second: float | None = None
     step_ms: float | None = None
     peak_gib: float | None = None
+    cache_mib: float | None = None
+    decode_gib: float | None = None
     note: str = ""
 
 
@@ -63,22 +77,22 @@ def build(config: ModelConfig, device: torch.device) -> Transformer:
         return Transformer(config).to(torch.bfloat16).eval()
 
 
-def measure(
-    model: Transformer, rows: int, length: int, chunk_tokens: int, steps: int, cuda_graphs: bool
-) -> dict[str, float]:
-    """The measured fields of a Row, but for the peak of memory."""
+def timed(device: torch.device, work: Callable[..., T], *arguments: Any) -> tuple[float, T]:
+    """Seconds, and what it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def measure(model: Transformer, rows: int, length: int, chunk_tokens: int, steps: int, cuda_graphs: bool) -> Values:
+    """The measured fields of a Row, but for the peaks of memory."""
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (rows, length), generator=generator).tolist()
-
-    def timed(work: Callable[..., T], *arguments: Any) -> tuple[float, T]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        result = work(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start, result
 
     cache = make_cache(model, rows, length + WARM_UP + steps)
     decoder = Decoder(model, cache, cuda_graphs)
@@ -89,14 +103,51 @@ def measure(
     for _ in range(2):
         for row in range(rows):
             cache.truncate(row, 0)
-        prefill_seconds, hidden = timed(prefill, model, prompts, cache, chunk_tokens)
-    tokens = likeliest(model, hidden)
+        prefill_seconds, hidden = timed(device, prefill, model, prompts, cache, chunk_tokens)
+    decoded = decoding(decode, likeliest(model, hidden), device, steps)
+    return rates(rows, length, prefill_seconds, cache.nbytes, decoded)
+
+
+def measure_evicting(model: Transformer, name: str, keep: float, length: int, chunk_tokens: int, steps: int) -> Values:
+    """As `measure`, of one row under the eviction policy of this name."""
+    device = model.embedding.weight.device
+    prompt = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    policy = policy_at(name, keep, length)
+    assert isinstance(policy, EvictingPolicy)
+    for _ in range(2):
+        with evicting(model, policy) as cache:
+            prefill_seconds, hidden = timed(device, cache.prefill, prompt, chunk_tokens)
+
+            def decode(tokens: list[int]) -> list[int]:
+                return likeliest(model, cache.extend(torch.tensor([tokens], device=device))[:, 0])  # noqa: B023
+
+            decoded = decoding(decode, likeliest(model, hidden), device, steps)
+        held = cache.nbytes
+    return rates(1, length, prefill_seconds, held, decoded)
+
+
+def rates(rows: int, length: int, prefill_seconds: float, held: int, decoded: Values) -> Values:
+    """A Row's fields. decoded: as `decoding` gives it."""
+    per_second = dict(
+        prefill_per_second=rows * length / prefill_seconds, decode_per_second=1e3 * rows / decoded["step_ms"]
+    )
+    return {**per_second, **decoded, "cache_mib": held / 2**20}
+
+
+def decoding(decode: Callable[[list[int]], list[int]], tokens: list[int], device: torch.device, steps: int) -> Values:
+    """step_ms of decoding `tokens` on, and on CUDA the peaks of memory, before and during it."""
+    peaks: Values = {}
+    if device.type == "cuda":
+        peaks["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     for _ in range(WARM_UP + steps):
-        step_seconds, tokens = timed(decode, tokens)
+        step_seconds, tokens = timed(device, decode, tokens)
         seconds.append(step_seconds)
-    step = statistics.median(seconds[WARM_UP:])
-    return dict(prefill_per_second=rows * length / prefill_seconds, decode_per_second=rows / step, step_ms=1e3 * step)
+    if device.type == "cuda":
+        peaks["decode_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peaks["peak_gib"] = max(peaks.values())
+    return dict(step_ms=1e3 * statistics.median(seconds[WARM_UP:]), **peaks)
 
 
 @torch.no_grad()
@@ -105,12 +156,11 @@ def likeliest(model: Transformer, hidden: Tensor) -> list[int]:
     return model.logits(hidden).argmax(-1).tolist()  # type: ignore[no-any-return]
 
 
-def fill(row: Row, model: Transformer, chunk_tokens: int, steps: int, cuda_graphs: bool) -> Row:
+def fill(row: Row, measured: Callable[[], Values]) -> Row:
     """Measures a row on the GPU; out of memory is a result too."""
     torch.cuda.reset_peak_memory_stats()
     try:
-        values = measure(model, row.rows, row.length, chunk_tokens, steps, cuda_graphs)
-        row = replace(row, **values, peak_gib=torch.cuda.max_memory_allocated() / 2**30)  # type: ignore[arg-type]
+        row = replace(row, **measured())  # type: ignore[arg-type]
     except torch.cuda.OutOfMemoryError:
         row = replace(row, note="out of memory")
     gc.collect()
@@ -123,9 +173,10 @@ def show(row: Row) -> None:
         return "-".rjust(width) if value is None else f"{value:{width},.{digits}f}"
 
     print(
-        f"{row.model:6} {row.attention:9} {row.positions:5} {row.length:>7} {row.rows:>4} "
+        f"{row.model:6} {row.attention:10} {row.positions:5} {row.length:>7} {row.rows:>4} "
         f"{cell(row.prefill_per_second, 14, 0)} {cell(row.decode_per_second, 13, 1)} {cell(row.step_ms, 8, 2)} "
-        f"{cell(row.peak_gib, 9, 1)}  {row.note}",
+        f"{cell(row.peak_gib, 9, 1)} "
+        f"{cell(row.cache_mib, 9, 1)} {cell(row.decode_gib, 10, 2)}  {row.note}",
         flush=True,
     )
 
@@ -138,6 +189,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--positions", nargs="+", choices=get_args(Positions), default=["nape"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768, 131072], help="tokens in the cache")
     parser.add_argument("--rows", type=int, default=1, help="texts at once")
+    parser.add_argument("--evict", nargs="+", choices=EVICTING, default=[], help="policies, beside no eviction")
+    parser.add_argument("--keep", type=float, default=0.2, help="share of the prompt's keys that --evict keeps")
     parser.add_argument("--chunk_tokens", type=int, default=8192, help="prompt tokens of one forward pass")
     parser.add_argument("--steps", type=int, default=20, help="timed decoding steps")
     parser.add_argument("--backend", default="auto", help="of kernels.entmax_attention")
@@ -154,7 +207,7 @@ def main() -> int:
         return 2
     launched = "CUDA graphs" if options.cuda_graphs else "kernel by kernel"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}, {launched}")
-    print("model  attention pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB")
+    print("model  attention  pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB cache MiB decode GiB")
     rows: list[Row] = []
     for name in options.models:
         for kind in options.kinds:
@@ -162,9 +215,13 @@ def main() -> int:
                 config = network(name, kind)
                 attention = replace(config.attention, backend=options.backend)
                 model = build(replace(config, positions=positions, attention=attention), torch.device("cuda"))
-                for length in options.lengths:
-                    row = Row(name, kind, positions, length, options.rows)
-                    measured = fill(row, model, options.chunk_tokens, options.steps, options.cuda_graphs)
+                policies = options.evict if kind == "softmax" else []
+                for length, policy in itertools.product(options.lengths, ["", *policies]):
+                    row = Row(name, policy or kind, positions, length, 1 if policy else options.rows)
+                    own = partial(measure, model, options.rows, length, cuda_graphs=options.cuda_graphs)
+                    evicted = partial(measure_evicting, model, policy, options.keep, length)
+                    work = partial(evicted if policy else own, chunk_tokens=options.chunk_tokens, steps=options.steps)
+                    measured = fill(row, work)
                     rows.append(measured)
                     show(measured)
     write_rows(options.output, rows)

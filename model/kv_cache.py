@@ -131,6 +131,11 @@ class KVCache:
         """Tokens of each row that there is memory for."""
         return self._memory.shape[4]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its memory, room for further tokens included."""
+        return self._memory.nbytes
+
     def reserve(self, rows: int, n_tokens: int) -> bool:
         """Make memory for n_tokens more of each of the first `rows` rows; true where that has moved all of it."""
         needed = max(self.lengths[:rows]) + n_tokens

@@ -1,12 +1,15 @@
-"""What policies share that keep a part of the prompt's keys and evict the rest: how many keys layers and heads get."""
+"""What policies share that keep a part of the keys and evict the rest: how many keys layers and heads get, and what a
+cache that frees memory asks of them (model/inference/evicting.py)."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from model.policies.blocks import check_least, check_share, top_count
-from model.policies.policy import SequenceView
+from model.policies.policy import Phase, SequenceView, SparsePolicy
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,34 @@ class Budgets:
         from_end = min(view.layer, view.n_layers - 1 - view.layer)  # such a pair of layers keeps 2 * each
         early = most - from_end * 2 * (most - each) // (view.n_layers - 1)
         return early if from_end == view.layer else 2 * each - early
+
+
+class EvictingPolicy(SparsePolicy):
+    """A policy whose decoding never sees again what it has once left out.
+
+    weighs: it needs the attention weights of every token that is decoded.
+    """
+
+    phases: ClassVar[frozenset[Phase]] = frozenset({"decode"})
+    remembers: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
+    budgets: Budgets
+
+    @abstractmethod
+    def evict(self, k: Tensor, view: SequenceView) -> Tensor | None:
+        """Before a token that is decoded: bool (heads that choose, or 1, keys), which of the keys held so far stay;
+        None for all. What view.memory has of keys is of these alone from then on. k: (G, keys, D), those held."""
+
+    def attended(self, weights: Tensor, groups: int, view: SequenceView) -> None:  # noqa: B027
+        """Told of a decoded token's attention weights, float32 (H, keys held and its own), where it weighs."""
+
+    def check_freeing(self) -> None:
+        """Raises ValueError where what it evicts could not be freed."""
+        if not self.budgets.grouped:
+            raise ValueError(
+                f"{self.name}: budgets.grouped is False, so that query heads that share keys evict different ones and "
+                "little can be freed: give it budgets with grouped=True"
+            )
 
 
 def of_query_heads(kept: Tensor, heads: int) -> Tensor:

@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 from model.policies.blocks import check_least, top_count
-from model.policies.eviction import Budgets, check_whole_prompt, of_query_heads
-from model.policies.policy import Phase, Selection, SequenceView, SparsePolicy, TokenSelection
+from model.policies.eviction import Budgets, EvictingPolicy, check_whole_prompt, of_query_heads
+from model.policies.policy import Selection, SequenceView, TokenSelection
 
 
 @dataclass(frozen=True)
-class H2O(SparsePolicy):
+class H2O(EvictingPolicy):
     """Decoding keeps the `recent` newest keys and of the older ones the `heavy` that have had most attention (H2O,
     arXiv:2306.14048, Algorithm 1): the softmax weights of all queries so far, summed. Before each token all others are
     evicted, for good: later sums run over what is left. The token's own key comes in addition. Dense where heavy and
     recent hold the text.
 
     The paper takes a tenth of the text for each. Query heads that share keys have one sum (Budgets), where the paper's
-    models share none; budgets of layers and heads are set when keys are first evicted. Simplified: keys are hidden, not
-    freed; the prompt is read densely, and so is one that goes on later. `select` counts: once a token.
+    models share none; budgets of layers and heads are set when keys are first evicted. Simplified: the prompt is read
+    densely, and so is one that goes on later. `select` counts: once a token. use_policy hides keys,
+    model.inference.evicting frees them.
     """
 
     name: ClassVar[str] = "h2o"
-    phases: ClassVar[frozenset[Phase]] = frozenset({"decode"})
-    remembers: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
     heavy: int
     recent: int
     budgets: Budgets = Budgets()
@@ -52,6 +52,26 @@ class H2O(SparsePolicy):
         scores = view.scores(q, k, slice(0, 1), n_keys)[:, 0].masked_fill(~kept, -torch.inf)
         self._add(torch.softmax(scores, -1), len(k), view)
         return TokenSelection(kept[:, None])
+
+    def evict(self, k: Tensor, view: SequenceView) -> Tensor | None:
+        self._check(view)
+        self._evict(view)
+        alive: Tensor | None = view.memory.pop("alive", None)
+        if alive is None or bool(alive.all()):
+            return None
+        view.memory["sums"] = view.memory["sums"][alive].view(len(alive), -1)
+        return alive
+
+    def attended(self, weights: Tensor, groups: int, view: SequenceView) -> None:
+        self._add(weights, groups, view)
+
+    def check_freeing(self) -> None:
+        super().check_freeing()
+        if self.budgets.even < 1:
+            raise ValueError(
+                f"{self.name}: budgets.even is {self.budgets.even}: memory is freed where the heads of a layer keep as "
+                "many keys as each other: give it budgets with even=1"
+            )
 
     def _check(self, view: SequenceView) -> None:
         check_whole_prompt(self.name, view, "sums" in view.memory, view.query_start)

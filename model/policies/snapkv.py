@@ -7,26 +7,24 @@ import torch
 from torch import Tensor
 
 from model.policies.blocks import check_least, last_weights, top_count
-from model.policies.eviction import Budgets, check_whole_prompt, of_query_heads
-from model.policies.policy import Phase, Selection, SequenceView, SparsePolicy, TokenSelection
+from model.policies.eviction import Budgets, EvictingPolicy, check_whole_prompt, of_query_heads
+from model.policies.policy import Selection, SequenceView, TokenSelection
 
 Pooling = Literal["mean", "max"]
 
 
 @dataclass(frozen=True)
-class SnapKV(SparsePolicy):
+class SnapKV(EvictingPolicy):
     """Decoding sees `capacity` keys of the prompt, chosen once, and all later ones (SnapKV, arXiv:2404.14469): its last
     `observed` keys, and those with most weight in the exact attention of its last `observed` queries, of which each key
     has the mean (or the maximum, `pooling`) over `pooled` neighbours. Dense where the capacity holds the prompt.
 
     Each query head chooses for itself, as in the authors' code; budgets.grouped changes that, and the other budgets
-    that of layers and heads. Simplified: keys are hidden, not freed. The prompt ends before the first token that is
-    passed alone.
+    that of layers and heads. The prompt ends before the first token that is passed alone. use_policy hides keys,
+    model.inference.evicting frees them.
     """
 
     name: ClassVar[str] = "snapkv"
-    phases: ClassVar[frozenset[Phase]] = frozenset({"decode"})
-    remembers: ClassVar[bool] = True
     capacity: int
     observed: int = 32
     pooled: int = 5
@@ -45,12 +43,20 @@ class SnapKV(SparsePolicy):
         view.memory["queries"] = (q if before is None else torch.cat([before, q], 1))[:, -self.observed :].clone()
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        queries = view.memory.get("queries", q[:, :0])
-        check_whole_prompt(self.name, view, queries.shape[1], view.query_start)
-        if "kept" not in view.memory:
-            view.memory["kept"] = of_query_heads(self._choose(queries, k[:, : view.query_start], view), len(q))
+        chosen = self.evict(k[:, : view.query_start], view)
+        if chosen is not None:
+            view.memory["kept"] = of_query_heads(chosen, len(q))
         kept = view.memory["kept"]
         return TokenSelection(torch.nn.functional.pad(kept, (0, k.shape[1] - kept.shape[1]), value=True)[:, None])
+
+    def evict(self, k: Tensor, view: SequenceView) -> Tensor | None:
+        """Once, at the end of the prompt."""
+        if view.memory.get("chosen"):
+            return None
+        queries = view.memory.pop("queries", k[:, :0])
+        check_whole_prompt(self.name, view, queries.shape[1], view.query_start)
+        view.memory["chosen"] = True
+        return self._choose(queries, k, view)
 
     def _choose(self, queries: Tensor, k: Tensor, view: SequenceView) -> Tensor:
         """Bool (heads that choose, prompt): which keys of the prompt stay. queries: its last ones, (H, n, D)."""
