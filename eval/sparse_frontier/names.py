@@ -3,11 +3,11 @@
 AS_THEY_ARE = ("dense", "entmax")
 NAMES = {
     "dense": "softmax, dense", "entmax": "entmax", "window": "sliding window", "streaming_llm": "StreamingLLM",
-    "lm_infinite": "LM-Infinite", "strided": "Strided", "fixed": "Fixed", "oracle": "oracle blocks",
-    "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse", "flexprefill": "FlexPrefill",
-    "sparge": "SpargeAttention", "quest": "Quest", "sparq": "SparQ", "twilight": "Twilight",
-    "vattention": "vAttention", "snapkv": "SnapKV", "pyramidkv": "PyramidKV", "ada_snapkv": "Ada-SnapKV", "h2o": "H2O",
-    "double_p": "Double-P", "bsfa": "BSFA",
+    "lm_infinite": "LM-Infinite", "strided": "Strided", "fixed": "Fixed", "longformer": "Longformer",
+    "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
+    "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "sparq": "SparQ",
+    "twilight": "Twilight", "vattention": "vAttention", "snapkv": "SnapKV", "pyramidkv": "PyramidKV",
+    "ada_snapkv": "Ada-SnapKV", "h2o": "H2O", "double_p": "Double-P", "bsfa": "BSFA",
 }  # fmt: skip
 
 

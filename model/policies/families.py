@@ -9,7 +9,7 @@ from model.policies.flexprefill import FlexPrefill
 from model.policies.h2o import H2O
 from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, VerticalSlash
-from model.policies.patterns import Fixed, Strided
+from model.policies.patterns import Fixed, Longformer, Strided
 from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
@@ -52,6 +52,13 @@ def _fixed(level: float, n_keys: int) -> SparsePolicy:
     return Fixed(block, _part(level, block))
 
 
+def _longformer(level: float, n_keys: int) -> SparsePolicy:
+    """Windows grow to 16 times the first layer's while there is room for that. Gaps would leave keys out at a level of
+    1."""
+    largest = _part(level, n_keys)
+    return Longformer(max(largest // 16, _part(2 * level - 1, n_keys)), largest, gap=2 if level <= 0.5 else 1)
+
+
 def _quest(level: float, n_keys: int) -> Quest:
     """Without dense layers, so that the density is that of all layers alike."""
     return Quest(_part(level, -(-n_keys // 16)), dense_layers=0)
@@ -76,6 +83,7 @@ FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "lm_infinite": lambda level, n: LMInfinite(_part(level, n), 4),
     "strided": lambda level, n: Strided(_stride(level, n)),
     "fixed": _fixed,
+    "longformer": _longformer,
     "oracle": lambda level, n: OracleTopK(_blocks(level, n), _block(n)),
     "vertical_slash": lambda level, n: VerticalSlash(_part(level, n), _part(level, n)),
     "block_sparse": lambda level, n: BlockSparse(_blocks(level, n), _block(n)),

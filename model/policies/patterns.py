@@ -1,4 +1,5 @@
-"""Sparse Transformer's fixed patterns: a local part, and columns or diagonals that reach all the text."""
+"""Fixed patterns: Sparse Transformer's, a local part and columns or diagonals that reach all the text, and Longformer's
+windows."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,6 +42,52 @@ class FixedKeys:
         head = torch.arange(self.heads, device=self.device) % (self.block // self.columns)
         from_end = (self.block - 1 - key % self.block) // self.columns
         return (query // self.block == key // self.block) | (from_end == head[:, None])[:, None]
+
+
+@dataclass(frozen=True)
+class DilatedKeys:
+    """Of each query the `size` keys that end with its own; in the first `dilated` heads as many, only every gap-th."""
+
+    view: SequenceView
+    size: int
+    dilated: int
+    gap: int
+    heads: int
+    device: torch.device
+
+    def mask(self, rows: slice, n_keys: int) -> Tensor:
+        query, key = places(self.view, rows, n_keys, self.device)
+        distance = query - key
+        near = distance < self.size
+        far = (distance < self.size * self.gap) & (distance % self.gap == 0)
+        is_dilated = torch.arange(self.heads, device=self.device) < self.dilated
+        return torch.where(is_dilated[:, None, None], far, near)
+
+
+@dataclass(frozen=True)
+class Longformer(SparsePolicy):
+    """Sliding windows that grow evenly from `smallest` keys in the first layer to `largest` in the last; in the later
+    half of the layers the first `dilated_heads` heads see as many keys with gaps, every `gap`-th one (Longformer,
+    arXiv:2004.05150, sections 3.1 and 4.1, its language models). Dense where smallest = largest = T without gaps.
+
+    Simplified: the paper's gaps grow with the layer. Its language models have no tokens that all others see.
+    """
+
+    name: ClassVar[str] = "longformer"
+    smallest: int
+    largest: int
+    dilated_heads: int = 2
+    gap: int = 2
+
+    def __post_init__(self) -> None:
+        check_least(1, smallest=self.smallest, gap=self.gap)
+        check_least(self.smallest, largest=self.largest)
+        check_least(0, dilated_heads=self.dilated_heads)
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        size = self.smallest + (self.largest - self.smallest) * view.layer // max(1, view.n_layers - 1)
+        dilated = self.dilated_heads if 2 * view.layer >= view.n_layers else 0
+        return DilatedKeys(view, size, dilated, self.gap, len(q), q.device)
 
 
 @dataclass(frozen=True)

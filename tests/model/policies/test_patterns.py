@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.config import RopeScaling
 from model.policies.lm_infinite import LMInfinite
-from model.policies.patterns import Fixed, Strided
+from model.policies.patterns import Fixed, Longformer, Strided
 from model.policies.policy import SequenceView, use_policy
 from model.policies.window import SlidingWindow
 from model.rotary import rotate
@@ -61,6 +61,24 @@ def test_fixed_is_the_own_block_and_columns_that_rotate_over_heads(
         last = block - columns * (head % blocks)
         for i, j, t, s in seen(n_keys, before, cut):
             expected[head, i, j] = t // block == s // block or last - columns <= s % block < last
+    assert (mask == expected).all()
+
+
+@settings(max_examples=20)
+@given(layer=st.integers(0, 4), least=st.integers(1, 6), more=st.integers(0, 9), gap=st.integers(1, 4), **SHAPES)
+def test_longformer_is_windows_that_grow_by_layer_and_gaps_in_later_ones(
+    layer: int, least: int, more: int, gap: int, n_keys: int, before: int, cut: int
+) -> None:
+    n_queries = max(1, n_keys - before)
+    q, k, _ = draw(n_queries, n_keys)
+    view = view_of(n_queries, n_keys, key_start=cut, layer=layer, n_layers=5)
+    mask = mask_of(Longformer(least, least + more, 3, gap), q, k, view)
+    size = least + [0, more // 4, more // 2, 3 * more // 4, more][layer]
+    expected = torch.zeros(4, n_queries, n_keys, dtype=torch.bool)
+    for head in range(4):
+        step = gap if head < 3 and layer >= 3 else 1
+        for i, j, t, s in seen(n_keys, before, cut):
+            expected[head, i, j] = t - s in [step * n for n in range(size)]
     assert (mask == expected).all()
 
 
@@ -149,6 +167,8 @@ def test_settings_of_patterns_that_mean_nothing_are_errors() -> None:
         (lambda: Fixed(12, 0), "columns is 0: expected at least 1"),
         (lambda: LMInfinite(0), "size is 0: expected at least 1"),
         (lambda: LMInfinite(4, -1), "sinks is -1: expected at least 0"),
+        (lambda: Longformer(9, 8), "largest is 8: expected at least 9"),
+        (lambda: Longformer(9, 9, gap=0), "gap is 0: expected at least 1"),
         (lambda: Fixed(12, 13), "columns is 13: expected at most block, 12"),
     ):
         with pytest.raises(ValueError, match=said):

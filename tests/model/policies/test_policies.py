@@ -20,7 +20,7 @@ from model.policies.flexprefill import FlexPrefill
 from model.policies.h2o import H2O
 from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, VerticalSlash
-from model.policies.patterns import Fixed, Strided
+from model.policies.patterns import Fixed, Longformer, Strided
 from model.policies.policy import Attended, SequenceView, SparsePolicy, use_policy
 from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
@@ -39,7 +39,7 @@ SET_DENSE: list[SparsePolicy] = [
     BlockSparse(LONG), FlexPrefill(1.0), SnapKV(LONG), PyramidKV(LONG), AdaSnapKV(LONG), H2O(LONG, LONG),
     DoubleP(1.0, 1.0), SpargeAttention(1.0), SparQ(LONG), Twilight(Quest(LONG), 1.0),
     VAttention(Quest(1, 4, dense_layers=0), sinks=1, local=2, rate=1.0),
-    Strided(LONG), Fixed(LONG, 1), LMInfinite(128),
+    Strided(LONG), Fixed(LONG, 1), LMInfinite(128), Longformer(LONG, LONG, gap=1),
 ]  # fmt: skip
 SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
@@ -47,7 +47,7 @@ SET_SPARSE: list[SparsePolicy] = [
     DoubleP(0.7, 0.4, 4), SpargeAttention(0.3, -2.0, 0.05, 16, 8, 16), SparQ(9, 2, 3),
     Twilight(Quest(3, 4, dense_layers=0), 0.6, dense_layers=0),
     VAttention(Quest(1, 4, dense_layers=0), 0.7, 0.3, sinks=2, local=3),
-    Strided(9), Fixed(12, 3), LMInfinite(9, 4),
+    Strided(9), Fixed(12, 3), LMInfinite(9, 4), Longformer(5, 12, 1, 3),
 ]  # fmt: skip
 DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
 SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]
