@@ -141,11 +141,16 @@ def count_processes(options: Mapping[str, Any]) -> int:
     devices = options["devices"]
     if devices in ("auto", -1, "-1"):
         count = torch.cuda.device_count() if on_cuda(options) else 1
-    elif isinstance(devices, str) and not devices.isdigit():
-        count = len([device for device in devices.split(",") if device])
     else:
-        count = len(devices) if isinstance(devices, list) else int(devices)
+        count = len(named_gpus(devices)) or int(devices)
     return count * options["num_nodes"]
+
+
+def named_gpus(devices: Any) -> list[int]:
+    """GPUs that trainer.devices gives by their numbers, as in [0, 1] or "0,1"; none where it says how many, or auto."""
+    if isinstance(devices, list):
+        return [int(device) for device in devices]
+    return [int(device) for device in str(devices).split(",") if device.strip()] if "," in str(devices) else []
 
 
 def check_tasks(processes: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Timer
 
 from common.errors import UsageError
@@ -16,7 +15,7 @@ from common.outputs import check_writable
 from model.config import ModelConfig
 from model.flops import matmul_parameters
 from training.distributed.checkpoint_state import SAVED_BYTES
-from training.options import on_cuda
+from training.options import named_gpus, on_cuda
 from training.resume.run_folder import is_first_process
 from training.throughput import GIB
 
@@ -87,5 +86,5 @@ def duration(max_time: Any) -> timedelta | None:
 def first_device(options: dict[str, Any]) -> torch.device:
     """The first device that Trainer options ask for on a node."""
     if on_cuda(options):
-        return torch.device("cuda", (CUDAAccelerator.parse_devices(options["devices"]) or [0])[0])
+        return torch.device("cuda", (named_gpus(options["devices"]) or [0])[0])
     return torch.device("cpu")

@@ -24,8 +24,9 @@ from training.options import (
     check_plugins,
     check_tasks,
     check_trainer_options,
+    count_processes,
 )
-from training.setup_checks import check_copy_fits, check_runs_here
+from training.setup_checks import check_copy_fits, check_runs_here, first_device
 
 PARAMETERS = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items() if name != "self"}
 
@@ -122,6 +123,23 @@ def test_one_callback_without_a_list_works_and_no_progress_bar(train: TrainProce
     assert "profile.steps is 2, but nothing was traced: the session ended at step 4, before step 5" in done.stderr
     (metrics,) = (tmp_path / "run" / "metrics").glob("*/metrics.csv")
     assert "DeviceStatsMonitor" in metrics.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "ranks", "first"),
+    [("auto", 4, 0), (-1, 4, 0), ("-1", 4, 0), (2, 2, 0), ("2", 2, 0), ([3, 1], 2, 3), ("3,1", 2, 3), ("2,", 1, 2)],
+)
+def test_each_way_of_asking_for_gpus_is_read(
+    devices: Any, ranks: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    check(accelerator="gpu", devices=devices)
+    options = dict(accelerator="gpu", devices=devices, num_nodes=2)
+    assert count_processes(options) == 2 * ranks
+    assert first_device(options) == torch.device("cuda", first)
+    options["accelerator"] = "cpu"
+    assert first_device(options) == torch.device("cpu")
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
