@@ -59,7 +59,7 @@ def to_rows(value: Any) -> bytes:
     line end. Raises ValueError for NaN."""
 
     def written(value: Any, indent: str) -> str:
-        line = json.dumps(value, allow_nan=False)
+        line = json.dumps(value)
         parts = list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list) else []
         if len(line) <= ROW or not any(isinstance(part, dict | list) for part in parts):
             return line
@@ -69,7 +69,8 @@ def to_rows(value: Any) -> bytes:
         opening, closing = "{}" if isinstance(value, dict) else "[]"
         return f"{opening}\n{indent} " + f",\n{indent} ".join(inner) + f"\n{indent}{closing}"
 
-    return (written(value, "") + "\n").encode()
+    plain = json.loads(json.dumps(value, allow_nan=False))  # keys are strings, as JSON's are
+    return (written(plain, "") + "\n").encode()
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
