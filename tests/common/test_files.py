@@ -30,7 +30,7 @@ def test_a_table_has_a_line_for_each_row() -> None:
     assert len(lines) == 2 + 3 + 22 and lines[3] == f"  {json.dumps(row)}," and len(lines[-3]) > 1000
     assert to_rows(row).decode() == f"{json.dumps(row)}\n"
     keyed = {multiple: {"loss": [1.5] * 600} for multiple in (1, 16)}
-    assert json.loads(to_rows(keyed)) == json.loads(json.dumps(keyed)) and len(to_rows(keyed).splitlines()) == 4
+    assert json.loads(to_rows(keyed)) == json.loads(json.dumps(keyed)) and len(to_rows(keyed).splitlines()) == 8
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_rows([float("nan")])
 
