@@ -16,7 +16,7 @@ case (this: 0.1 s) and need stand-ins for what runs on CUDA only where torch is 
 With activation_checkpointing a block keeps, a token: full its input (C r); offload that on the host; both also what
 entmax by Triton found before its weighted sum: 12 bytes a head for thresholds (before their last step, and that step's
 slope and length), 8 for the row's first and last key, N / 32,768 bytes a head for bits of tiles and, for inputs of
-8,193 to 32,768 tokens in long documents, about N / 512 a head for bits of single keys. selective keeps full's,
+4,096 to 131,072 tokens in long documents, about N / 512 a head for bits of single keys. selective keeps full's,
 attention's output (H D w) and its threshold or log-sum-exp (4 bytes a head); compiled blocks need the 12 bytes no
 longer then.
 
