@@ -15,7 +15,7 @@ def test_lengths_are_the_longest_that_fit() -> None:
     assert alone is not None and shared is not None and LENGTHS[0] < alone < shared <= 4 * 1.5 * alone
     assert found[1].gib <= 6 and found[4].gib <= 6
     less = longest(config, 1, 3 * GIB).tokens
-    assert less is not None and alone / 3 <= less < alone
+    assert less is not None and alone / 4 <= less < alone
     assert longest(config, 1, 0.1 * GIB).tokens is None and cell(longest(config, 1, 0.1 * GIB)) == "-"
     assert cell(longest(config, 8, 500 * GIB)).startswith(f"at least {MOST:,} (stage 1")
 
