@@ -1,19 +1,24 @@
 """Each option and callback of the installed Lightning is one that works here, or refused with what to use instead."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch.callbacks as lightning_callbacks
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from common.errors import UsageError
 from model.config import AttentionConfig, ModelConfig
-from tests.training.conftest import TrainProcess
+from tests.training.conftest import ROOT, TrainProcess
 from training.cli import LONGEST_MESSAGE, shortened
+from training.distributed.config import ParallelConfig
+from training.distributed.strategies import build_strategy
 from training.memory.states import parameter_count
 from training.options import (
     REFUSED_CALLBACKS,
@@ -140,6 +145,23 @@ def test_each_way_of_asking_for_gpus_is_read(
     assert first_device(options) == torch.device("cuda", first)
     options["accelerator"] = "cpu"
     assert first_device(options) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_cluster_has_its_ranks_and_strategy(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node of 8 GPUs."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    config = yaml.safe_load(file.read_text())
+    options, parallel = {"num_nodes": 2, **config["trainer"]}, ParallelConfig(**config.get("parallel", {}))
+    check(**options)
+    alone = file.stem in ("cpu", "one_gpu")
+    assert count_processes(options) == (2 if alone else 16)
+    device = first_device(options)
+    assert device == (torch.device("cpu") if file.stem == "cpu" else torch.device("cuda", 0))
+    strategy = build_strategy(parallel, processes=count_processes(options) // 2, device=device)
+    kind = SingleDeviceStrategy if alone else DeepSpeedStrategy if parallel.zero_stage else DDPStrategy
+    assert isinstance(strategy, kind)
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
