@@ -120,7 +120,7 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
         )
     with use_policy(loaded.model, collector):
         for window in tqdm(windows, desc=f"calibrating at {length} tokens", leave=False):
-            _forward(loaded, stores["train"], window, length, runtime)
+            forward_window(loaded, stores["train"], window, length, runtime)
     thresholds = collector.thresholds()
 
     heldout = choose_windows(stores["heldout"], length, config.measured, config.seed)
@@ -157,7 +157,10 @@ def table(calibration: Calibration, n_heldout: int, output: Path) -> list[str]:
 
 
 @torch.no_grad()
-def _forward(loaded: LoadedModel, store: TokenStore, window: tuple[int, int], length: int, runtime: Runtime) -> Tensor:
+def forward_window(
+    loaded: LoadedModel, store: TokenStore, window: tuple[int, int], length: int, runtime: Runtime
+) -> Tensor:
+    """Hidden states of `length` tokens of a document, (1, length, C). window: document and first token."""
     document, start = window
     tokens = torch.from_numpy(store.document(document)[start : start + length].astype(np.int64)).to(runtime.device)
     with runtime.precision():
@@ -170,7 +173,7 @@ def _measure(
 ) -> float:  # fmt: skip
     with use_policy(loaded.model, policy) as record:
         for window in tqdm(windows, desc=f"measuring k = {policy.k}", leave=False):
-            _forward(loaded, store, window, length, runtime)
+            forward_window(loaded, store, window, length, runtime)
     return float(record.density("prefill").mean())
 
 

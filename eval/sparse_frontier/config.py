@@ -22,6 +22,7 @@ class FrontierConfig:
         densities: Shares of the visible keys that each policy is set to keep, besides the entmax model's own.
         thresholds: File of eval.calibrate for the softmax checkpoint: adds the policy bsfa at the density of each of
             its ks.
+        patterns: File of eval.search_patterns for the softmax checkpoint: adds the policy minference.
         ruler: Folder of python -m eval.ruler: adds its samples whose length is that of a measured context.
         ruler_tasks: Names of eval.ruler.tasks.RULER_TASKS; empty for all that the folder has.
         ruler_samples: Most samples of each RULER task and length, the first ones; None for all.
@@ -45,6 +46,7 @@ class FrontierConfig:
     policies: list[str] = field(default_factory=lambda: list(FAMILIES))
     densities: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.25, 0.5])
     thresholds: str | None = None
+    patterns: str | None = None
     ruler: str | None = None
     ruler_tasks: list[str] = field(default_factory=list)
     ruler_samples: int | None = None

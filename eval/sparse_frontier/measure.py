@@ -20,11 +20,12 @@ from eval.sparse_frontier.tasks import Scorer, Tasks, entmax_density, make_tasks
 from model.loading import load_model
 from model.policies.bsfa import BlockSparseFlash, load_policy
 from model.policies.families import calibrated_densities, policy_at
+from model.policies.head_patterns import HeadPatterns, load_patterns
 from model.policies.policy import Phase, SparsePolicy
 from model.policies.thresholds import read_thresholds
 from model.transformer import Transformer
 
-BSFA = BlockSparseFlash.name
+BSFA, MINFERENCE = BlockSparseFlash.name, HeadPatterns.name
 
 
 TEXT = ("seed", "max_documents", "row_tokens")  # which held-out text is read, and how
@@ -83,6 +84,11 @@ class Measuring:
             self.fingerprint_of_thresholds = file_fingerprint(path)
             # refuses another model's before anything is measured
             self.bsfa = load_policy(path, self.ks[0], self.model)
+        self.patterns: HeadPatterns | None = None
+        if config.patterns is not None and not self.entmax:
+            path = Path(config.patterns)
+            self.fingerprint_of_patterns = file_fingerprint(path)
+            self.patterns, self.searched = load_patterns(path, self.model)
 
     @property
     def model(self) -> Transformer:
@@ -134,6 +140,8 @@ class Measuring:
         found = [(policy_at(name, 0.5, context), name, wanted) for name in self.config.policies]
         if self.ks:
             found.append((self.bsfa, BSFA, list(calibrated_densities(self.ks, context))))
+        if self.patterns is not None:
+            found.append((self.patterns, MINFERENCE, wanted))
         return found
 
     def _kept(
@@ -154,6 +162,8 @@ class Measuring:
         read = "" if alone else self.held_out.fingerprint
         if method == BSFA:
             read += self.fingerprint_of_thresholds
+        if method == MINFERENCE:
+            read += self.fingerprint_of_patterns
         if frozen is not None:
             read += f"{frozen.sha256}:{len(frozen.samples)}"
         key = result_key(path, read, settings, base, kind, (__name__,))
@@ -246,7 +256,12 @@ class Measuring:
             assert record is not None
             return float(record.density(tasks.phase).mean())
 
-        return set_density(lambda level: policy_at(name, level, tasks.context), density_of, wanted)
+        return set_density(lambda level: self._at(name, level, tasks.context), density_of, wanted)
+
+    def _at(self, name: str, level: float, context: int) -> SparsePolicy:
+        if name == MINFERENCE and self.patterns is not None:
+            return self.patterns.scaled(level, self.searched, context)
+        return policy_at(name, level, context)
 
     def _time(self, method: str, multiple: int, wanted: float | None) -> PrefillTime:
         path = self._kept("prefill-time", method, "prefill", multiple, wanted)

@@ -8,6 +8,7 @@ NAMES = {
     "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "sparq": "SparQ",
     "twilight": "Twilight", "vattention": "vAttention", "snapkv": "SnapKV", "pyramidkv": "PyramidKV",
     "ada_snapkv": "Ada-SnapKV", "h2o": "H2O", "double_p": "Double-P", "bsfa": "BSFA",
+    "minference": "MInference",
 }  # fmt: skip
 
 

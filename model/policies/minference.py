@@ -33,8 +33,9 @@ class VerticalSlash(SparsePolicy):
     attention of the last `observed` queries (MInference, arXiv:2407.02490, Algorithm 2). The first keys and the nearest
     diagonals come first. Dense from slashes = T on.
 
-    Simplified: all heads have the same numbers, where the paper searches a pattern and its numbers for each head
-    offline; diagonals are single, where its kernel reads the 64 x 64 blocks that they pass.
+    All heads have the same numbers; the paper's search of a pattern and its numbers for each head is
+    model/policies/head_patterns.py. Simplified: diagonals are single, where its kernel reads the 64 x 64 blocks that
+    they pass.
     """
 
     name: ClassVar[str] = "vertical_slash"
@@ -47,10 +48,17 @@ class VerticalSlash(SparsePolicy):
         check_least(1, verticals=self.verticals, slashes=self.slashes, observed=self.observed)
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        by_key, by_distance = line_weights(last_weights(q, k, view, self.observed))
-        for weights, count in ((by_key, self.verticals), (by_distance, self.slashes)):
-            weights[:, : min(SURE_LINES, count)] = torch.inf
-        return Lines(top_count(by_key, self.verticals), top_count(by_distance, self.slashes), view.query_start)
+        return chosen_lines(q, k, view, self.verticals, self.slashes, self.observed)
+
+
+def chosen_lines(
+    q: Tensor, k: Tensor, view: SequenceView, verticals: int | Tensor, slashes: int | Tensor, observed: int
+) -> Lines:
+    """Algorithm 2. verticals, slashes: of all heads, or int64 (H,)."""
+    by_key, by_distance = line_weights(last_weights(q, k, view, observed))
+    for weights in (by_key, by_distance):
+        weights[:, :SURE_LINES] = torch.inf  # of these the first ones, where there are more than lines
+    return Lines(top_count(by_key, verticals), top_count(by_distance, slashes), view.query_start)
 
 
 @dataclass(frozen=True)

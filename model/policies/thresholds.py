@@ -1,22 +1,16 @@
 """The file of BSFA's calibrated thresholds: one tensor, and what it was calibrated on."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from common.dataclasses_json import to_dataclass
-from common.files import write_file
 from kernels import KEY_BLOCK, QUERY_BLOCK
-from model.checksums import tensor_checksum
+from model.policies.calibrated_files import read_calibrated, save_calibrated
 
 FORMAT = 3  # 2 had no checksum
-WAY_OUT = "calibrate again with python -m eval.calibrate"
+COMMAND = "eval.calibrate"
 Estimator = Literal["mean", "pooled"]  # of ThresholdCollector
 
 
@@ -46,39 +40,17 @@ class Calibration:
 
 def save_thresholds(path: Path, thresholds: Tensor, calibration: Calibration) -> None:
     """thresholds: float32 (ks, L, H, P)."""
-    text = json.dumps(asdict(calibration))
-    metadata = {"calibration": text, "checksum": _checksum(thresholds, text)}
-    write_file(path, save({"thresholds": thresholds.contiguous()}, metadata))
-
-
-def _checksum(thresholds: Tensor, calibration: str) -> str:
-    """Of both, as they stand in the file."""
-    return xxhash.xxh3_64(f"{tensor_checksum(thresholds)} {calibration}".encode()).hexdigest()
+    save_calibrated(path, {"thresholds": thresholds}, calibration)
 
 
 def read_thresholds(path: Path) -> tuple[Tensor, Calibration]:
     """Raises FileNotFoundError, or ValueError for a file that is damaged or that save_thresholds did not write."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; calibrate the checkpoint first: python -m eval.calibrate ...")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            content = json.loads(metadata["calibration"])
-            thresholds = file.get_tensor("thresholds")
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no thresholds of eval.calibrate ({error}): {WAY_OUT}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no thresholds of eval.calibrate (its calibration is no object): {WAY_OUT}")
-    grid = (content.get("format"), content.get("query_block"), content.get("key_block"))
-    if grid != (FORMAT, QUERY_BLOCK, KEY_BLOCK):
-        raise ValueError(f"{path} has format and blocks {grid}, expected {(FORMAT, QUERY_BLOCK, KEY_BLOCK)}: {WAY_OUT}")
-    found, wanted = _checksum(thresholds, metadata["calibration"]), metadata.get("checksum")
-    if found != wanted:
-        raise ValueError(f"{path} is damaged: it has checksum {found}, expected {wanted}: {WAY_OUT}")
-    calibration = to_dataclass(content, Calibration, str(path), WAY_OUT)
+    grid = {"format": FORMAT, "query_block": QUERY_BLOCK, "key_block": KEY_BLOCK}
+    tensors, calibration = read_calibrated(path, ["thresholds"], Calibration, grid, COMMAND)
+    thresholds = tensors["thresholds"]
     if thresholds.ndim != 4 or len(thresholds) != len(calibration.ks) or bool(thresholds.isnan().any()):
         raise ValueError(
             f"{path} has thresholds of shape {tuple(thresholds.shape)} for {len(calibration.ks)} ks, expected (ks, "
-            f"layers, heads, positions) without NaN: {WAY_OUT}"
+            f"layers, heads, positions) without NaN: calibrate again with python -m {COMMAND}"
         )
     return thresholds, calibration

@@ -1,9 +1,9 @@
-"""python -m eval.calibrate on a small model trained for a moment; what eval.run and eval.generate do with its file."""
+"""eval.calibrate and eval.search_patterns on a small model trained for a moment, and who takes their files."""
 
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import eval.calibrate
 import eval.generate
 import eval.run
+import eval.search_patterns
+import eval.sparse_frontier.command
 from data.corpora import TextFiles
 from data.prepare import prepare
 from data.prepare_settings import PrepareConfig, TokenizerConfig
@@ -22,9 +24,10 @@ from data.store import TokenStore
 from eval.common.windows import choose_windows
 from model.checkpoint import checkpoint_folder, write_complete
 from model.config import AttentionConfig, ModelConfig
+from model.policies.head_patterns import read_patterns
 from model.policies.thresholds import read_thresholds
 from model.transformer import Transformer
-from tests.eval.conftest import MakeRun
+from tests.eval.conftest import MakeRun, failing_line
 
 LENGTH = 1024
 KS = ["2", "4", "7"]
@@ -96,17 +99,6 @@ def thresholds(run: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("thresholds") / "thresholds.safetensors"
     assert eval.calibrate.main(options(run, texts, path, "--ks", *KS, "--length", LENGTH, "--measured", 8)) == 0
     return path
-
-
-Command = Callable[[Sequence[str]], int]
-
-
-def failing_line(capsys: pytest.CaptureFixture[str], command: Command, *arguments: object) -> str:
-    capsys.readouterr()
-    assert command([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_held_out_density_is_within_5_percent_of_the_predicted(thresholds: Path) -> None:
@@ -198,3 +190,35 @@ def test_windows_lie_within_documents_and_apart(texts: Path) -> None:
     assert len(set(windows)) == len(windows) == sum(int(size) // 300 for size in store.lengths)
     assert all(start % 300 == 0 and start + 300 <= store.lengths[document] for document, start in windows)
     assert choose_windows(store, 300, 5, 0) == windows[:5] != choose_windows(store, 300, 5, 1)
+
+
+def test_each_head_gets_a_pattern_that_the_frontier_takes(
+    run: Path, texts: Path, tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "patterns.safetensors"
+    search = options(run, texts, path, "--density", 0.2, "--length", 512, "--samples", 2)
+    assert eval.search_patterns.main(search) == 0
+    lines = capsys.readouterr().out.splitlines()
+    policy, calibration = read_patterns(path)
+    assert policy.kinds.shape == (2, 4) and calibration.density == 0.2 and calibration.refined_length is None
+    assert sum(int(line.split()[1]) for line in lines[1:-1]) == 8
+    assert lines[-1] == f"{path}: recall {calibration.recall:.3f} over 2 samples of 512 tokens"
+    twin = make_run(tmp_path / "entmax", "entmax", data=texts)
+    frontier = ["--softmax", str(run), "--entmax", str(twin), "--data", str(texts), "--output", str(tmp_path / "out")]
+    frontier += ["--base_length", "256", "--lengths", "1", "--max_documents", "2", "--decode_tokens", "2", "--device"]
+    frontier += ["cpu", "--needle_samples", "1", "--needle_depths", "2", "--policies", "window", "--densities", "0.3"]
+    assert eval.sparse_frontier.command.main([*frontier, "--patterns", str(path)]) == 0
+    cells = json.loads((tmp_path / "out" / "sparse_frontier.json").read_text())["cells"]
+    (found,) = [cell for cell in cells if cell["method"] == "minference" and cell["wanted"] == 0.3]
+    assert abs(np.mean(found["density"]) - 0.3) < 0.12 and found["phase"] == "prefill"
+    refine = [*search, "--refine_length", "700", "--least_recall", "0.8"]
+    assert eval.search_patterns.main(refine) == 0
+    more, refined = read_patterns(path)
+    assert (more.sizes >= policy.sizes).all() and refined.recall >= 0.8 and refined.refined_length == 700
+    lines = capsys.readouterr().out.splitlines()
+    assert min(float(line.split()[-1]) for line in lines[1:-1]) >= 0.8
+    said = failing_line(capsys, eval.search_patterns.main, *search, "--length", "1000000")
+    assert "has 0 windows of 1000000 tokens within documents, fewer than the 2 samples" in said
+    assert "density is 1.5: expected a share" in failing_line(
+        capsys, eval.search_patterns.main, *search, "--density", 1.5
+    )

@@ -81,8 +81,8 @@ def test_every_setting_is_decided_about() -> None:
 
     used = {setting for way in WAYS.values() for setting in deciding(way[0], way[2], way[4])}
     elsewhere = {  # in the key by what they lead to, or which results there are
-        "policies", "densities", "thresholds", "ruler", "ruler_tasks", "ruler_samples", "lengths", "base_length",
-        "device", "precision",
+        "policies", "densities", "thresholds", "patterns", "ruler", "ruler_tasks", "ruler_samples", "lengths",
+        "base_length", "device", "precision",
     }  # fmt: skip
     assert used | elsewhere == set(vars(BASE)) and not used & elsewhere
 

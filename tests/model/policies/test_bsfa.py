@@ -199,7 +199,7 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
         load_policy(path, 4, model)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     save_thresholds(path, thresholds, dataclasses.replace(calibration, key_block=128))
-    with pytest.raises(ValueError, match=r"format and blocks \(3, 128, 128\), expected \(3, 128, 64\)"):
+    with pytest.raises(ValueError, match=r"format, query_block, key_block \(3, 128, 128\), expected \(3, 128, 64\)"):
         load_policy(path, 4, model)
 
 

@@ -18,6 +18,7 @@ from model.policies.double_p import DoubleP
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill
 from model.policies.h2o import H2O
+from model.policies.head_patterns import Candidate, HeadPatterns
 from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, VerticalSlash
 from model.policies.patterns import Fixed, Longformer, Strided
@@ -40,6 +41,7 @@ SET_DENSE: list[SparsePolicy] = [
     DoubleP(1.0, 1.0), SpargeAttention(1.0), SparQ(LONG), Twilight(Quest(LONG), 1.0),
     VAttention(Quest(1, 4, dense_layers=0), sinks=1, local=2, rate=1.0),
     Strided(LONG), Fixed(LONG, 1), LMInfinite(128), Longformer(LONG, LONG, gap=1),
+    HeadPatterns.everywhere(Candidate(1, (1, LONG)), 2, 4),
 ]  # fmt: skip
 SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
@@ -48,6 +50,8 @@ SET_SPARSE: list[SparsePolicy] = [
     Twilight(Quest(3, 4, dense_layers=0), 0.6, dense_layers=0),
     VAttention(Quest(1, 4, dense_layers=0), 0.7, 0.3, sinks=2, local=3),
     Strided(9), Fixed(12, 3), LMInfinite(9, 4), Longformer(5, 12, 1, 3),
+    HeadPatterns("mixed", torch.tensor([[0, 1, 2, 1]]).expand(2, 4), torch.tensor([[3, 9], [33, 8], [1, 0], [5, 31]])
+                 .expand(2, 4, 2)),
 ]  # fmt: skip
 DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
 SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.policies.thresholds import Calibration, _checksum, read_thresholds, save_thresholds
+from model.policies.calibrated_files import _checksum
+from model.policies.thresholds import Calibration, read_thresholds, save_thresholds
 
 CALIBRATION = Calibration("model", "run", 1, [1, 2], 256, 4, "mean", [0.1, 0.2], None)
 THRESHOLDS = torch.arange(16.0).reshape(2, 1, 4, 2)
@@ -32,14 +33,14 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         (THRESHOLDS[:1], {}, r"shape \(1, 1, 4, 2\) for 2 ks"),
         (THRESHOLDS[0], {}, r"shape \(1, 4, 2\) for 2 ks"),
         (THRESHOLDS, {"ks": 2}, "ks .*expected a list"),
-        (THRESHOLDS, {"format": 1}, "has format and blocks"),
-        (THRESHOLDS, {"format": 2}, "has format and blocks"),
+        (THRESHOLDS, {"format": 1}, "has format, query_block, key_block"),
+        (THRESHOLDS, {"format": 2}, "has format, query_block, key_block"),
         (THRESHOLDS, {"step": None}, "step .*expected a whole number"),
     ],
 )
 def test_what_is_damaged_is_named(thresholds: Tensor, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path, text = tmp_path / "t", json.dumps(asdict(CALIBRATION) | changes)
-    metadata = {"calibration": text, "checksum": _checksum(thresholds, text)}
+    metadata = {"calibration": text, "checksum": _checksum({"thresholds": thresholds}, text)}
     save_file({"thresholds": thresholds.contiguous()}, path, metadata)
     with pytest.raises(ValueError, match=f"{path}.*{message}.*calibrate again with python -m eval.calibrate"):
         read_thresholds(path)

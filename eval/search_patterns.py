@@ -1,0 +1,194 @@
+"""Searches MInference's pattern for each head of a softmax checkpoint (arXiv:2407.02490).
+
+    python -m eval.search_patterns RUN --data FOLDER --density 0.1 --output patterns.safetensors
+    python -m eval.search_patterns RUN --data FOLDER --refine_length 32768 --least_recall 0.9
+
+Over windows of the corpus's train split each head gets, of patterns that read about as many keys (first and last ones;
+lines along keys and along distances, in five mixtures; blocks), the one that keeps most of its exact attention's
+weight. With --refine_length, budgets of heads that keep less than --least_recall of it there are raised, as for
+Qwen2.5-1M (arXiv:2501.15383). eval.sparse_frontier takes the file by --patterns.
+"""
+
+from common.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # the imports take seconds
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.command_line import CommandParser
+from common.errors import UsageError, run_command
+from data.store import TokenStore
+from eval.calibrate import forward_window
+from eval.common.options import check_least, check_output_file, config_of
+from eval.common.scoring import Runtime
+from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
+from eval.common.windows import choose_windows
+from model.checkpoint import resolve_checkpoint
+from model.loading import LoadedModel, load_model, model_fingerprint
+from model.policies.head_patterns import (
+    KINDS,
+    Calibration,
+    HeadPatterns,
+    RecallCollector,
+    best_patterns,
+    candidates,
+    raised,
+    read_patterns,
+    save_patterns,
+)
+from model.policies.policy import use_policy
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What is searched.
+
+    Args:
+        density: Share of the visible pairs of query and key that the patterns read, about, at `length`.
+        samples: Windows that are looked at.
+        length: Tokens of a window. None takes the checkpoint's training length.
+        refine_length: Tokens of the windows on which budgets are raised; None leaves them.
+        least_recall: Share of the attention's weight that every head is to keep there.
+        seed: Of the choice of windows.
+        device: "auto" takes CUDA where there is one, else the CPU.
+        precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
+    """
+
+    density: float = 0.1
+    samples: int = 4
+    length: int | None = None
+    refine_length: int | None = None
+    least_recall: float = 0.9
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_least(self, {"samples": 1, "length": 128, "refine_length": 128, "seed": 0})
+        for name in ("density", "least_recall"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a share between 0 and 1")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
+
+    def work(given: list[str]) -> list[str]:
+        options = _parser().parse_args(given)
+        return search(options.run, Path(options.data), Path(options.output), config_of(SearchConfig, options))
+
+    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written, the search starts anew")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m eval.search_patterns", description=__doc__)
+    parser.add_argument("run", type=str, help="run folder (newest complete checkpoint), checkpoint or export")
+    parser.add_argument("--data", type=str, required=True, help="prepared corpus with a train split")
+    parser.add_argument("--output", type=str, default="patterns.safetensors", help="file of the patterns")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_class_arguments(SearchConfig)
+    return parser
+
+
+def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str]:
+    """Writes the file. Returns the lines of a table of patterns.
+
+    Raises: FileNotFoundError, ValueError: what cannot be searched, and the way out.
+    """
+    device = choose_device(config.device)
+    found = resolve_checkpoint(run)
+    subject = Subject(found.path.name, found)
+    check_output_file(output)
+    if output.exists():
+        try:
+            read_patterns(output)
+        except ValueError as error:
+            raise UsageError(f"--output {output} is a file of something else: choose another name") from error
+    loaded = load_model(found.path, device)
+    store = TokenStore(data / "train", verify="size")
+    check_tokenizer(subject, data, store)
+    searching = _Searching(loaded, store, data, config, choose_autocast(config.precision, subject, device), device)
+
+    length = config.length or loaded.training_length
+    tried = candidates(config.density, length)
+    network = loaded.config
+    recall = searching.recall(
+        [HeadPatterns.everywhere(one, network.n_layers, network.n_heads) for one in tried], length
+    )
+    policy, kept = best_patterns(recall, tried, str(output)), recall.amax(0)
+    if config.refine_length is not None:
+        policy, kept = searching.refined(policy, config.refine_length)
+    calibration = Calibration(
+        model=model_fingerprint(loaded.model),
+        checkpoint=str(found.path),
+        step=loaded.step,
+        density=config.density,
+        length=length,
+        samples=config.samples,
+        least_recall=None if config.refine_length is None else config.least_recall,
+        refined_length=config.refine_length,
+        recall=float(kept.mean()),
+    )
+    save_patterns(output, policy, calibration)
+    return table(policy, kept, calibration, output)
+
+
+@dataclass(frozen=True)
+class _Searching:
+    loaded: LoadedModel
+    store: TokenStore
+    data: Path
+    config: SearchConfig
+    autocast: torch.dtype | None
+    device: torch.device
+
+    def recall(self, policies: Sequence[HeadPatterns], length: int) -> Tensor:
+        """float64 (policies, L, H), over the samples of this length."""
+        windows = choose_windows(self.store, length, self.config.samples, self.config.seed)
+        if len(windows) < self.config.samples:
+            raise ValueError(
+                f"{self.data}/train has {len(windows)} windows of {length} tokens within documents, fewer than the "
+                f"{self.config.samples} samples: pass a smaller --length, --refine_length or --samples"
+            )
+        network, runtime = self.loaded.config, Runtime(self.device, self.autocast, length)
+        collector = RecallCollector(policies, network.n_layers, network.n_heads)
+        with use_policy(self.loaded.model, collector):
+            for window in tqdm(windows, desc=f"attention over {length} tokens", leave=False):
+                forward_window(self.loaded, self.store, window, length, runtime)
+        return collector.recall
+
+    def refined(self, policy: HeadPatterns, length: int) -> tuple[HeadPatterns, Tensor]:
+        """Patterns with budgets that keep enough in texts of this length, and what they keep, (L, H)."""
+        while True:
+            (recall,) = self.recall([policy], length)
+            more = raised(policy, recall, self.config.least_recall, length)
+            if torch.equal(more.sizes, policy.sizes):  # enough everywhere, or all of the text
+                return policy, recall
+            policy = more
+
+
+def table(policy: HeadPatterns, recall: Tensor, calibration: Calibration, output: Path) -> list[str]:
+    """recall: (L, H)."""
+    lines = ["pattern         heads  median sizes  recall: mean  least"]
+    for kind, name in enumerate(KINDS):
+        heads = policy.kinds == kind
+        if heads.any():
+            sizes = " ".join(f"{int(n):,}" for n in policy.sizes[heads].median(0).values)
+            mean, least = recall[heads].mean(), recall[heads].min()
+            lines.append(f"{name:<14} {int(heads.sum()):>6} {sizes:>13} {mean:>13.3f} {least:>6.3f}")
+    length = calibration.refined_length or calibration.length
+    lines.append(f"{output}: recall {calibration.recall:.3f} over {calibration.samples} samples of {length} tokens")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

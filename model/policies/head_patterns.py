@@ -1,0 +1,218 @@
+"""MInference's patterns, one for each head (arXiv:2407.02490): which they are, how they are found, and their file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from model.loading import model_fingerprint
+from model.policies.blocks import mean_scores, own_blocks, top_count
+from model.policies.calibrated_files import read_calibrated, save_calibrated
+from model.policies.minference import chosen_lines
+from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+from model.transformer import Transformer
+
+KINDS = ("a_shape", "vertical_slash", "block_sparse")
+A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(len(KINDS))
+BLOCK = 64
+FORMAT = 1
+COMMAND = "eval.search_patterns"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """sizes: first and last keys (a_shape), verticals and slashes, or key blocks of each query block and 0."""
+
+    kind: int
+    sizes: tuple[int, int]
+
+
+def candidates(density: float, length: int) -> list[Candidate]:
+    """Patterns that read about as much as each other in a text of `length` tokens: the pairs of `density` of all
+    visible ones. A query has n = density length / 2 of them: first or last keys and slashes cost one each, a vertical,
+    which half of the queries see, a half, and a block of keys BLOCK, but half of that the query's own."""
+    n = max(2, round(density * length / 2))
+    found = [Candidate(A_SHAPE, (first, n - first)) for first in dict.fromkeys((max(1, n // 16), max(1, n // 4)))]
+    for share in (1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16):
+        slashes = min(max(1, round(share * n)), n - 1)
+        found.append(Candidate(VERTICAL_SLASH, (2 * (n - slashes), slashes)))
+    return [*dict.fromkeys(found), Candidate(BLOCK_SPARSE, (max(1, round(n / BLOCK + 0.5)), 0))]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What stands beside the patterns in their file.
+
+    model: fingerprint of the model (model.loading.model_fingerprint). checkpoint, step: where it was. density: of all
+    candidates. length, samples: of the texts. least_recall: that budgets were raised to, at refined_length; None where
+    they were not. recall: of the exact attention's weight, mean over layers and heads, at the last length.
+    """
+
+    model: str
+    checkpoint: str
+    step: int
+    density: float
+    length: int
+    samples: int
+    least_recall: float | None
+    refined_length: int | None
+    recall: float
+    block: int = BLOCK
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class HeadPatterns(SparsePolicy):
+    """Each head of each layer has the pattern that `eval.search_patterns` found for it: the first and the last keys,
+    the lines that its last `observed` queries look along, or key blocks by mean scores (MInference, arXiv:2407.02490,
+    Algorithms 1 to 3). Prompts and whole texts.
+
+    kinds: int64 (L, H), indices of KINDS. sizes: int64 (L, H, 2), as Candidate's. source: for tables.
+    """
+
+    name: ClassVar[str] = "minference"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"prefill"})
+    source: str
+    kinds: Tensor = field(repr=False, compare=False)
+    sizes: Tensor = field(repr=False, compare=False)
+    observed: int = 64
+
+    @classmethod
+    def everywhere(cls, candidate: Candidate, n_layers: int, n_heads: int) -> "HeadPatterns":
+        """One pattern for all heads."""
+        kinds = torch.full((n_layers, n_heads), candidate.kind)
+        return cls(str(candidate), kinds, torch.tensor(candidate.sizes).expand(n_layers, n_heads, 2))
+
+    def scaled(self, level: float, calibration: Calibration, length: int) -> "HeadPatterns":
+        """As sparse as `level` asks, in (0, 1], for texts of `length` tokens. Each budget is a share of the text's
+        tokens: the one that was found at the density that was searched for, its powers above and below, so that all of
+        them reach the whole text at 1."""
+        found_at = calibration.refined_length or calibration.length
+        share = (self.sizes.double() / found_at).clamp(max=1)
+        power = math.log(level) / math.log(calibration.density)
+        return replace(self, sizes=(length * share**power).ceil().long().clamp(min=1))
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        kinds, sizes = (x[view.layer].to(q.device) for x in (self.kinds, self.sizes))
+        parts: dict[int, Selection] = {}
+        there = kinds.unique().tolist()
+        if A_SHAPE in there:
+            parts[A_SHAPE] = _Ends(view.query_start + view.key_start, view.key_start, sizes)
+        if VERTICAL_SLASH in there:
+            parts[VERTICAL_SLASH] = chosen_lines(q, k, view, sizes[:, 0], sizes[:, 1], self.observed)
+        if BLOCK_SPARSE in there:
+            own = own_blocks(view, (BLOCK, BLOCK), (q.shape[1], k.shape[1]), q.device)
+            scores = mean_scores(q, k, view, (BLOCK, BLOCK)).masked_fill_(own, torch.inf)
+            blocks = top_count(scores, sizes[:, :1].expand(-1, scores.shape[1])) | own
+            parts[BLOCK_SPARSE] = BlockSelection(blocks, BLOCK, BLOCK)
+        return _ByHead(kinds, parts)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The first and the last keys. sizes: (H, 2), how many of each."""
+
+    first_query: int
+    first_key: int
+    sizes: Tensor
+
+    def mask(self, rows: slice, n_keys: int) -> Tensor:
+        device = self.sizes.device
+        query = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.first_query
+        key = torch.arange(n_keys, device=device) + self.first_key
+        first, last = self.sizes[:, 0, None, None], self.sizes[:, 1, None, None]
+        return (key < first) | (query - key < last)
+
+
+@dataclass(frozen=True)
+class _ByHead:
+    """Each head's own kind of selection. kinds: (H,)."""
+
+    kinds: Tensor
+    parts: dict[int, Selection]
+
+    def mask(self, rows: slice, n_keys: int) -> Tensor:
+        found = torch.zeros(len(self.kinds), rows.stop - rows.start, n_keys, dtype=torch.bool, device=self.kinds.device)
+        for kind, part in self.parts.items():
+            found |= part.mask(rows, n_keys) & (self.kinds == kind)[:, None, None]
+        return found
+
+
+class RecallCollector(SparsePolicy):
+    """Leaves attention as it is and adds up, for several patterns, which share of its weight they keep: of Qwen2.5-1M
+    (arXiv:2501.15383) exp(lse of the kept scores - lse of all), mean over queries.
+
+    recall: float64 (policies, L, H), after a text.
+    """
+
+    name: ClassVar[str] = "pattern_search"
+    phases: ClassVar[frozenset[Phase]] = frozenset()
+
+    def __init__(self, policies: Sequence[HeadPatterns], n_layers: int, n_heads: int) -> None:
+        self.policies = list(policies)
+        self.sums = torch.zeros(len(self.policies), n_layers, n_heads, dtype=torch.float64)
+        self.queries = [0] * n_layers
+
+    def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+        raise NotImplementedError("collects recall, selects no keys")
+
+    def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:
+        selections = [policy.select(q, k, view) for policy in self.policies]
+        for rows in view.row_blocks(q, k.shape[1]):
+            n_keys = view.query_start + rows.stop
+            p = torch.softmax(view.scores(q, k, rows, n_keys), -1)
+            for i, selection in enumerate(selections):
+                kept = (p * selection.mask(rows, n_keys)).sum((-1, -2))
+                self.sums[i, view.layer] += kept.double().cpu()
+        self.queries[view.layer] += q.shape[1]
+
+    @property
+    def recall(self) -> Tensor:
+        return self.sums / torch.tensor(self.queries)[:, None]
+
+
+def best_patterns(recall: Tensor, tried: Sequence[Candidate], source: str) -> HeadPatterns:
+    """The candidate that keeps most in each head. recall: (candidates, L, H)."""
+    best = recall.argmax(0)
+    kinds = torch.tensor([one.kind for one in tried])[best]
+    return HeadPatterns(source, kinds, torch.tensor([one.sizes for one in tried])[best])
+
+
+def raised(policy: HeadPatterns, recall: Tensor, least: float, length: int) -> HeadPatterns:
+    """Budgets of heads whose recall, (L, H), is below `least`, times 1.5, but at most the text's length."""
+    more = (policy.sizes * 1.5).ceil().long().clamp(max=length)
+    return replace(policy, sizes=torch.where((recall < least)[..., None], more, policy.sizes))
+
+
+def save_patterns(path: Path, policy: HeadPatterns, calibration: Calibration) -> None:
+    save_calibrated(path, {"patterns": policy.kinds, "sizes": policy.sizes}, calibration)
+
+
+def read_patterns(path: Path) -> tuple[HeadPatterns, Calibration]:
+    """Raises FileNotFoundError, or ValueError for a file that is damaged or that save_patterns did not write."""
+    grid = {"format": FORMAT, "block": BLOCK}
+    tensors, calibration = read_calibrated(path, ["patterns", "sizes"], Calibration, grid, COMMAND)
+    kinds, sizes = tensors["patterns"], tensors["sizes"]
+    known = not kinds.is_floating_point() and not sizes.is_floating_point()
+    if not known or sizes.shape != (*kinds.shape, 2) or kinds.ndim != 2 or not bool(((kinds >= 0) & (kinds < 3)).all()):
+        raise ValueError(
+            f"{path} has patterns of shape {tuple(kinds.shape)} with sizes of {tuple(sizes.shape)}, expected indices "
+            f"of {', '.join(KINDS)} (layers, heads) and (layers, heads, 2): calibrate again with python -m {COMMAND}"
+        )
+    return HeadPatterns(str(path), kinds, sizes), calibration
+
+
+def load_patterns(path: Path, model: Transformer) -> tuple[HeadPatterns, Calibration]:
+    """`read_patterns`, for this model. Raises ValueError for another's too."""
+    policy, calibration = read_patterns(path)
+    found = model_fingerprint(model)
+    if found != calibration.model:
+        raise ValueError(
+            f"{path} belongs to model {calibration.model[:12]} ({calibration.checkpoint}), this one is {found[:12]}: "
+            f"search for this one with python -m {COMMAND}"
+        )
+    return policy, calibration
