@@ -212,6 +212,7 @@ def test_each_head_gets_a_pattern_that_the_frontier_takes(
     (found,) = [cell for cell in cells if cell["method"] == "minference" and cell["wanted"] == 0.3]
     assert abs(np.mean(found["density"]) - 0.3) < 0.12 and found["phase"] == "prefill"
     refine = [*search, "--refine_length", "700", "--least_recall", "0.8"]
+    capsys.readouterr()
     assert eval.search_patterns.main(refine) == 0
     more, refined = read_patterns(path)
     assert (more.sizes >= policy.sizes).all() and refined.recall >= 0.8 and refined.refined_length == 700
