@@ -58,8 +58,12 @@ class Twilight(SparsePolicy):
         if view.layer < self.dense_layers:
             return TokenSelection(torch.ones(1, 1, n_keys, dtype=torch.bool, device=k.device)), 0
         seen = view.visible(rows, n_keys, k.device)
-        chosen = (self.base.select(q, k, view).mask(rows, n_keys) & seen).expand(len(q), -1, -1)
-        read = self.base.estimating(k, view)
+        read: Tensor | int
+        if isinstance(self.base, Twilight):
+            base, read = self.base._choose(q, k, view)
+        else:
+            base, read = self.base.select(q, k, view), self.base.estimating(k, view)
+        chosen = (base.mask(rows, n_keys) & seen).expand(len(q), -1, -1)
         if self.share == 1:
             return TokenSelection(chosen), read
         scores = view.scores(q, in_four_bits(k), rows, n_keys).masked_fill_(~chosen, -torch.inf)

@@ -180,3 +180,7 @@ def test_bases_of_twilight() -> None:
     for base in (OracleTopK(2, 16), StreamingLLM(4, 30), SparQ(20, 2, 4), Twilight(Quest(3), 0.9)):
         kept, chosen = mask_of(Twilight(base, 0.5), q, k, view), mask_of(base, q, k, view)
         assert not (kept & ~chosen).any() and kept.any(-1).all() and kept.sum() < chosen.sum()
+    outer, inner, pages = Twilight(Twilight(Quest(3), 0.9), 0.5), Twilight(Quest(3), 0.9), Quest(3)
+    v = draw(1, 80, 7)[2]
+    read = (mask_of(inner, q, k, view).sum((1, 2)) + 7) // 8 + (mask_of(pages, q, k, view).sum((1, 2)) + 7) // 8
+    assert (outer.attend(q, k, v, view).estimated == read).all()  # what the inner one reads counts too
