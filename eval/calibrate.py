@@ -19,20 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from common.command_line import CommandParser
-from common.errors import UsageError, run_command
-from data.store import TokenStore
-from eval.common.options import check_least, check_output_file, config_of
-from eval.common.scoring import Runtime
-from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
+from common.errors import run_command
+from eval.common.calibrating import open_calibrating
+from eval.common.options import check_least, config_of
 from eval.common.windows import choose_windows
-from model.checkpoint import resolve_checkpoint
-from model.loading import LoadedModel, load_model, model_fingerprint
+from model.loading import model_fingerprint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
 from model.policies.policy import use_policy
 from model.policies.thresholds import Calibration, Estimator, read_thresholds, save_thresholds
@@ -96,42 +88,24 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
 
     Raises: FileNotFoundError, ValueError: what cannot be calibrated, and the way out.
     """
-    device = choose_device(config.device)
-    found = resolve_checkpoint(run)
-    subject = Subject(found.path.name, found)
-    check_output_file(output)
-    if output.exists():
-        try:
-            read_thresholds(output)
-        except ValueError as error:
-            raise UsageError(f"--output {output} is a file of something else: choose another name") from error
-    loaded = load_model(found.path, device)
+    opened = open_calibrating(run, data, output, read_thresholds, config.device, config.precision)
+    loaded = opened.loaded
     length = config.length or loaded.training_length
     collector = ThresholdCollector(config.ks, loaded.config.n_layers, config.estimator)
-    stores = {name: TokenStore(data / name, verify="size") for name in ("train", "heldout")}
-    check_tokenizer(subject, data, stores["train"])
-    runtime = Runtime(device, choose_autocast(config.precision, subject, device), length)
-
-    windows = choose_windows(stores["train"], length, config.samples, config.seed)
-    if len(windows) < config.samples:
-        raise ValueError(
-            f"{data}/train has {len(windows)} windows of {length} tokens within documents, fewer than the "
-            f"{config.samples} samples: pass a smaller --length or --samples"
-        )
+    windows = opened.train_windows(length, config.samples, config.seed, "--length or --samples")
     with use_policy(loaded.model, collector):
-        for window in tqdm(windows, desc=f"calibrating at {length} tokens", leave=False):
-            forward_window(loaded, stores["train"], window, length, runtime)
+        opened.read("train", windows, length, f"calibrating at {length} tokens")
     thresholds = collector.thresholds()
 
-    heldout = choose_windows(stores["heldout"], length, config.measured, config.seed)
-    measured = [
-        _measure(loaded, BlockSparseFlash(k, str(output), one.to(device)), stores["heldout"], heldout, length, runtime)
-        for k, one in zip(config.ks, thresholds, strict=True)
-        if heldout
-    ]
+    heldout = choose_windows(opened.store("heldout"), length, config.measured, config.seed)
+    measured = []
+    for k, one in zip(config.ks, thresholds, strict=True) if heldout else ():
+        with use_policy(loaded.model, BlockSparseFlash(k, str(output), one.to(opened.device))) as record:
+            opened.read("heldout", heldout, length, f"measuring k = {k}")
+        measured.append(float(record.density("prefill").mean()))
     calibration = Calibration(
         model=model_fingerprint(loaded.model),
-        checkpoint=str(found.path),
+        checkpoint=str(opened.checkpoint),
         step=loaded.step,
         ks=config.ks,
         length=length,
@@ -154,27 +128,6 @@ def table(calibration: Calibration, n_heldout: int, output: Path) -> list[str]:
         f"{output}: {calibration.length} tokens, {calibration.samples} samples, {calibration.estimator}; {where}"
     )
     return lines
-
-
-@torch.no_grad()
-def forward_window(
-    loaded: LoadedModel, store: TokenStore, window: tuple[int, int], length: int, runtime: Runtime
-) -> Tensor:
-    """Hidden states of `length` tokens of a document, (1, length, C). window: document and first token."""
-    document, start = window
-    tokens = torch.from_numpy(store.document(document)[start : start + length].astype(np.int64)).to(runtime.device)
-    with runtime.precision():
-        return loaded.model(tokens[None])
-
-
-def _measure(
-    loaded: LoadedModel, policy: BlockSparseFlash, store: TokenStore, windows: Sequence[tuple[int, int]], length: int,
-    runtime: Runtime,
-) -> float:  # fmt: skip
-    with use_policy(loaded.model, policy) as record:
-        for window in tqdm(windows, desc=f"measuring k = {policy.k}", leave=False):
-            forward_window(loaded, store, window, length, runtime)
-    return float(record.density("prefill").mean())
 
 
 if __name__ == "__main__":

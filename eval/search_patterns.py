@@ -22,18 +22,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.command_line import CommandParser
-from common.errors import UsageError, run_command
-from data.store import TokenStore
-from eval.calibrate import forward_window
-from eval.common.options import check_least, check_output_file, config_of
-from eval.common.scoring import Runtime
-from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
-from eval.common.windows import choose_windows
-from model.checkpoint import resolve_checkpoint
-from model.loading import LoadedModel, load_model, model_fingerprint
+from common.errors import run_command
+from eval.common.calibrating import Calibrating, open_calibrating
+from eval.common.options import check_least, config_of
+from model.loading import model_fingerprint
 from model.policies.head_patterns import (
     KINDS,
     Calibration,
@@ -104,33 +98,18 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
 
     Raises: FileNotFoundError, ValueError: what cannot be searched, and the way out.
     """
-    device = choose_device(config.device)
-    found = resolve_checkpoint(run)
-    subject = Subject(found.path.name, found)
-    check_output_file(output)
-    if output.exists():
-        try:
-            read_patterns(output)
-        except ValueError as error:
-            raise UsageError(f"--output {output} is a file of something else: choose another name") from error
-    loaded = load_model(found.path, device)
-    store = TokenStore(data / "train", verify="size")
-    check_tokenizer(subject, data, store)
-    searching = _Searching(loaded, store, data, config, choose_autocast(config.precision, subject, device), device)
-
-    length = config.length or loaded.training_length
-    tried = candidates(config.density, length)
-    network = loaded.config
-    recall = searching.recall(
-        [HeadPatterns.everywhere(one, network.n_layers, network.n_heads) for one in tried], length
-    )
+    opened = open_calibrating(run, data, output, read_patterns, config.device, config.precision)
+    length = config.length or opened.loaded.training_length
+    tried, network = candidates(config.density, length), opened.loaded.config
+    alike = [HeadPatterns.everywhere(one, network.n_layers, network.n_heads) for one in tried]
+    recall = recall_of(alike, opened, config, length)
     policy, kept = best_patterns(recall, tried, str(output)), recall.amax(0)
     if config.refine_length is not None:
-        policy, kept = searching.refined(policy, config.refine_length)
+        policy, kept = refine(policy, opened, config, config.refine_length)
     calibration = Calibration(
-        model=model_fingerprint(loaded.model),
-        checkpoint=str(found.path),
-        step=loaded.step,
+        model=model_fingerprint(opened.loaded.model),
+        checkpoint=str(opened.checkpoint),
+        step=opened.loaded.step,
         density=config.density,
         length=length,
         samples=config.samples,
@@ -142,38 +121,24 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
     return table(policy, kept, calibration, output)
 
 
-@dataclass(frozen=True)
-class _Searching:
-    loaded: LoadedModel
-    store: TokenStore
-    data: Path
-    config: SearchConfig
-    autocast: torch.dtype | None
-    device: torch.device
+def recall_of(policies: Sequence[HeadPatterns], opened: Calibrating, config: SearchConfig, length: int) -> Tensor:
+    """float64 (policies, L, H), over the samples of this length."""
+    windows = opened.train_windows(length, config.samples, config.seed, "--length, --refine_length or --samples")
+    network = opened.loaded.config
+    collector = RecallCollector(policies, network.n_layers, network.n_heads)
+    with use_policy(opened.loaded.model, collector):
+        opened.read("train", windows, length, f"attention over {length} tokens")
+    return collector.recall
 
-    def recall(self, policies: Sequence[HeadPatterns], length: int) -> Tensor:
-        """float64 (policies, L, H), over the samples of this length."""
-        windows = choose_windows(self.store, length, self.config.samples, self.config.seed)
-        if len(windows) < self.config.samples:
-            raise ValueError(
-                f"{self.data}/train has {len(windows)} windows of {length} tokens within documents, fewer than the "
-                f"{self.config.samples} samples: pass a smaller --length, --refine_length or --samples"
-            )
-        network, runtime = self.loaded.config, Runtime(self.device, self.autocast, length)
-        collector = RecallCollector(policies, network.n_layers, network.n_heads)
-        with use_policy(self.loaded.model, collector):
-            for window in tqdm(windows, desc=f"attention over {length} tokens", leave=False):
-                forward_window(self.loaded, self.store, window, length, runtime)
-        return collector.recall
 
-    def refined(self, policy: HeadPatterns, length: int) -> tuple[HeadPatterns, Tensor]:
-        """Patterns with budgets that keep enough in texts of this length, and what they keep, (L, H)."""
-        while True:
-            (recall,) = self.recall([policy], length)
-            more = raised(policy, recall, self.config.least_recall, length)
-            if torch.equal(more.sizes, policy.sizes):  # enough everywhere, or all of the text
-                return policy, recall
-            policy = more
+def refine(policy: HeadPatterns, opened: Calibrating, config: SearchConfig, length: int) -> tuple[HeadPatterns, Tensor]:
+    """Patterns with budgets that keep enough in texts of this length, and what they keep, (L, H)."""
+    while True:
+        (recall,) = recall_of([policy], opened, config, length)
+        more = raised(policy, recall, config.least_recall, length)
+        if torch.equal(more.sizes, policy.sizes):  # enough everywhere, or all of the text
+            return policy, recall
+        policy = more
 
 
 def table(policy: HeadPatterns, recall: Tensor, calibration: Calibration, output: Path) -> list[str]:
