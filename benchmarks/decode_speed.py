@@ -196,7 +196,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backend", default="auto", help="of kernels.entmax_attention")
     parser.add_argument("--cuda_graphs", action="store_true", help="decode by CUDA graphs")
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/decode_speed.csv"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 < options.keep <= 1:
+        parser.error(f"--keep is {options.keep}: expected a share in (0, 1]")
+    if options.evict and "softmax" not in options.kinds:
+        parser.error(f"--evict is {' '.join(options.evict)}, but --kinds has no softmax: its models evict alone")
+    return options
 
 
 def main() -> int:

@@ -41,17 +41,19 @@ from model.policies.head_patterns import (
 )
 from model.policies.policy import use_policy
 
+LEAST_RECALL = 0.9
+
 
 @dataclass(frozen=True)
 class SearchConfig:
     """What is searched.
 
     Args:
-        density: Share of the visible pairs of query and key that the patterns read, about, at `length`.
+        density: Share of the visible pairs of query and key that the patterns read, about, at `length`; at most 0.5.
         samples: Windows that are looked at.
         length: Tokens of a window. None takes the checkpoint's training length.
         refine_length: Tokens of the windows on which budgets are raised; None leaves them.
-        least_recall: Share of the attention's weight that every head is to keep there.
+        least_recall: Share of the attention's weight that every head is to keep there. None: 0.9.
         seed: Of the choice of windows.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
@@ -61,16 +63,19 @@ class SearchConfig:
     samples: int = 4
     length: int | None = None
     refine_length: int | None = None
-    least_recall: float = 0.9
+    least_recall: float | None = None
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
         check_least(self, {"samples": 1, "length": 128, "refine_length": 128, "seed": 0})
-        for name in ("density", "least_recall"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a share between 0 and 1")
+        if self.least_recall is not None and not 0 < self.least_recall < 1:
+            raise ValueError(f"least_recall is {self.least_recall}: expected a share between 0 and 1")
+        if self.least_recall is not None and self.refine_length is None:
+            raise ValueError(
+                f"least_recall is {self.least_recall}, but refine_length is not set: give both, or neither"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,10 +107,12 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
     length = config.length or opened.loaded.training_length
     tried, network = candidates(config.density, length), opened.loaded.config
     alike = [HeadPatterns.everywhere(one, network.n_layers, network.n_heads) for one in tried]
-    recall = recall_of(alike, opened, config, length)
-    policy, kept = best_patterns(recall, tried, str(output)), recall.amax(0)
+    collected = recall_of(alike, opened, config, length)
+    best = collected.recall.argmax(0)
+    policy = best_patterns(collected.recall, tried, str(output))
+    kept, reads = (x.gather(0, best[None])[0] for x in (collected.recall, collected.density))
     if config.refine_length is not None:
-        policy, kept = refine(policy, opened, config, config.refine_length)
+        policy, kept, reads = refine(policy, opened, config, config.refine_length)
     calibration = Calibration(
         model=model_fingerprint(opened.loaded.model),
         checkpoint=str(opened.checkpoint),
@@ -113,45 +120,55 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
         density=config.density,
         length=length,
         samples=config.samples,
-        least_recall=None if config.refine_length is None else config.least_recall,
+        least_recall=None if config.refine_length is None else config.least_recall or LEAST_RECALL,
         refined_length=config.refine_length,
         recall=float(kept.mean()),
+        reached=float(reads.mean()),
     )
     save_patterns(output, policy, calibration)
-    return table(policy, kept, calibration, output)
+    return table(policy, kept, reads, calibration, output)
 
 
-def recall_of(policies: Sequence[HeadPatterns], opened: Calibrating, config: SearchConfig, length: int) -> Tensor:
-    """float64 (policies, L, H), over the samples of this length."""
+def recall_of(
+    policies: Sequence[HeadPatterns], opened: Calibrating, config: SearchConfig, length: int
+) -> RecallCollector:
+    """What they keep of the samples of this length."""
     windows = opened.train_windows(length, config.samples, config.seed, "--length, --refine_length or --samples")
     network = opened.loaded.config
     collector = RecallCollector(policies, network.n_layers, network.n_heads)
     with use_policy(opened.loaded.model, collector):
         opened.read("train", windows, length, f"attention over {length} tokens")
-    return collector.recall
+    return collector
 
 
-def refine(policy: HeadPatterns, opened: Calibrating, config: SearchConfig, length: int) -> tuple[HeadPatterns, Tensor]:
-    """Patterns with budgets that keep enough in texts of this length, and what they keep, (L, H)."""
+def refine(
+    policy: HeadPatterns, opened: Calibrating, config: SearchConfig, length: int
+) -> tuple[HeadPatterns, Tensor, Tensor]:
+    """Patterns with budgets that keep enough in texts of this length, what they keep and what they read, (L, H)."""
+    least = LEAST_RECALL if config.least_recall is None else config.least_recall
     while True:
-        (recall,) = recall_of([policy], opened, config, length)
-        more = raised(policy, recall, config.least_recall, length)
+        collected = recall_of([policy], opened, config, length)
+        more = raised(policy, collected.recall[0], least, length)
         if torch.equal(more.sizes, policy.sizes):  # enough everywhere, or all of the text
-            return policy, recall
+            return policy, collected.recall[0], collected.density[0]
         policy = more
 
 
-def table(policy: HeadPatterns, recall: Tensor, calibration: Calibration, output: Path) -> list[str]:
-    """recall: (L, H)."""
-    lines = ["pattern         heads  median sizes  recall: mean  least"]
+def table(policy: HeadPatterns, recall: Tensor, reads: Tensor, calibration: Calibration, output: Path) -> list[str]:
+    """recall, reads: (L, H)."""
+    lines = ["pattern         heads  median sizes  density  recall: mean  least"]
     for kind, name in enumerate(KINDS):
         heads = policy.kinds == kind
         if heads.any():
             sizes = " ".join(f"{int(n):,}" for n in policy.sizes[heads].median(0).values)
             mean, least = recall[heads].mean(), recall[heads].min()
-            lines.append(f"{name:<14} {int(heads.sum()):>6} {sizes:>13} {mean:>13.3f} {least:>6.3f}")
+            density = f"{reads[heads].mean():8.3f}"
+            lines.append(f"{name:<14} {int(heads.sum()):>6} {sizes:>13} {density} {mean:>13.3f} {least:>6.3f}")
     length = calibration.refined_length or calibration.length
-    lines.append(f"{output}: recall {calibration.recall:.3f} over {calibration.samples} samples of {length} tokens")
+    lines.append(
+        f"{output}: density {calibration.reached:.3f}, recall {calibration.recall:.3f} over {calibration.samples} "
+        f"samples of {length} tokens"
+    )
     return lines
 
 

@@ -7,7 +7,7 @@ One sequence a group of GPUs that share it: all of them up to the model's query 
 bf16-mixed, AdamW, activation_checkpointing offload, mlp_tile_tokens 16384, Liger's loss; compiled with ZeRO stage 1,
 eager with stage 3, whichever takes more. Lengths are powers of two up to 4,194,304, and those times 1.5. --reserve GiB
 of each GPU are left for CUDA, NCCL and fragmentation. host: pinned memory of a node of 8 GPUs, for the blocks' inputs.
-Needs no GPU.
+Needs no GPU; takes a minute and a half.
 """
 
 from common.interrupts import end_on_ctrl_c
@@ -16,6 +16,7 @@ if __name__ == "__main__":
     end_on_ctrl_c()  # the imports take seconds
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,6 +88,10 @@ def main() -> int:
             raise ValueError(
                 f"--gpus has {gpus}: expected powers of two, so that they can share the heads of a sequence"
             )
+    if not 0 <= options.reserve < options.gib < math.inf:
+        raise ValueError(
+            f"--gib is {options.gib} and --reserve {options.reserve}: expected a GPU's memory, and less of it to leave"
+        )
     room = (options.gib - options.reserve) * GIB
     kinds = ("softmax", "asentmax")
     print("| GPUs | " + " | ".join(f"{name}, {kind}" for name in options.models for kind in kinds) + " |")

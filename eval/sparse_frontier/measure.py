@@ -87,8 +87,8 @@ class Measuring:
         self.patterns: HeadPatterns | None = None
         if config.patterns is not None and not self.entmax:
             path = Path(config.patterns)
-            self.fingerprint_of_patterns = file_fingerprint(path)
             self.patterns, self.searched = load_patterns(path, self.model)
+            self.fingerprint_of_patterns = file_fingerprint(path)
 
     @property
     def model(self) -> Transformer:

@@ -4,7 +4,8 @@
         hidden = cache.prefill(prompt, chunk_tokens=8192)
         hidden = cache.extend(token)
 
-Gives what the same policy gives under model.policies.policy.use_policy, which hides keys and keeps them. Each layer
+Gives what the same policy gives under model.policies.policy.use_policy, which hides keys and keeps them (and takes a
+token of the prompt that is passed alone, with chunk_tokens=1, for a decoded one, as this does not). Each layer
 holds the keys and values that are left of the prompt, and those of later tokens: heads together where they keep as
 many, else each by itself, so that no head pays for another. Rotary keys stay turned for their position in the text, and
 ALiBi's distances are those in the text.
@@ -50,11 +51,14 @@ class EvictingCache:
         """
         if self.length:
             raise ValueError(f"the cache holds a text of {self.length} tokens: use another one for another prompt")
+        self._check_open()
         whole = make_cache(self._model, 1, max(1, len(prompt)))
+        for layer in self._layers:
+            layer.memory.clear()  # of a prompt that has failed
         hidden = prefill(self._model, [prompt], whole, chunk_tokens)
         extension = Extension(torch.zeros(1, 1, dtype=torch.int64), None, slice(0, len(prompt)), None)
-        for layer, memory in zip(self._layers, whole.layers(1, extension), strict=True):
-            layer.fill(memory.keys[0], memory.values[0])
+        for layer, held in zip(self._layers, whole.layers(1, extension), strict=True):
+            layer.fill(held.keys[0], held.values[0])
         self.length = len(prompt)
         return hidden
 
@@ -67,11 +71,16 @@ class EvictingCache:
             raise ValueError(f"tokens have the shape {tuple(tokens.shape)}: expected (1, 1), one token at a time")
         if not self.length:
             raise ValueError("the cache holds no text: prefill it with the prompt first")
+        self._check_open()
         position = torch.full((1, 1), self.length, device=tokens.device)
         extension = Extension(position, None, slice(0, self.length + 1), None)
         hidden = cached_pass(self._model, tokens, extension, [_Passing(extension)] * len(self._layers))  # type: ignore[list-item]
         self.length += 1
         return hidden
+
+    def _check_open(self) -> None:
+        if self._model.layers()[0].attention.override is not self._layers[0]:
+            raise ValueError("the with block of `evicting` has ended, and its cache with it: decode inside it")
 
     @property
     def nbytes(self) -> int:
@@ -88,10 +97,12 @@ class EvictingCache:
 def evicting(model: Transformer, policy: EvictingPolicy) -> Iterator[EvictingCache]:
     """Inside, the cache that is given reads one prompt and decodes after it; the model is to be used for nothing else.
 
-    Raises: ValueError for an entmax model, one with a sliding window, a policy whose budgets free nothing, or a model
-    that is under a policy already.
+    Raises: ValueError for an entmax model, one with a sliding window, a policy that evicts nothing or whose budgets
+    free nothing, or a model that is under a policy already.
     """
     config = model.config
+    if not isinstance(policy, EvictingPolicy):
+        raise ValueError(f"{policy.name} evicts no keys: expected SnapKV, PyramidKV, AdaSnapKV or H2O")
     if config.attention.is_entmax:
         kind = config.attention.kind
         raise ValueError(f"policies prune softmax attention, and this model's kind is {kind!r}: give its softmax twin")
@@ -117,12 +128,13 @@ class _Passing:
 @dataclass
 class _Part:
     """Heads of one layer that hold as many keys as each other: the first `length` of keys and values, (g, slots, D).
-    places: int64 (g, slots), their positions in the text, where ALiBi asks for them."""
+    places: int64 (g, slots), their positions in the text, where ALiBi asks for them. own: no other cache's memory."""
 
     keys: Tensor
     values: Tensor
     places: Tensor | None
     length: int
+    own: bool = False
 
     def append(self, k: Tensor, v: Tensor, place: int) -> None:
         """k, v: (g, D)."""
@@ -138,7 +150,10 @@ class _Part:
         counts = kept.sum(-1).tolist()
         if len(set(counts)) > 1:
             return [part for i in range(len(counts)) for part in self._head(i).keep(kept[i : i + 1])]
-        self._move(kept)
+        if self.own and self.keys.shape[1] - counts[0] <= SPARE:
+            self._close_up(kept)
+        else:
+            self._move(kept)
         return [self]
 
     def _head(self, i: int) -> "_Part":
@@ -156,6 +171,14 @@ class _Part:
         length = self.length if isinstance(kept, slice) else int(kept[0].sum())
         places = None if self.places is None else moved(self.places)
         self.keys, self.values, self.places, self.length = moved(self.keys), moved(self.values), places, length
+        self.own = True
+
+    def _close_up(self, kept: Tensor) -> None:
+        """Within its memory. kept: bool (g, length), as many of each head."""
+        length = int(kept[0].sum())
+        for x in self.tensors:
+            x[:, :length] = x[:, : self.length][kept].unflatten(0, (len(x), -1))
+        self.length = length
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -175,7 +198,8 @@ class _EvictingLayer:
         """k, v: (G, prompt, D), of which the policy keeps some."""
         n_keys = k.shape[1]
         places = None if self.slopes is None else torch.arange(n_keys, device=k.device).expand(len(k), -1)
-        kept = self.policy.evict(k, self._view(n_keys))
+        with torch.autocast(k.device.type, enabled=False):  # it would turn the float32 of selection into bfloat16
+            kept = self.policy.evict(k, self._view(n_keys))
         if kept is None:
             kept = torch.ones(1, n_keys, dtype=torch.bool, device=k.device)
         self.parts = _Part(k, v, places, n_keys).keep(kept.expand(len(k), -1))

@@ -34,22 +34,33 @@ class Candidate:
 def candidates(density: float, length: int) -> list[Candidate]:
     """Patterns that read about as much as each other in a text of `length` tokens: the pairs of `density` of all
     visible ones. A query has n = density length / 2 of them: first or last keys and slashes cost one each, a vertical,
-    which half of the queries see, a half, and a block of keys BLOCK, but half of that the query's own."""
-    n = max(2, round(density * length / 2))
+    which half of the queries see, a half, and a block of keys BLOCK, but half of that the query's own. Without blocks
+    where n is less than one.
+
+    Raises: ValueError for a density above 0.5, where lines cover each other and patterns come apart, or n below 2.
+    """
+    if not 0 < density <= 0.5 or round(density * length / 2) < 2:
+        raise ValueError(
+            f"density is {density}: expected at most 0.5, and at least {4 / length:.2g} at {length} tokens, which are "
+            "two keys a query"
+        )
+    n = round(density * length / 2)
     found = [Candidate(A_SHAPE, (first, n - first)) for first in dict.fromkeys((max(1, n // 16), max(1, n // 4)))]
     for share in (1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16):
         slashes = min(max(1, round(share * n)), n - 1)
         found.append(Candidate(VERTICAL_SLASH, (2 * (n - slashes), slashes)))
-    return [*dict.fromkeys(found), Candidate(BLOCK_SPARSE, (max(1, round(n / BLOCK + 0.5)), 0))]
+    blocks = [Candidate(BLOCK_SPARSE, (round(n / BLOCK + 0.5), 0))] if n >= BLOCK else []
+    return [*dict.fromkeys(found), *blocks]
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What stands beside the patterns in their file.
 
-    model: fingerprint of the model (model.loading.model_fingerprint). checkpoint, step: where it was. density: of all
-    candidates. length, samples: of the texts. least_recall: that budgets were raised to, at refined_length; None where
-    they were not. recall: of the exact attention's weight, mean over layers and heads, at the last length.
+    model: fingerprint of the model (model.loading.model_fingerprint). checkpoint, step: where it was. density: asked of
+    all candidates. length, samples: of the texts. least_recall: that budgets were raised to, at refined_length; None
+    where they were not. recall, reached: of the exact attention's weight and of the visible pairs what was chosen
+    keeps, mean over layers and heads, at the last length.
     """
 
     model: str
@@ -61,6 +72,7 @@ class Calibration:
     least_recall: float | None
     refined_length: int | None
     recall: float
+    reached: float
     block: int = BLOCK
     format: int = FORMAT
 
@@ -92,9 +104,10 @@ class HeadPatterns(SparsePolicy):
         tokens: the one that was found at the density that was searched for, its powers above and below, so that all of
         them reach the whole text at 1."""
         found_at = calibration.refined_length or calibration.length
-        share = (self.sizes.double() / found_at).clamp(max=1)
+        unit = torch.where(self.kinds == BLOCK_SPARSE, BLOCK, 1)[..., None]  # tokens
+        share = (self.sizes.double() * unit / found_at).clamp(max=1)
         power = math.log(level) / math.log(calibration.density)
-        return replace(self, sizes=(length * share**power).ceil().long().clamp(min=1))
+        return replace(self, sizes=(length * share**power / unit).ceil().long().clamp(min=1))
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         kinds, sizes = (x[view.layer].to(q.device) for x in (self.kinds, self.sizes))
@@ -146,7 +159,7 @@ class RecallCollector(SparsePolicy):
     """Leaves attention as it is and adds up, for several patterns, which share of its weight they keep: of Qwen2.5-1M
     (arXiv:2501.15383) exp(lse of the kept scores - lse of all), mean over queries.
 
-    recall: float64 (policies, L, H), after a text.
+    recall, density: float64 (policies, L, H), after a text; density of what was kept over all that is visible.
     """
 
     name: ClassVar[str] = "pattern_search"
@@ -155,7 +168,8 @@ class RecallCollector(SparsePolicy):
     def __init__(self, policies: Sequence[HeadPatterns], n_layers: int, n_heads: int) -> None:
         self.policies = list(policies)
         self.sums = torch.zeros(len(self.policies), n_layers, n_heads, dtype=torch.float64)
-        self.queries = [0] * n_layers
+        self.pairs = torch.zeros_like(self.sums)
+        self.queries, self.visible = [0] * n_layers, [0] * n_layers
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         raise NotImplementedError("collects recall, selects no keys")
@@ -165,14 +179,21 @@ class RecallCollector(SparsePolicy):
         for rows in view.row_blocks(q, k.shape[1]):
             n_keys = view.query_start + rows.stop
             p = torch.softmax(view.scores(q, k, rows, n_keys), -1)
+            seen = view.visible(rows, n_keys, q.device)
+            self.visible[view.layer] += int(seen.sum())
             for i, selection in enumerate(selections):
-                kept = (p * selection.mask(rows, n_keys)).sum((-1, -2))
-                self.sums[i, view.layer] += kept.double().cpu()
+                mask = selection.mask(rows, n_keys) & seen
+                self.sums[i, view.layer] += (p * mask).sum((-1, -2)).double().cpu()
+                self.pairs[i, view.layer] += mask.sum((-1, -2)).cpu()
         self.queries[view.layer] += q.shape[1]
 
     @property
     def recall(self) -> Tensor:
         return self.sums / torch.tensor(self.queries)[:, None]
+
+    @property
+    def density(self) -> Tensor:
+        return self.pairs / torch.tensor(self.visible)[:, None]
 
 
 def best_patterns(recall: Tensor, tried: Sequence[Candidate], source: str) -> HeadPatterns:
@@ -197,7 +218,8 @@ def read_patterns(path: Path) -> tuple[HeadPatterns, Calibration]:
     grid = {"format": FORMAT, "block": BLOCK}
     tensors, calibration = read_calibrated(path, ["patterns", "sizes"], Calibration, grid, COMMAND)
     kinds, sizes = tensors["patterns"], tensors["sizes"]
-    known = not kinds.is_floating_point() and not sizes.is_floating_point()
+    known = not kinds.is_floating_point() and not sizes.is_floating_point() and calibration.length > 0
+    known = known and 0 < calibration.density < 1 and bool((sizes >= 0).all())
     if not known or sizes.shape != (*kinds.shape, 2) or kinds.ndim != 2 or not bool(((kinds >= 0) & (kinds < 3)).all()):
         raise ValueError(
             f"{path} has patterns of shape {tuple(kinds.shape)} with sizes of {tuple(sizes.shape)}, expected indices "
@@ -210,7 +232,7 @@ def load_patterns(path: Path, model: Transformer) -> tuple[HeadPatterns, Calibra
     """`read_patterns`, for this model. Raises ValueError for another's too."""
     policy, calibration = read_patterns(path)
     found = model_fingerprint(model)
-    if found != calibration.model:
+    if found != calibration.model or policy.kinds.shape != (model.config.n_layers, model.config.n_heads):
         raise ValueError(
             f"{path} belongs to model {calibration.model[:12]} ({calibration.checkpoint}), this one is {found[:12]}: "
             f"search for this one with python -m {COMMAND}"

@@ -200,9 +200,12 @@ def test_each_head_gets_a_pattern_that_the_frontier_takes(
     assert eval.search_patterns.main(search) == 0
     lines = capsys.readouterr().out.splitlines()
     policy, calibration = read_patterns(path)
+    assert 0.1 < calibration.reached < 0.4
     assert policy.kinds.shape == (2, 4) and calibration.density == 0.2 and calibration.refined_length is None
     assert sum(int(line.split()[1]) for line in lines[1:-1]) == 8
-    assert lines[-1] == f"{path}: recall {calibration.recall:.3f} over 2 samples of 512 tokens"
+    assert lines[-1] == (
+        f"{path}: density {calibration.reached:.3f}, recall {calibration.recall:.3f} over 2 samples of 512 tokens"
+    )
     twin = make_run(tmp_path / "entmax", "entmax", data=texts)
     frontier = ["--softmax", str(run), "--entmax", str(twin), "--data", str(texts), "--output", str(tmp_path / "out")]
     frontier += ["--base_length", "256", "--lengths", "1", "--max_documents", "2", "--decode_tokens", "2", "--device"]
@@ -220,6 +223,9 @@ def test_each_head_gets_a_pattern_that_the_frontier_takes(
     assert min(float(line.split()[-1]) for line in lines[1:-1]) >= 0.8
     said = failing_line(capsys, eval.search_patterns.main, *search, "--length", "1000000")
     assert "has 0 windows of 1000000 tokens within documents, fewer than the 2 samples" in said
-    assert "density is 1.5: expected a share" in failing_line(
-        capsys, eval.search_patterns.main, *search, "--density", 1.5
-    )
+    said = failing_line(capsys, eval.search_patterns.main, *search, "--density", 1.5)
+    assert "density is 1.5: expected at most 0.5, and at least 0.0078 at 512 tokens" in said
+    said = failing_line(capsys, eval.search_patterns.main, *search, "--least_recall", 0.5)
+    assert "least_recall is 0.5, but refine_length is not set" in said
+    said = failing_line(capsys, eval.sparse_frontier.command.main, *frontier, "--patterns", "none")
+    assert said.endswith("none does not exist; calibrate the checkpoint first: python -m eval.search_patterns ...")

@@ -30,7 +30,9 @@ def test_the_page_has_what_the_command_prints(
     assert len(rows) == 2 and all(f"{row.removesuffix(' |')} | " in page for row in rows)
 
 
-def test_numbers_of_gpus_that_cannot_share_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["longest_context", "--gpus", "3"])
-    with pytest.raises(ValueError, match="--gpus has 3: expected powers of two"):
-        main()
+def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"--gpus 3": "--gpus has 3: expected powers of two", "--gib 3": "--gib is 3.0 and --reserve 5.0"}
+    for options, said in {**wrong, "--gib nan": "--gib is nan"}.items():
+        monkeypatch.setattr("sys.argv", ["longest_context", *options.split()])
+        with pytest.raises(ValueError, match=said):
+            main()

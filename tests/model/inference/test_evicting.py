@@ -13,6 +13,7 @@ from model.inference.incremental import extend, make_cache, prefill
 from model.policies.eviction import Budgets, EvictingPolicy
 from model.policies.h2o import H2O
 from model.policies.policy import use_policy
+from model.policies.quest import Quest
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from tests.model.test_transformer import make, tiny, tokens
 
@@ -98,6 +99,7 @@ def test_what_frees_nothing_or_makes_no_sense_is_refused() -> None:
     refused = [
         (softmax, SnapKV(9), "snapkv: budgets.grouped is False"),
         (softmax, H2O(9, 9, Budgets(even=0.5)), "h2o: budgets.even is 0.5"),
+        (softmax, Quest(4), "quest evicts no keys: expected SnapKV"),
         (make(tiny("asentmax", "nape")), H2O(9, 9), "this model's kind is 'asentmax'"),
         (make(tiny("softmax", "nape", window=9)), H2O(9, 9), "window is 9: h2o chooses from the whole text"),
     ]
@@ -123,3 +125,37 @@ def test_what_frees_nothing_or_makes_no_sense_is_refused() -> None:
                 tried()
     with torch.no_grad():
         softmax(text)
+    with pytest.raises(ValueError, match="the with block of `evicting` has ended"):
+        cache.extend(text[:, 50:51])
+
+
+@pytest.mark.parametrize("policy", [AdaSnapKV(40, 4), PyramidKV(20), SnapKV(20, 8, budgets=TOGETHER)], ids=repr)
+def test_keys_are_chosen_in_float32_under_autocast(policy: EvictingPolicy) -> None:
+    """As use_policy chooses them; values of up to 4 are rounded some ten times."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = make(tiny("softmax", "rope", n_heads=8, n_kv_heads=4, d_model=64, n_layers=3))
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = hidden_keys(model, policy, 1000)[0], freed_keys(model, policy, 1000)[0]
+        torch.testing.assert_close(found, expected, atol=10 * 2**-6, rtol=0)
+
+
+def test_a_prompt_that_failed_leaves_nothing_behind() -> None:
+    model = make(tiny("softmax", "nape"))
+    expected, _ = freed_keys(model, H2O(10, 10), 1000)
+    with evicting(model, H2O(10, 10)) as cache:
+        with pytest.raises(IndexError):
+            cache.prefill([*tokens()[0, :60].tolist(), 500], 30)
+        found = [cache.prefill(tokens()[0, :PROMPT].tolist(), 1000)]
+        found += [cache.extend(tokens()[:, i : i + 1])[0] for i in range(PROMPT, PROMPT + DECODED)]
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_h2o_stays_in_its_memory() -> None:
+    with evicting(make(tiny("softmax", "nape")), H2O(10, 10)) as cache:
+        cache.prefill(tokens()[0, :60].tolist(), 1000)
+        places = []
+        for i in range(60, 100):
+            cache.extend(tokens()[:, i : i + 1])
+            places.append([part.keys.data_ptr() for layer in cache._layers for part in layer.parts])
+    assert all(place == places[0] for place in places) and len(places[0]) == 2

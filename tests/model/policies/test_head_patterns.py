@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.loading import model_fingerprint
 from model.policies.head_patterns import (
     A_SHAPE,
     BLOCK_SPARSE,
@@ -32,7 +33,7 @@ MIXED = HeadPatterns(
     "mixed", torch.tensor([[A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE, VERTICAL_SLASH]]),
     torch.tensor([[[3, 9], [40, 35], [2, 0], [35, 50]]]),
 )  # fmt: skip
-CALIBRATION = Calibration("fingerprint", "runs/x", 7, 0.1, 512, 2, None, None, 0.5)
+CALIBRATION = Calibration("fingerprint", "runs/x", 7, 0.1, 512, 2, None, None, 0.5, 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +94,16 @@ def test_planted_patterns_are_found() -> None:
 def test_recall_is_the_share_of_weight_over_several_texts() -> None:
     policies = [MIXED, HeadPatterns.everywhere(Candidate(A_SHAPE, (1, 30)), 1, 4)]
     collector, expected = RecallCollector(policies, 1, 4), torch.zeros(2, 4, dtype=torch.float64)
+    pairs = torch.zeros(2, 4)
     for seed, n in ((0, 90), (1, 40)):
         q, k, _ = draw(n, n, seed)
         view = view_of(n, n)
         collector.observe(q, k, view)
         kept = [(weights_of(q, k, view) * mask_of(policy, q, k, view)).sum((-1, -2)) for policy in policies]
         expected += torch.stack(kept)
+        pairs += torch.stack([mask_of(policy, q, k, view).sum((-1, -2)) for policy in policies])
     torch.testing.assert_close(collector.recall[:, 0], expected / 130, atol=1e-5, rtol=1e-5)
+    assert (collector.density[:, 0] == pairs.double() / (90 * 91 // 2 + 40 * 41 // 2)).all()
 
 
 def test_refinement_raises_what_keeps_too_little_and_ends() -> None:
@@ -123,6 +127,9 @@ def test_levels_go_from_sparse_over_the_searched_density_to_dense() -> None:
     assert (at(0.1, 512) == MIXED.sizes.clamp(min=1)).all() and at(0.1, 256)[0, 1].tolist() == [20, 18]
     levels = [at(level, 200) for level in (0.01, 0.05, 0.1, 0.3, 0.7, 1.0)]
     assert all((a <= b).all() for a, b in zip(levels, levels[1:], strict=False))
+    blocks = HeadPatterns.everywhere(Candidate(BLOCK_SPARSE, (4, 0)), 1, 1)
+    read = [int(blocks.scaled(level, CALIBRATION, 4096).sizes[0, 0, 0]) for level in (0.1, 0.2, 0.5, 1.0)]
+    assert read == [32, 40, 52, 64]  # of 64: of 512 tokens 4 of 8 were found
     assert levels[0].tolist()[0][0] == [1, 1] and (levels[-1][..., 0] == 200).all()
     q, k, _ = draw(200, 200)
     assert mask_of(MIXED.scaled(1.0, CALIBRATION, 200), q, k, view_of(200, 200)).sum() == 4 * 200 * 201 / 2
@@ -140,6 +147,14 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
     save_patterns(path, replace(MIXED, kinds=MIXED.kinds + 1), CALIBRATION)
     with pytest.raises(ValueError, match=r"has patterns of shape \(1, 4\) .* expected indices of a_shape"):
         read_patterns(path)
+    fits = replace(CALIBRATION, model=model_fingerprint(model))
+    save_patterns(path, MIXED, fits)  # one layer of two
+    with pytest.raises(ValueError, match="belongs to model"):
+        load_patterns(path, model)
+    for wrong in (replace(CALIBRATION, density=1.0), replace(CALIBRATION, length=0)):
+        save_patterns(path, MIXED, wrong)
+        with pytest.raises(ValueError, match="has patterns of shape .* calibrate again"):
+            read_patterns(path)
     save_patterns(path, MIXED, replace(CALIBRATION, block=32))
     with pytest.raises(ValueError, match=r"has format, block \(1, 32\), expected \(1, 64\): calibrate again"):
         read_patterns(path)
