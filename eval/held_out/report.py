@@ -78,7 +78,10 @@ def found_lines(study: Study) -> list[str]:
         + (f", {one.training['tokens'] / 1e6:.2f}M tokens)" if one.training.get("tokens") else ")")
         for one in study.measurements
     )
-    lines = [f"Trained at {study.base_length:,} tokens: {trained}"]
+    lengths = {one.training_length for one in study.measurements}
+    at = " and ".join(f"{length:,}" for length in sorted(lengths))
+    counted = "" if lengths == {study.base_length} else f", 1x is {study.base_length:,}"
+    lines = [f"Trained at {at} tokens{counted}: {trained}"]
     ratios = {pair.label: pair for pair in study.pairs}
     for run in study.runs:
         bits = interval_text(run.bits_per_byte, 3)

@@ -144,6 +144,7 @@ def test_runs_of_different_training_lengths_need_a_base_length(
     line = failing_line(capsys, main, *map(str, runs), *options(corpus, tmp_path / "out"))
     assert "(a 128, b 64): say which is 1x with --base_length" in line
     assert main([*map(str, runs), *options(corpus, tmp_path / "out"), "--base_length", "128"]) == 0
+    assert "Trained at 64 and 128 tokens, 1x is 128: a (softmax" in capsys.readouterr().out
 
 
 def test_labels_tell_runs_apart(make_run: MakeRun, tmp_path: Path) -> None:
