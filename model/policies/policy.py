@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -165,16 +165,16 @@ class SparsePolicy(ABC):
         """The keys that each query sees; at least one visible key a query. q: (H, Tq, D), k: (G, Tk, D)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
-        """Attention over what `select` keeps. v: (G, Tk, D)."""
-        return masked_attention(q, k, v, view, self.select(q, k, view))
+        """Attention over what `choose` keeps. v: (G, Tk, D)."""
+        selection, estimated = self.choose(q, k, view)
+        return replace(masked_attention(q, k, v, view, selection), estimated=estimated)
 
-    def estimating(self, k: Tensor, view: SequenceView) -> int:
-        """What `select` reads for one query besides the keys that it keeps, as in Attended; 0: it is not counted."""
-        return 0
+    def choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Selection, Tensor | int]:
+        """What `select` keeps, and what it has read for that besides, as in Attended; 0: it is not counted."""
+        return self.select(q, k, view), 0
 
     def faster(self, device: torch.device, config: ModelConfig) -> bool:
-        """Whether over whole prompts `select` and `attend` skip work that is not kept there, so that their time says
-        something."""
+        """Whether over whole prompts it skips the work that is not kept, so that its time says something."""
         return False
 
     def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:  # noqa: B027

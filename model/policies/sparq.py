@@ -43,22 +43,26 @@ class SparQ(SparsePolicy):
         if self.local > self.keys:
             raise ValueError(f"local is {self.local}: expected at most keys, {self.keys}, of which they are a part")
 
-    def estimating(self, k: Tensor, view: SequenceView) -> int:
+    def choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Selection, int]:
+        return self.select(q, k, view), self._reads(k, view)
+
+    def _reads(self, k: Tensor, view: SequenceView) -> int:
+        """What scores of all keys take, in pairs; 0 where that does not pay and all keys are read."""
         seen = k.shape[1] if view.window is None else min(k.shape[1], view.window)
         reads = -(-seen * min(self.channels, k.shape[2]) // (2 * k.shape[2]))
         return reads if self.keys + 1 + reads < seen else 0
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        if not self.estimating(k, view):
+        if not self._reads(k, view):
             return TokenSelection(torch.ones(1, 1, k.shape[1], dtype=torch.bool, device=k.device))
-        return TokenSelection(self._choose(self.scores(q, k, view), len(k))[:, None])
+        return TokenSelection(self._best(self.scores(q, k, view), len(k))[:, None])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
-        reads = self.estimating(k, view)
+        reads = self._reads(k, view)
         if not reads:
             return super().attend(q, k, v, view)
         scores = self.scores(q, k, view)
-        chosen = self._choose(scores, len(k))
+        chosen = self._best(scores, len(k))
         exact = masked_attention(q, k, v, view, TokenSelection(chosen[:, None]))
         share = (scores.softmax(-1) * chosen).sum(-1)[:, None, None]
         seen = view.visible(slice(0, 1), k.shape[1], q.device)[0]
@@ -66,7 +70,7 @@ class SparQ(SparsePolicy):
         out = share * exact.out.float() + (1 - share) * mean
         return replace(exact, out=out.to(q.dtype), estimated=reads)
 
-    def _choose(self, scores: Tensor, groups: int) -> Tensor:
+    def _best(self, scores: Tensor, groups: int) -> Tensor:
         """Bool (H, keys), which are attended. scores: (H, keys)."""
         together = scores.unflatten(0, (groups, -1)).sum(1)
         together[:, together.shape[1] - 1 - self.local :] = torch.inf

@@ -1,6 +1,6 @@
 """Twilight: of what another policy selects, only the keys that hold most of its weight."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,13 +9,11 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.policies.blocks import check_least, check_share, top_share
 from model.policies.policy import (
-    Attended,
     Phase,
     Selection,
     SequenceView,
     SparsePolicy,
     TokenSelection,
-    masked_attention,
 )
 
 
@@ -46,23 +44,14 @@ class Twilight(SparsePolicy):
         self.base.check(config)
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
-        return self._choose(q, k, view)[0]
+        return self.choose(q, k, view)[0]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
-        selection, estimated = self._choose(q, k, view)
-        return replace(masked_attention(q, k, v, view, selection), estimated=estimated)
-
-    def _choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Selection, Tensor | int]:
-        """The keys, and int64 (H,) or a number, what choosing them has read."""
+    def choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Selection, Tensor | int]:
         rows, n_keys = slice(0, 1), k.shape[1]
         if view.layer < self.dense_layers:
             return TokenSelection(torch.ones(1, 1, n_keys, dtype=torch.bool, device=k.device)), 0
         seen = view.visible(rows, n_keys, k.device)
-        read: Tensor | int
-        if isinstance(self.base, Twilight):
-            base, read = self.base._choose(q, k, view)
-        else:
-            base, read = self.base.select(q, k, view), self.base.estimating(k, view)
+        base, read = self.base.choose(q, k, view)
         chosen = (base.mask(rows, n_keys) & seen).expand(len(q), -1, -1)
         if self.share == 1:
             return TokenSelection(chosen), read

@@ -63,24 +63,23 @@ class VAttention(SparsePolicy):
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         """The exact keys alone: how many others are read depends on the values."""
-        return TokenSelection(self._exact(q, k, view)[:, None])
+        return TokenSelection(self._exact(q, k, view)[0][:, None])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
-        exact = self._exact(q, k, view)
+        exact, read = self._exact(q, k, view)
         others = view.visible(slice(0, 1), k.shape[1], q.device) & ~exact
         first, second = self.samples(q, k, v, view, exact, others)
         times = (others.sum(-1) / second.sum(-1).clamp(min=1))[:, None]
         bias = torch.where(second, times, 1.0).log()[:, None]  # [H, 1, keys]
         attended = masked_attention(q, k, v, view, TokenSelection((exact | second)[:, None]), bias=bias)
-        return replace(attended, estimated=(first & ~second).sum(-1) + self.base.estimating(k, view))
+        return replace(attended, estimated=(first & ~second).sum(-1) + read)
 
-    def _exact(self, q: Tensor, k: Tensor, view: SequenceView) -> Tensor:
-        """Bool (H, keys)."""
+    def _exact(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[Tensor, Tensor | int]:
+        """Bool (H, keys), and what the base has read to choose them."""
         rows, n_keys = slice(0, 1), k.shape[1]
-        kept = self.base.select(q, k, view).mask(rows, n_keys) | NearKeys(view, self.sinks, self.local, q.device).mask(
-            rows, n_keys
-        )
-        return (kept & view.visible(rows, n_keys, q.device)).expand(len(q), -1, -1)[:, 0]
+        base, read = self.base.choose(q, k, view)
+        kept = base.mask(rows, n_keys) | NearKeys(view, self.sinks, self.local, q.device).mask(rows, n_keys)
+        return (kept & view.visible(rows, n_keys, q.device)).expand(len(q), -1, -1)[:, 0], read
 
     def samples(
         self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView, exact: Tensor, others: Tensor
