@@ -96,7 +96,7 @@ def evaluate(
         pairs=[pair(one, baseline) for one in measurements if one is not baseline],
         seeds=compare_seeds(own, settings),
         settings=settings,
-        metrics={subject.label: read_metrics(subject.run_dir) for subject in subjects},
+        metrics={one.label: read_metrics(one.run_dir) for one in subjects if one.dual_chunk is None},
         base_length=held_out.base_length,
         data=str(data),
         data_fingerprint=held_out.fingerprint,

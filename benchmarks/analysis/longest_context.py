@@ -38,7 +38,6 @@ GPUS_OF_A_NODE = 8
 class Longest:
     """tokens: None where not even the shortest fits. gib: of each GPU. host_gib: of a node."""
 
-    gpus: int
     tokens: int | None
     zero_stage: int = 0
     gib: float = 0.0
@@ -47,12 +46,12 @@ class Longest:
 
 def longest(config: ModelConfig, gpus: int, room: float) -> Longest:
     """room: bytes of a GPU."""
-    best = Longest(gpus, None)
+    best = Longest(None)
     for stage in (1, 3):
         for tokens, found in _fitting(config, gpus, stage, room):
             if tokens > (best.tokens or 0):
                 pinned = sum(part.bytes for part in found.host.values()) * min(gpus, GPUS_OF_A_NODE)
-                best = Longest(gpus, tokens, stage, found.total / GIB, pinned / GIB)
+                best = Longest(tokens, stage, found.total / GIB, pinned / GIB)
     return best
 
 
@@ -63,7 +62,7 @@ def _fitting(config: ModelConfig, gpus: int, stage: int, room: float) -> Iterato
             Setup(
                 config, tokens, tokens, ranks=gpus, sequence_parallel=min(gpus, config.n_heads), zero_stage=stage,
                 precision="bf16-mixed", activation_checkpointing="offload", mlp_tile_tokens=16384, loss_backend="liger",
-                compiled=stage < 3, keeps_gradients=True,
+                compiled=stage < 3,
             )
         )  # fmt: skip
         if found.total <= room:  # past 131,072 tokens entmax keeps less: a longer context may fit where that does not

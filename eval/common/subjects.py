@@ -61,8 +61,7 @@ def find_subjects(runs: Sequence[str]) -> list[Subject]:
         f"{f.parent.parent.parent.name}-{label}" if steps.count(label) > 1 else label
         for f, label in zip(folders, steps, strict=True)
     ]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"the runs have the labels {', '.join(labels)}: rename their folders so that they differ")
+    _check_labels(labels)
     return [Subject(label, checkpoint) for label, checkpoint in zip(labels, found, strict=True)]
 
 
@@ -88,10 +87,13 @@ def with_dual_chunk(subjects: Sequence[Subject], trained_length: int | None) -> 
             found.append(Subject(f"{subject.label}-dual-chunk", subject.checkpoint, trained_length))
     if len(found) == len(subjects):
         raise ValueError(f"dual_chunk is {trained_length}, and no run can attend so: {'; '.join(refused)}")
-    labels = [subject.label for subject in found]
+    _check_labels([subject.label for subject in found])
+    return found
+
+
+def _check_labels(labels: Sequence[str]) -> None:
     if len(set(labels)) < len(labels):
         raise ValueError(f"the runs have the labels {', '.join(labels)}: rename their folders so that they differ")
-    return found
 
 
 def check_tokenizer(subject: Subject, data: Path, store: TokenStore) -> None:
