@@ -129,15 +129,22 @@ def test_what_frees_nothing_or_makes_no_sense_is_refused() -> None:
         cache.extend(text[:, 50:51])
 
 
-@pytest.mark.parametrize("policy", [AdaSnapKV(40, 4), PyramidKV(20), SnapKV(20, 8, budgets=TOGETHER)], ids=repr)
-def test_keys_are_chosen_in_float32_under_autocast(policy: EvictingPolicy) -> None:
-    """As use_policy chooses them; values of up to 4 are rounded some ten times."""
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = make(tiny("softmax", "rope", n_heads=8, n_kv_heads=4, d_model=64, n_layers=3))
-        with torch.autocast("cpu", torch.bfloat16):
-            expected, found = hidden_keys(model, policy, 1000)[0], freed_keys(model, policy, 1000)[0]
-        torch.testing.assert_close(found, expected, atol=10 * 2**-6, rtol=0)
+def test_keys_are_chosen_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would turn float32 scores into bfloat16: use_policy chooses so too."""
+    on: dict[str, list[bool]] = {"snapkv": [], "h2o": []}
+    for kind in (SnapKV, H2O):
+
+        def watched(self: Any, *given: Any, evict: Any = kind.evict) -> Any:
+            on[self.name].append(torch.is_autocast_enabled("cpu"))
+            return evict(self, *given)
+
+        monkeypatch.setattr(kind, "evict", watched)
+    policies: list[EvictingPolicy] = [SnapKV(20, 8, budgets=TOGETHER), H2O(10, 10)]
+    with torch.autocast("cpu", torch.bfloat16):
+        for policy in policies:
+            freed_keys(make(tiny("softmax", "rope")), policy, 1000)
+    assert len(on["snapkv"]) == 2 and len(on["h2o"]) == 2 * (1 + DECODED)  # layers; H2O at each token
+    assert not any(on["snapkv"] + on["h2o"])
 
 
 def test_a_prompt_that_failed_leaves_nothing_behind() -> None:
