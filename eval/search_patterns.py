@@ -41,8 +41,6 @@ from model.policies.head_patterns import (
 )
 from model.policies.policy import use_policy
 
-LEAST_RECALL = 0.9
-
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -73,9 +71,12 @@ class SearchConfig:
         if self.least_recall is not None and not 0 < self.least_recall < 1:
             raise ValueError(f"least_recall is {self.least_recall}: expected a share between 0 and 1")
         if self.least_recall is not None and self.refine_length is None:
-            raise ValueError(
-                f"least_recall is {self.least_recall}, but refine_length is not set: give both, or neither"
-            )
+            raise ValueError(f"least_recall is {self.least_recall}, but refine_length is not set: set that too")
+
+    @property
+    def least(self) -> float:
+        """The least recall."""
+        return 0.9 if self.least_recall is None else self.least_recall
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,10 +108,7 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
     length = config.length or opened.loaded.training_length
     tried, network = candidates(config.density, length), opened.loaded.config
     alike = [HeadPatterns.everywhere(one, network.n_layers, network.n_heads) for one in tried]
-    collected = recall_of(alike, opened, config, length)
-    best = collected.recall.argmax(0)
-    policy = best_patterns(collected.recall, tried, str(output))
-    kept, reads = (x.gather(0, best[None])[0] for x in (collected.recall, collected.density))
+    policy, kept, reads = best_patterns(recall_of(alike, opened, config, length), tried, str(output))
     if config.refine_length is not None:
         policy, kept, reads = refine(policy, opened, config, config.refine_length)
     calibration = Calibration(
@@ -120,7 +118,7 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
         density=config.density,
         length=length,
         samples=config.samples,
-        least_recall=None if config.refine_length is None else config.least_recall or LEAST_RECALL,
+        least_recall=None if config.refine_length is None else config.least,
         refined_length=config.refine_length,
         recall=float(kept.mean()),
         reached=float(reads.mean()),
@@ -145,10 +143,9 @@ def refine(
     policy: HeadPatterns, opened: Calibrating, config: SearchConfig, length: int
 ) -> tuple[HeadPatterns, Tensor, Tensor]:
     """Patterns with budgets that keep enough in texts of this length, what they keep and what they read, (L, H)."""
-    least = LEAST_RECALL if config.least_recall is None else config.least_recall
     while True:
         collected = recall_of([policy], opened, config, length)
-        more = raised(policy, collected.recall[0], least, length)
+        more = raised(policy, collected.recall[0], config.least, length)
         if torch.equal(more.sizes, policy.sizes):  # enough everywhere, or all of the text
             return policy, collected.recall[0], collected.density[0]
         policy = more

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from model.policies.blocks import mean_scores, own_blocks, top_count
 from model.policies.calibrated_files import read_calibrated, save_calibrated
 from model.policies.minference import chosen_lines
 from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+from model.policies.window import NearKeys
 from model.transformer import Transformer
 
 KINDS = ("a_shape", "vertical_slash", "block_sparse")
@@ -114,7 +116,7 @@ class HeadPatterns(SparsePolicy):
         parts: dict[int, Selection] = {}
         there = kinds.unique().tolist()
         if A_SHAPE in there:
-            parts[A_SHAPE] = _Ends(view.query_start + view.key_start, view.key_start, sizes)
+            parts[A_SHAPE] = NearKeys(view, sizes[:, 0], sizes[:, 1], q.device)
         if VERTICAL_SLASH in there:
             parts[VERTICAL_SLASH] = chosen_lines(q, k, view, sizes[:, 0], sizes[:, 1], self.observed)
         if BLOCK_SPARSE in there:
@@ -123,22 +125,6 @@ class HeadPatterns(SparsePolicy):
             blocks = top_count(scores, sizes[:, :1].expand(-1, scores.shape[1])) | own
             parts[BLOCK_SPARSE] = BlockSelection(blocks, BLOCK, BLOCK)
         return _ByHead(kinds, parts)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """The first and the last keys. sizes: (H, 2), how many of each."""
-
-    first_query: int
-    first_key: int
-    sizes: Tensor
-
-    def mask(self, rows: slice, n_keys: int) -> Tensor:
-        device = self.sizes.device
-        query = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.first_query
-        key = torch.arange(n_keys, device=device) + self.first_key
-        first, last = self.sizes[:, 0, None, None], self.sizes[:, 1, None, None]
-        return (key < first) | (query - key < last)
 
 
 @dataclass(frozen=True)
@@ -167,40 +153,42 @@ class RecallCollector(SparsePolicy):
 
     def __init__(self, policies: Sequence[HeadPatterns], n_layers: int, n_heads: int) -> None:
         self.policies = list(policies)
-        self.sums = torch.zeros(len(self.policies), n_layers, n_heads, dtype=torch.float64)
-        self.pairs = torch.zeros_like(self.sums)
-        self.queries, self.visible = [0] * n_layers, [0] * n_layers
+        # weight and pairs that each keeps; last, all there are
+        self.sums = torch.zeros(2, len(self.policies) + 1, n_layers, n_heads, dtype=torch.float64)
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         raise NotImplementedError("collects recall, selects no keys")
 
     def observe(self, q: Tensor, k: Tensor, view: SequenceView) -> None:
         selections = [policy.select(q, k, view) for policy in self.policies]
+        sums = torch.zeros(2, len(selections) + 1, len(q), dtype=torch.float64, device=q.device)
         for rows in view.row_blocks(q, k.shape[1]):
             n_keys = view.query_start + rows.stop
             p = torch.softmax(view.scores(q, k, rows, n_keys), -1)
             seen = view.visible(rows, n_keys, q.device)
-            self.visible[view.layer] += int(seen.sum())
-            for i, selection in enumerate(selections):
-                mask = selection.mask(rows, n_keys) & seen
-                self.sums[i, view.layer] += (p * mask).sum((-1, -2)).double().cpu()
-                self.pairs[i, view.layer] += mask.sum((-1, -2)).cpu()
-        self.queries[view.layer] += q.shape[1]
+            kept = (one.mask(rows, n_keys) & seen for one in selections)
+            for i, mask in enumerate(chain(kept, (seen[None],))):
+                sums[0, i] += (p * mask).sum((-1, -2))
+                sums[1, i] += mask.sum((-1, -2))
+        self.sums[:, :, view.layer] += sums.cpu()
 
     @property
     def recall(self) -> Tensor:
-        return self.sums / torch.tensor(self.queries)[:, None]
+        return self.sums[0, :-1] / self.sums[0, -1]
 
     @property
     def density(self) -> Tensor:
-        return self.pairs / torch.tensor(self.visible)[:, None]
+        return self.sums[1, :-1] / self.sums[1, -1]
 
 
-def best_patterns(recall: Tensor, tried: Sequence[Candidate], source: str) -> HeadPatterns:
-    """The candidate that keeps most in each head. recall: (candidates, L, H)."""
-    best = recall.argmax(0)
-    kinds = torch.tensor([one.kind for one in tried])[best]
-    return HeadPatterns(source, kinds, torch.tensor([one.sizes for one in tried])[best])
+def best_patterns(
+    collected: RecallCollector, tried: Sequence[Candidate], source: str
+) -> tuple[HeadPatterns, Tensor, Tensor]:
+    """The candidate that keeps most in each head, its recall and its density, (L, H). collected: of `tried`."""
+    best = collected.recall.argmax(0)
+    kinds, sizes = torch.tensor([one.kind for one in tried]), torch.tensor([one.sizes for one in tried])
+    recall, density = (x.gather(0, best[None])[0] for x in (collected.recall, collected.density))
+    return HeadPatterns(source, kinds[best], sizes[best]), recall, density
 
 
 def raised(policy: HeadPatterns, recall: Tensor, least: float, length: int) -> HeadPatterns:
@@ -218,8 +206,12 @@ def read_patterns(path: Path) -> tuple[HeadPatterns, Calibration]:
     grid = {"format": FORMAT, "block": BLOCK}
     tensors, calibration = read_calibrated(path, ["patterns", "sizes"], Calibration, grid, COMMAND)
     kinds, sizes = tensors["patterns"], tensors["sizes"]
-    known = not kinds.is_floating_point() and not sizes.is_floating_point() and calibration.length > 0
-    known = known and 0 < calibration.density < 1 and bool((sizes >= 0).all())
+    if not 0 < calibration.density < 1 or calibration.length < 1:
+        raise ValueError(
+            f"{path} was searched for density {calibration.density} at {calibration.length} tokens, expected a share "
+            f"below 1 and a text: calibrate again with python -m {COMMAND}"
+        )
+    known = not kinds.is_floating_point() and not sizes.is_floating_point() and bool((sizes >= 0).all())
     if not known or sizes.shape != (*kinds.shape, 2) or kinds.ndim != 2 or not bool(((kinds >= 0) & (kinds < 3)).all()):
         raise ValueError(
             f"{path} has patterns of shape {tuple(kinds.shape)} with sizes of {tuple(sizes.shape)}, expected indices "

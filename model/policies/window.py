@@ -24,16 +24,18 @@ def refuse_dynamic(policy: SparsePolicy, config: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class NearKeys:
-    """The first `sinks` keys of the sequence, and of each query the `size` keys that end with its own."""
+    """The first `sinks` keys of the sequence, and of each query the `size` keys that end with its own; numbers of all
+    heads, or int64 (H,)."""
 
     view: SequenceView
-    sinks: int
-    size: int
+    sinks: int | Tensor
+    size: int | Tensor
     device: torch.device
 
     def mask(self, rows: slice, n_keys: int) -> Tensor:
         query, key = places(self.view, rows, n_keys, self.device)
-        return ((query - key < self.size) | (key < self.sinks))[None]
+        sinks, size = (n if isinstance(n, int) else n[:, None, None] for n in (self.sinks, self.size))
+        return ((query - key)[None] < size) | (key < sinks)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def test_planted_patterns_are_found() -> None:
     tried = candidates(0.3, 512)
     collector = RecallCollector([HeadPatterns.everywhere(one, 1, 4) for one in tried], 1, 4)
     collector.observe(q, k, replace(view, scale=64**-0.5))
-    found = best_patterns(collector.recall, tried, "")
+    found, recall, density = best_patterns(collector, tried, "")
+    assert (recall == collector.recall.amax(0)).all() and density.max() < 0.5
     kinds, sizes = found.kinds[0].tolist(), found.sizes[0].tolist()
     assert kinds[:3] == [VERTICAL_SLASH, VERTICAL_SLASH, BLOCK_SPARSE] and kinds[3] != BLOCK_SPARSE
     assert sizes[0][0] > sizes[1][0] and collector.recall.amax(0).min() > 0.5
@@ -153,7 +154,7 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
         load_patterns(path, model)
     for wrong in (replace(CALIBRATION, density=1.0), replace(CALIBRATION, length=0)):
         save_patterns(path, MIXED, wrong)
-        with pytest.raises(ValueError, match="has patterns of shape .* calibrate again"):
+        with pytest.raises(ValueError, match="was searched for density .* expected a share below 1 and a text"):
             read_patterns(path)
     save_patterns(path, MIXED, replace(CALIBRATION, block=32))
     with pytest.raises(ValueError, match=r"has format, block \(1, 32\), expected \(1, 64\): calibrate again"):
