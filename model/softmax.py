@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +17,7 @@ from model.kv_cache import Extension
 
 # torch 2.11 takes grouped heads as they are, later releases want to be told
 VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+HALF = (torch.bfloat16, torch.float16)  # what FlashAttention takes
 FLEX_KINDS = 256  # of inputs (dtype, heads, head dim, gradients or not, ...) for which one process compiles it
 FLEX_SCORES = 2**18  # scores of a head below which a mask costs less than compiling FlexAttention
 # without cuDNN's, which plans anew for each number of keys, and so for each decoded token
@@ -59,7 +61,7 @@ def softmax_attention(
         score_mod = None if alibi_slopes is None else _alibi_score_mod(alibi_slopes)
         flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         return flex(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and cu_seqlens is not None and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and cu_seqlens is not None and q.dtype in HALF:
         return _varlen(q, k, v, cu_seqlens, max_seqlen, window)
     if cu_seqlens is None:
         return _dense(q, k, v, alibi_slopes, window)
@@ -131,8 +133,9 @@ def cached_softmax_attention(
     """Softmax attention of tokens that continue the rows of a cache. q: (b, H, n, D), k and v: (b, G, keys, D).
 
     scaled_dot_product_attention: without a mask for one token of rows of one length and for first chunks, if there is
-    no ALiBi; else with a mask, for as many tokens at a time as keep that small. On CUDA FlexAttention takes long
-    chunks that would need a mask where rows are of one length (`cached_uses_flex`).
+    no ALiBi; on CUDA for later chunks too, if there is no window; else with a mask, for as many tokens at a time as
+    keep that small. On CUDA FlexAttention takes long chunks with ALiBi or a window where rows are of one length
+    (`cached_uses_flex`).
 
     Args:
         block_mask: from `cached_block_mask`.
@@ -144,16 +147,32 @@ def cached_softmax_attention(
                 return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if n_queries == n_keys and window is None:
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        if q.is_cuda and window is None:
+            return _last_queries(q, k, v)
     if block_mask is not None:
         score_mod = None if alibi_slopes is None else _alibi_score_mod(alibi_slopes, extension.key_index[0])
         return _compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped)
     return _masked(q, k, v, extension, alibi_slopes, window)
 
 
+def _last_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention whose last query stands at the last key: FlashAttention for half precision on CUDA, the
+    memory-efficient kernel for float32. FlexAttention would be compiled for each number of keys, for minutes.
+
+    On a CPU torch makes a mask of all scores here. Shapes as of cached_softmax_attention.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    if q.dtype not in HALF:  # only FlashAttention reads a group's keys in place
+        k, v, repeat = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1), 1
+    bias = causal_lower_right(1, 1)  # it would allocate 2 * queries * keys values that nothing reads
+    bias.seq_len_q, bias.seq_len_kv = q.shape[2], k.shape[2]
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=repeat > 1)
+
+
 def cached_uses_flex(extension: Extension, alibi_slopes: Tensor | None, window: int | None) -> bool:
     """Whether cached_softmax_attention needs a block mask for this case."""
     n_queries, n_keys = extension.position.shape[1], extension.keys.stop - extension.keys.start
-    plain = alibi_slopes is None and window is None and n_queries == n_keys
+    plain = alibi_slopes is None and window is None
     long = n_queries > 1 and n_queries * n_keys > FLEX_SCORES
     return extension.position.is_cuda and extension.slots is not None and long and not plain
 
