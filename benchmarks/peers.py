@@ -17,6 +17,7 @@ from kernels import entmax_attention
 from kernels.alpha_entmax.operator import run_attention
 from kernels.alpha_entmax.results import WeightedSum
 from kernels.alpha_entmax.threshold import power_of
+from model.compiling import share_cores
 
 Forward = Callable[[], Tensor]
 
@@ -94,6 +95,7 @@ def _flex(workload: Workload) -> Forward:
     """FlexAttention, compiled for this workload's shapes alone (dynamic shapes are slower, and past eight of them
     torch.compile would give up)."""
     torch.compiler.reset()
+    share_cores(1)
     slopes = workload.alibi_slopes
 
     def alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

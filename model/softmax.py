@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from model.compiling import share_cores
 from model.kv_cache import Extension
 
 # torch 2.11 takes grouped heads as they are, later releases want to be told
@@ -117,7 +118,7 @@ def document_block_mask(
         seen = (j <= i) & (document[i] == document[j])
         return seen if window is None else seen & (j > i - window)
 
-    return create_block_mask(visible, None, None, n_tokens, n_tokens, device=device, _compile=True)
+    return _block_mask(visible, n_tokens, n_tokens, device)
 
 
 def cached_softmax_attention(
@@ -185,7 +186,12 @@ def cached_block_mask(extension: Extension, window: int | None) -> BlockMask:
         seen = j <= query[i]
         return seen if window is None else seen & (j > query[i] - window)
 
-    return create_block_mask(visible, None, None, len(query), n_keys, device=query.device, _compile=True)
+    return _block_mask(visible, len(query), n_keys, query.device)
+
+
+def _block_mask(visible: Callable[..., Tensor], n_queries: int, n_keys: int, device: torch.device) -> BlockMask:
+    share_cores(1)
+    return create_block_mask(visible, None, None, n_queries, n_keys, device=device, _compile=True)
 
 
 def _masked(
@@ -241,6 +247,7 @@ def _alibi_score_mod(slopes: Tensor, query: Tensor | None = None) -> Callable[..
 def _compiled_flex() -> Callable[..., Any]:
     """FlexAttention, compiled for each kind of input that a process meets: past torch's limit of 8 it would compute all
     scores, without a word."""
+    share_cores(1)
     compiled = torch.compile(flex_attention, fullgraph=True)  # an error past the limit
 
     def attend(*args: Any, **options: Any) -> Any:

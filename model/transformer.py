@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, AttentionMetadata, make_metadata
+from model.compiling import share_cores
 from model.config import ModelConfig
 from model.initial_weights import InitialWeights, take_memory
 from model.kv_cache import LayerCache
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile of every block, in place: torch.compile(block) would prefix every key of the state dict."""
+        share_cores(1)
         for block in self.blocks:
             block.compile(options=COMPILE_OPTIONS)
 

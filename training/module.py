@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.checks import check_number
+from model.compiling import share_cores
 from model.config import ModelConfig
 from model.flops import train_flops
 from model.sequence_parallel import SequenceShards
@@ -17,7 +18,6 @@ from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
 from training.faults.step_guard import StepGuard
 from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
-from training.step.compiling import share_cores
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.float8 import Float8, convert_linears
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
@@ -116,8 +116,8 @@ class LanguageModule(LightningModule):
         device = self.trainer.strategy.root_device
         self.loss_backend = resolve_loss_backend(self.loss_backend, device)
         self.shards = join_sequence_group(self.trainer.strategy)
+        workers = share_cores(self.trainer.num_devices)  # FlexAttention is compiled in eager models too
         if self.compiled:
-            workers = share_cores(self.trainer.num_devices)
             say(f"compiling with {workers} processes a rank: the first step takes a minute or more")
         if self.graphed_loss:
             check_graphs(

@@ -1,4 +1,4 @@
-"""torch.compile's worker processes, which compile a block's kernels."""
+"""torch.compile's worker processes, which compile kernels of blocks and of FlexAttention."""
 
 import os
 
@@ -13,9 +13,13 @@ def compile_workers(ranks: int, cores: int, node_cores: int) -> int:
 
 def share_cores(ranks: int) -> int:
     """Let the ranks of this node compile beside each other: TorchInductor starts up to 32 processes a rank. Without
-    effect where TORCHINDUCTOR_COMPILE_THREADS says how many. Returns how many it will start."""
+    effect where TORCHINDUCTOR_COMPILE_THREADS says how many, or fewer are set already. Returns how many it will
+    start."""
     import torch._inductor.config as inductor
 
+    most = inductor.compile_threads or 1
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor.compile_threads = compile_workers(ranks, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
-    return inductor.compile_threads or 1
+        # never more: training tells the ranks first, the model, which compiles FlexAttention, knows of one
+        most = min(most, compile_workers(ranks, len(os.sched_getaffinity(0)), os.cpu_count() or 1))
+        inductor.compile_threads = most
+    return most
