@@ -51,7 +51,7 @@ from training.options import (
     check_trainer_options,
     count_processes,
 )
-from training.resume.run_folder import hold_run_folder, is_first_process
+from training.resume.run_folder import hold_run_folder
 from training.resume.settings import check_allowed, check_settings, run_settings, warmup_of
 from training.resume.start_point import (
     StartPoint,
@@ -73,7 +73,7 @@ from training.setup_checks import (
 from training.step.float8 import check_device, check_products
 from training.step.loss import resolve_loss_backend
 from training.throughput import StepClock
-from training.tracking import log_config, make_loggers, record_session, say
+from training.tracking import is_first_process, log_config, make_loggers, record_session, say
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False, "use_distributed_sampler": False,

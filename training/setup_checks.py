@@ -16,8 +16,8 @@ from model.config import ModelConfig
 from model.flops import matmul_parameters
 from training.distributed.checkpoint_state import SAVED_BYTES
 from training.options import named_gpus, on_cuda
-from training.resume.run_folder import is_first_process
 from training.throughput import GIB
+from training.tracking import is_first_process
 
 
 def usable_folder(run_dir: str) -> Path:

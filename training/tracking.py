@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
@@ -21,8 +22,6 @@ from common.wandb_config import PROJECT, WandbConfig
 
 if TYPE_CHECKING:
     import wandb
-
-RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 @rank_zero_only
@@ -86,10 +85,16 @@ def wandb_settings(arguments: list[str]) -> "wandb.Settings":
     return wandb.Settings(disable_git=True, x_disable_meta=secret)
 
 
-def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is rank 0 of the run, as far as is known before there is a Trainer."""
-    rank = next((environment[name] for name in RANK_VARIABLES if name in environment), "0")
-    return rank == "0" and environment.get("NODE_RANK", "0") == "0"
+def is_first_process() -> bool:
+    """Whether this process is, or will start, rank 0, by what torchrun, srun and Lightning's launcher set: also before
+    there is a Trainer."""
+    environment = os.environ
+    if "RANK" in environment:
+        return int(environment["RANK"]) == 0
+    if SLURMEnvironment.detect():
+        return int(environment.get("SLURM_PROCID", 0)) == 0
+    node = environment.get("NODE_RANK", environment.get("GROUP_RANK", 0))
+    return int(node) == 0 and int(environment.get("LOCAL_RANK", 0)) == 0
 
 
 def wandb_run_id(run_dir: Path) -> str | None:

@@ -9,11 +9,14 @@ from common.wandb_config import WandbConfig
 from tests.training.conftest import TrainProcess, callbacks
 from training.tracking import (
     check_wandb_login,
+    is_first_process,
     log_config,
     make_loggers,
     record_session,
     wandb_run_id,
 )
+
+SRUN_TASK_3 = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3"}
 
 
 def test_sessions_have_their_own_metric_files(tmp_path: Path) -> None:
@@ -75,7 +78,31 @@ def test_each_session_keeps_its_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "environment", [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "3"}, {"LOCAL_RANK": "0", "NODE_RANK": "1"}]
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "1"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}, True),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash", "SLURM_PROCID": "1"},
+            True,
+        ),  # a shell: its task does not count
+    ],
+)
+def test_who_is_first(environment: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "1"}, {"LOCAL_RANK": "1"}, SRUN_TASK_3, {"LOCAL_RANK": "0", "NODE_RANK": "1"}]
 )
 def test_other_ranks_decide_no_wandb_id(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +110,13 @@ def test_other_ranks_decide_no_wandb_id(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert wandb_run_id(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_shell_within_a_job_decides_its_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever task the shell is: a run that is started in it is whole."""
+    for name, value in {**SRUN_TASK_3, "SLURM_JOB_NAME": "bash"}.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_run_id(tmp_path)
 
 
 def test_wandb_online_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-
 from common.locks import LOCK, folder_lock
-from training.tracking import say
+from training.tracking import is_first_process, say
 
 # Seconds: a process that was told to end frees its memory first; a file server misses a dead node after a while.
 PATIENCE, PATIENCE_REQUEUED = 5.0, 120.0
@@ -47,14 +45,3 @@ def hold_run_folder(run_dir: Path, patience: float | None = None) -> ExitStack:
             said = True
             say(f"waiting {patience:.0f} s for another training to leave {run_dir}")
         time.sleep(0.1)
-
-
-def is_first_process() -> bool:
-    """Whether this process is, or will start, rank 0, by what torchrun, srun and Lightning's launcher set."""
-    environment = os.environ
-    if "RANK" in environment:
-        return int(environment["RANK"]) == 0
-    if SLURMEnvironment.detect():
-        return int(environment.get("SLURM_PROCID", 0)) == 0
-    node = environment.get("NODE_RANK", environment.get("GROUP_RANK", 0))
-    return int(node) == 0 and int(environment.get("LOCAL_RANK", 0)) == 0

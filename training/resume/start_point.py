@@ -26,8 +26,7 @@ from model.checksums import Verify
 from model.config import ModelConfig
 from model.loading import StoredTensors, check_file
 from training.distributed.checkpoint_state import check_stored
-from training.resume.run_folder import is_first_process
-from training.tracking import say
+from training.tracking import is_first_process, say
 
 # Keys of the model config that choose how to compute, not what: they may differ between sessions.
 EXECUTION_KEYS = {"attention.backend"}

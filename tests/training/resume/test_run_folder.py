@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import ROOT, TrainProcess
-from training.resume.run_folder import hold_run_folder, is_first_process
+from training.resume.run_folder import hold_run_folder
 
 HOLD = """import sys, time
 from pathlib import Path
@@ -54,27 +54,3 @@ def test_further_ranks_do_not_ask(
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="in use"):
         hold_run_folder(tmp_path / "run", patience=0)
-
-
-@pytest.mark.parametrize(
-    ("environment", "first"),
-    [
-        ({}, True),
-        ({"LOCAL_RANK": "1"}, False),
-        ({"NODE_RANK": "1"}, False),
-        ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True),
-        ({"RANK": "8", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
-        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "1"}, False),
-        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}, True),
-        (
-            {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash", "SLURM_PROCID": "1"},
-            True,
-        ),  # a shell: its task does not count
-    ],
-)
-def test_who_is_first(environment: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert is_first_process() == first
