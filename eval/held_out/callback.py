@@ -131,6 +131,8 @@ class HeldOutEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if getattr(trainer.strategy, "zero_stage_3", False):
+            if not trainer.is_global_zero:
+                raise SystemExit  # without a code, which launchers take for a crash: rank 0 says it
             raise ValueError(
                 "parallel.zero_stage is 3, whose ranks hold parts of each weight: HeldOutEvaluation needs whole ones; "
                 "use stage 0, 1 or 2, or evaluate checkpoints with python -m eval.run"

@@ -124,9 +124,22 @@ def test_ranks_add_up_what_they_measure(
 
 
 def test_zero_3_is_refused_in_one_line_at_the_start(train: TrainProcess, tmp_path: Path) -> None:
-    done = train("--run_dir", tmp_path / "run", *STEPS, *options(), "--parallel.zero_stage", 3, configs=(CONFIG,))
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    zero = ("--parallel.zero_stage", 3, "--trainer.devices", 2)
+    done = train("--run_dir", tmp_path / "run", *STEPS, *options(), *zero, configs=(CONFIG,))
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert done.returncode == 2 and "parallel.zero_stage is 3" in line and "python -m eval.run" in line
+
+
+def test_zero_3_is_refused_by_one_rank_alone() -> None:
+    def refused(first: bool) -> BaseException:
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(zero_stage_3=True), is_global_zero=first)
+        with pytest.raises((ValueError, SystemExit)) as found:
+            HeldOutEvaluation(1).setup(trainer, None, "fit")
+        return found.value
+
+    assert isinstance(refused(True), ValueError)
+    other = refused(False)
+    assert isinstance(other, SystemExit) and other.code is None
 
 
 def test_what_does_not_fit_the_run_is_refused(corpus: Path, other_corpus: Path) -> None:
