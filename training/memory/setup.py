@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from model.config import ModelConfig
+from model.transformer import Block
 from training.distributed.config import check_optimizer
-from training.step.float8 import Float8, check_products
+from training.step.float8 import Float8, check_linears, check_products
 
 FLOAT32, FLOAT8 = 4, 1  # bytes
 
@@ -53,6 +56,8 @@ class Setup:
         if self.precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision is {self.precision!r}: the estimate knows 32-true and bf16-mixed")
         check_optimizer(self.zero_stage, self.optimizer)
+        with torch.device("meta"):
+            check_linears(self.float8, [Block(self.network, layer=0)])  # all blocks have the same sizes
         check_products(
             self.float8, precision=self.precision, tokens=self.local_tokens, tile_tokens=self.mlp_tile_tokens
         )

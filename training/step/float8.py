@@ -1,7 +1,7 @@
 """FP8 matrix products of the blocks' linears, through torchao."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ class Converted(NamedTuple):
     all: int
 
 
-def convert_linears(blocks: Iterable[Block], recipe: Float8) -> Converted:
+def convert_linears(blocks: Sequence[Block], recipe: Float8) -> Converted:
     """Multiply in FP8 in the blocks' projections and feed-forward layers, in place.
 
     Parameters stay the same objects: names, dtypes, optimizers and checkpoints see no difference. Operands are rounded
@@ -40,6 +40,7 @@ def convert_linears(blocks: Iterable[Block], recipe: Float8) -> Converted:
     """
     if find_spec("torchao") is None:
         raise ValueError(f"model.float8 is {recipe!r}, but torchao is not installed: pip install torchao, {INSTEAD}")
+    check_linears(recipe, blocks)
     with _without_warnings():
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=EMULATED)
@@ -49,12 +50,17 @@ def convert_linears(blocks: Iterable[Block], recipe: Float8) -> Converted:
         found = [module for module in block.modules() if isinstance(module, nn.Linear)]
         converted += sum(type(module) is not nn.Linear for module in found)
         linears += len(found)
-    if not converted:
+    return Converted(converted, linears)
+
+
+def check_linears(recipe: Float8, blocks: Iterable[Block]) -> None:
+    """Raises ValueError where no linear of the blocks is multiplied with in FP8."""
+    modules = (one for block in blocks for one in block.named_modules())
+    if recipe != "none" and not any(_fits(module, name) for name, module in modules):
         raise ValueError(
             f"model.float8 is {recipe!r}, but no linear of the blocks has sizes that {MULTIPLE} divides: expected "
             f"such a d_model, {INSTEAD}"
         )
-    return Converted(converted, linears)
 
 
 def _fits(module: nn.Module, name: str) -> bool:

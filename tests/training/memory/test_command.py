@@ -71,6 +71,10 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             ("--model.float8", "rowwise", "--trainer.precision", "32"),
             "trainer.precision is '32-true', but model.float8",
         ),
+        (
+            ("--model.float8", "rowwise", "--model.network.d_model", 1000, "--model.network.head_dim", 64),
+            "model.float8 is 'rowwise', but no linear of the blocks has sizes that 16 divides: expected such a d_model",
+        ),
     ):
         assert run(monkeypatch, *CONFIGS, *options) == 2
         assert part in capsys.readouterr().err
