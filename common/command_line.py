@@ -99,6 +99,28 @@ REQUIRED = re.compile(
 UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 
 
+UNION = re.compile(
+    r"(?s)Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:.*?"
+    r"Given value type: .*?\sGiven value: (?P<value>.*)"
+)
+PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
+
+
+def union_in_words(message: str) -> str:
+    """A parser's message on a value that is of none of several types, where they are plain ones: as on one of a single
+    type, instead of each type's own error."""
+
+    def in_words(found: re.Match[str]) -> str:
+        types = found["types"]
+        if PLAIN.sub("", types).strip(", "):
+            return found[0]
+        names = [name or values for name, values in PLAIN.findall(types)]
+        *most, last = ", ".join("null" if name == "NoneType" else name for name in names).split(", ")
+        return f"Expected {', '.join(most)} or {last}. Got value: {found['value']}"
+
+    return UNION.sub(in_words, message)
+
+
 def with_what_to_do(message: str, options: Sequence[str], positional: Iterable[str]) -> str:
     """A message of a parser, with what to give where something is missing, the option that is nearest to an unknown
     one, and how all are listed.
@@ -107,6 +129,7 @@ def with_what_to_do(message: str, options: Sequence[str], positional: Iterable[s
         options: of the command, with their dashes.
         positional: names of its arguments that are no options.
     """
+    message = union_in_words(message)
     if found := REQUIRED.search(message):
         key, names = found["key"], found["names"].split(", ")
         if key:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from common.checks import check_number
-from common.command_line import StrictParsing, strict_yaml, take_values_whole
+from common.command_line import StrictParsing, strict_yaml, take_values_whole, union_in_words
 from common.errors import UsageError
 from data.datamodule import PackedDataModule, check_sizes
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
@@ -94,7 +94,7 @@ HARMLESS_WARNINGS = {
 
 def shortened(message: str) -> str:
     """A parser's message in one line; of a type that has many forms, the first and the last line say what is wrong."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line.strip() for line in union_in_words(message).splitlines() if line.strip()]
     line = " ".join(lines)
     line = re.sub(r"(Union|Optional)\[[^\n]{80,}?\](?= |\.|$)", "one of several types", line)
     return (

@@ -4,12 +4,13 @@ what is given whole takes nothing from an earlier file, and messages say what to
 from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jsonargparse
 import pytest
 
 from common.command_line import CommandParser, strict_yaml
-from common.errors import UsageError
+from common.errors import UsageError, error_line
 
 
 class Optimizer:
@@ -176,3 +177,28 @@ def test_what_is_missing_or_unknown_is_told_with_what_to_do(given: list[str], me
     with pytest.raises(UsageError, match=message) as caught:
         made.parse_args([one.replace("OURS", __name__) for one in given])
     assert str(caught.value).count("(--help lists all options)") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "file"),
+    [
+        ("--chunk=abc", 'Parser key "chunk": Expected int or null. Got value: abc', False),
+        ("--tokens=NaN", 'Parser key "tokens": Expected int, float or null. Got value: NaN', False),
+        ("--tokens=[1, 2]", 'Parser key "tokens": Expected int, float or null. Got value: [1, 2]', True),
+        ("--mode=fp7", """Parser key "mode": Expected 16, 'bf16', 'all' or bool. Got value: fp7""", False),
+    ],
+)
+def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, file: bool, tmp_path: Path) -> None:
+    made = CommandParser(prog="x")
+    made.add_argument("--config", action="config")
+    made.add_argument("--chunk", type=int | None, default=None)
+    made.add_argument("--tokens", type=int | float | None, default=None)
+    made.add_argument("--mode", type=Literal[16] | Literal["bf16", "all"] | bool, default=16)
+    name = ""
+    if file:
+        config = tmp_path / "a.yaml"
+        config.write_text(given.removeprefix("--").replace("=", ": "))
+        given, name = f"--config={config}", f"{config}: "
+    with pytest.raises(UsageError) as caught:
+        made.parse_args([given])
+    assert error_line(caught.value) == f"{name}{wanted} (--help lists all options)"

@@ -189,4 +189,9 @@ def test_messages_of_types_that_have_many_forms_are_short() -> None:
     message = f'Parser key "trainer.precision":\n  Does not validate against Union[{forms}].\n  Got value: fp7'
     line = shortened(message)
     assert line == ('Parser key "trainer.precision": Does not validate against one of several types. Got value: fp7')
+    two = "Subtypes: [<class 'int'>, <class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n"
+    message = f"Does not validate against any of the Union subtypes\n  {two}  Given value type: <class 'str'>\n"
+    assert shortened(f'Parser key "x":\n  {message}  Given value: fp7') == (
+        'Parser key "x": Expected int or null. Got value: fp7'
+    )
     assert len(shortened("a word " * 1000)) <= LONGEST_MESSAGE + 10
