@@ -22,13 +22,13 @@ from common.checks import LONGEST_CONTEXT, MOST_SAMPLES
 from common.command_line import CommandParser
 from common.errors import run_command
 from data.store import TokenStore
-from data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from eval.common.olmo_data import data_folder
 from eval.common.options import check_least, check_most, check_output, config_of
 from eval.ruler.files import FORMAT, MANIFEST, PARTIAL, is_whole, load_manifest, write_manifest, write_samples
 from eval.ruler.squad import squad_rows
 from eval.ruler.tasks import NOT_BUILT, RULER_TASKS, Draft, Material, Recipe
-from model.checkpoint import resolve_checkpoint
+from model.hub.run_tokenizer import find_tokenizer
 from model.version import code_version
 
 STOPPED = "stopped by Ctrl-C: what was built is kept, the same command continues"
@@ -97,16 +97,6 @@ def _parser() -> CommandParser:
         parser.add_argument(f"--{name}", nargs="+", type=of, default=getattr(RulerConfig(), name))
     parser.add_class_arguments(RulerConfig, skip={"tasks", "lengths"})
     return parser
-
-
-def find_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run, checkpoint or prepared corpus, or the file itself. Raises FileNotFoundError."""
-    if path.is_dir():
-        try:
-            path = find_tokenizer_file(path)
-        except FileNotFoundError:
-            path = Path(resolve_checkpoint(path).tokenizer["path"])
-    return load_tokenizer(path)
 
 
 def build(tokenizer: Tokenizer, essays: Path | None, config: RulerConfig, output: Path) -> list[str]:

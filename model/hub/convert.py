@@ -27,12 +27,13 @@ from torch import Tensor
 from common.command_line import CommandParser
 from common.errors import UsageError, error_line, run_command
 from common.new_folder import check_new, written_aside
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from model.checkpoint import NETWORK
 from model.checksums import is_finite
 from model.config import ModelConfig
 from model.hub.architecture import architecture_of
 from model.hub.run_folder import write_run
+from model.hub.run_tokenizer import find_tokenizer
 from model.hub.weights import is_alias, our_name
 from model.loading import load_model
 
@@ -47,6 +48,11 @@ class Source:
 
     name: str
     gguf: str | None = None
+
+    @property
+    def path(self) -> str:
+        """As messages have it."""
+        return self.name if self.gguf is None else str(Path(self.name, self.gguf))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def _tokenizer(chosen: str | None, model: Source, bos: str | None, eos: str | No
     transformers makes of its tokenizer."""
     options: dict[str, Any] = {"bos": bos, "eos": eos, "lossy": lossy or None}
     if chosen is not None and Path(chosen).exists() and not chosen.endswith(".gguf"):
-        yield _opened(chosen, chosen, options)
+        yield _opened(chosen, {}, options)
         return
     source = model if chosen is None else find_source(chosen)
     with tempfile.TemporaryDirectory() as folder:
@@ -195,23 +201,28 @@ def _tokenizer(chosen: str | None, model: Source, bos: str | None, eos: str | No
         if own and own[0] is not None:
             for path in filter(None, own):
                 shutil.copyfile(path, Path(folder, path.name))
+            shown = {folder: source.name}
         else:
             try:
                 _transformers().AutoTokenizer.from_pretrained(source.name, **source.options).save_pretrained(folder)
             except Exception as error:  # as in _loading
                 reason = error_line(error).split(". ")[0][:200]
                 raise UsageError(
-                    f"{source.name} has no tokenizer that transformers loads ({reason}): choose one with --tokenizer"
+                    f"{source.path} has no tokenizer that transformers loads ({reason}): choose one with --tokenizer"
                 ) from error
-        yield _opened(folder, source.name, options)
+            # the source has no such files
+            shown = {f"{folder}/{name}": source.path for name in ("tokenizer.json", "tokenizer_config.json")}
+        yield _opened(folder, shown, options)
 
 
-def _opened(folder: str, shown: str, options: dict[str, Any]) -> Tokenizer:
-    """shown: the folder's name in messages, where options have the names of this command, not of data.prepare."""
+def _opened(path: str, shown: Mapping[str, str], options: dict[str, Any]) -> Tokenizer:
+    """shown: what paths are in messages, where options have the names of this command, not of data.prepare."""
     try:
-        return load_tokenizer(folder, **options)
+        return find_tokenizer(Path(path), **options)
     except (ValueError, FileNotFoundError) as error:
-        line = error_line(error).replace(folder, shown)
+        line = error_line(error)
+        for ours, theirs in shown.items():
+            line = line.replace(ours, theirs)
         line = line.replace("tokenizer.lossy: true where the corpus is prepared", "--lossy")
         for name in ("bos", "eos"):
             line = line.replace(f"tokenizer.{name}", f"--{name}")

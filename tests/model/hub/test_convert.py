@@ -170,7 +170,14 @@ def test_what_cannot_be_converted_is_one_line(
     assert load_tokenizer(new).fingerprint == load_tokenizer(file).fingerprint
     assert convert(llama, "--output", tmp_path / "newer", "--tokenizer", new) == 0  # a run's
     assert convert(llama, "--output", tmp_path / "x", "--tokenizer", tmp_path / "empty") == 2
-    assert "is a folder without tokenizer.json or tokenizer.model" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "is a folder without tokenizer.json or tokenizer.model" in line and "holds no complete checkpoint" in line
+    given = load_tokenizer(sources / "qwen2")
+    trained = save(tmp_path / "trained", 10, Transformer(CONFIG), tokenizer=given).parent.parent
+    assert convert(llama, "--output", tmp_path / "newest", "--tokenizer", trained) == 0
+    assert load_tokenizer(tmp_path / "newest").fingerprint == given.fingerprint
+    assert convert(llama, "--output", tmp_path / "x", "--tokenizer", run) == 2
+    assert "error: tokenizer t.model does not exist" in capsys.readouterr().err  # the run's has gone
     assert model.export.main([str(sources / "llama"), str(tmp_path / "x")]) == 2
     assert "is a model of transformers: expected a run" in capsys.readouterr().err
 

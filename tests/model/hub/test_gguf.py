@@ -114,3 +114,12 @@ def test_a_gguf_file_becomes_the_same_model(kind: str, tied: bool, tmp_path: Pat
         if kind == "F32":
             assert (found - written(tokens).logits).abs().max() <= 1e-4 * expected.std()
     assert (ours.bos, ours.eos) == (END, END)
+
+
+def test_a_refused_tokenizer_is_named_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GGUF file has no tokenizer.json beside it."""
+    file = tmp_path / "tiny.gguf"
+    write(file, gguf.GGMLQuantizationType.F32, tied=True)
+    assert model.hub.convert.main([str(file), "--output", str(tmp_path / "run"), "--bos", "<x>"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: --bos is '<x>', which is no token of {file}; set --bos to the text of one"), line
