@@ -77,6 +77,11 @@ class CheckpointConfig:
                 f"checkpoint.keep_last is {self.keep_last}: expected at least 2, or a crash could leave none"
             )
 
+    def due_from(self, step: int) -> int:
+        """The first step from this one on that is saved, however long the run is."""
+        regular = -(-step // self.every_n_steps) * self.every_n_steps
+        return min([regular, *(milestone for milestone in self.milestones if milestone >= step)])
+
 
 class RunCheckpoint(Checkpoint):
     """Writes RUN/checkpoints/step-XXXXXXXX every n optimizer steps and at the end, and removes old ones.
@@ -125,12 +130,12 @@ class RunCheckpoint(Checkpoint):
             check_start(self.start, self.run_dir)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if self.config.asynchronous and step > self.start.step and not self.copy.begun:
+        step, due = trainer.global_step, self.config.due_from(trainer.global_step)
+        in_background = self.config.asynchronous and due < trainer.max_steps  # the last save is not
+        if in_background and step > self.start.step and not self.copy.begun:
             cast(ElasticCheckpoints, trainer.strategy).begin_copy(self.copy)
         last = step == trainer.max_steps or trainer.should_stop
-        due = step % self.config.every_n_steps == 0 or step in self.config.milestones or last
-        if due and step > self.tried_step:
+        if (due == step or last) and step > self.tried_step:
             with self.clock.paused():
                 self.finish(trainer)
                 self.save(trainer, pl_module, last)

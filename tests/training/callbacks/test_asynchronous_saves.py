@@ -3,7 +3,10 @@
 import csv
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from common.exits import INTERRUPTED
 from model.checkpoint import MARKER, checkpoint_folder, find_checkpoints, read_complete, write_complete
 from model.loading import StoredTensors
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
+from training.callbacks.checkpointing import CheckpointConfig, RunCheckpoint
 from training.distributed import checkpoint_writer
 from training.distributed.checkpoint_state import Fragment, SaveError, TrainingState
 from training.distributed.checkpoint_writer import BackgroundSave, HostCopy, begin_copy, take_share
@@ -190,3 +194,25 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_finish(
         BackgroundSave(take_share(tmp_path, state(), CPU, None, HostCopy()), complete).finish()
     with pytest.raises(SaveError, match="rank 0: .*No such file"):
         BackgroundSave(take_share(tmp_path / "missing", state(), CPU, None, HostCopy()), lambda _: None).finish()
+
+
+@pytest.mark.parametrize(
+    ("start", "max_steps", "milestones", "first"),
+    [(0, 12, [], 1), (0, 6, [], 1), (0, 5, [], None), (0, 4, [], None), (0, 4, [3], 1), (0, 5, [5], None),
+     (10, 16, [], 11), (10, 14, [], None), (10, 14, [3], None), (11, 14, [12], 12)],
+)  # fmt: skip
+def test_host_memory_is_taken_where_a_save_in_the_background_follows(
+    start: int, max_steps: int, milestones: list[int], first: int | None, tmp_path: Path
+) -> None:
+    """Saves every 5 steps; that of the session's last step is written at once."""
+    config = CheckpointConfig(every_n_steps=5, milestones=milestones, asynchronous=True)
+    begun: list[int] = []
+    trainer: Any = SimpleNamespace(max_steps=max_steps, should_stop=False)
+    trainer.strategy = SimpleNamespace(begin_copy=lambda _: begun.append(trainer.global_step))
+    stub: Any = SimpleNamespace(step=start, paused=nullcontext)
+    ours = RunCheckpoint(tmp_path, config, stub, "version", stub, stub)
+    ours.save = lambda *_: None  # type: ignore[method-assign]
+    for step in range(start, max_steps + 1):
+        trainer.global_step = step
+        ours.on_train_batch_end(trainer, None, None, None, 0)
+    assert begun[:1] == ([] if first is None else [first])
