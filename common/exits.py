@@ -4,6 +4,7 @@
 0 is a finished run. Everything that is not listed here is a crash.
 """
 
+CRASHED = 1  # Python's own; also where a disk refuses checkpoints
 USER_ERROR = 2  # what was asked for cannot be done
 DIVERGED = 65  # EX_DATAERR of sysexits.h: too many steps were skipped, or weights or the last loss are not finite
 STALLED = 70  # EX_SOFTWARE: the watchdog ended a process that got nothing done

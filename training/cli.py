@@ -17,14 +17,15 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from common.checks import check_number
 from common.command_line import StrictParsing, strict_yaml, take_values_whole, union_in_words
-from common.errors import UsageError
+from common.errors import UsageError, error_line
+from common.exits import CRASHED
 from data.datamodule import PackedDataModule, check_sizes
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import ModelConfig, config_from_dict
 from model.flops import sequence_cost
 from model.version import code_version
 from training.arguments import add_run_arguments
-from training.callbacks.checkpointing import RunCheckpoint
+from training.callbacks.checkpointing import NotSaved, RunCheckpoint
 from training.callbacks.metrics import (
     AttentionStats,
     GradientNorms,
@@ -331,6 +332,12 @@ class TrainingCLI(LightningCLI):
         # of the hooks that a resumed session has too, the first behind all checks, loaders and a first batch
         started = LambdaCallback(on_train_batch_start=start)
         self.trainer.callbacks.append(started)  # type: ignore[attr-defined]
-        # weights_only: nothing pickled in a checkpoint is executed
-        self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
+        try:
+            # weights_only: nothing pickled in a checkpoint is executed
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
+        except NotSaved as error:
+            if "--debug" in sys.argv:
+                raise
+            say(f"error: {error_line(error)}")
+            return CRASHED if self.trainer.is_global_zero else 0  # as in exit_code
         return exit_code(self.trainer, self.guard, self.interruption, self.run_dir)

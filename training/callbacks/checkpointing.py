@@ -29,7 +29,7 @@ from model.checkpoint import (
 )
 from model.checksums import Verify
 from training.callbacks.metrics import log
-from training.distributed.checkpoint_state import SaveError, agreement, gather_objects
+from training.distributed.checkpoint_state import SAVED_BYTES, SaveError, agreement, gather_objects
 from training.distributed.checkpoint_writer import BackgroundSave, HostCopy
 from training.distributed.config import ElasticCheckpoints
 from training.faults.interruption import stop
@@ -81,6 +81,10 @@ class CheckpointConfig:
         """The first step from this one on that is saved, however long the run is."""
         regular = -(-step // self.every_n_steps) * self.every_n_steps
         return min([regular, *(milestone for milestone in self.milestones if milestone >= step)])
+
+
+class NotSaved(RuntimeError):
+    """A run ends because its checkpoints cannot be written; the message says where, why and what to do."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -164,7 +168,7 @@ class RunCheckpoint(Checkpoint):
         optimizer state are not finite, the run is told to end instead, and nothing is removed.
 
         Raises:
-            RuntimeError: on all ranks, when too many saves in a row have failed, or the last one of a session.
+            NotSaved: on all ranks, when too many saves in a row have failed, or the last one of a session.
         """
         self.tried_step, began = trainer.global_step, time.perf_counter()
         if module.guard and module.guard.find_lost(trainer):
@@ -228,9 +232,12 @@ class RunCheckpoint(Checkpoint):
         say(f"warning: no checkpoint of step {named_step(folder)} ({count} in a row): {error}")
         if last or self.failed_saves >= self.config.max_failed_saves:
             newest = list_checkpoints(self.run_dir).newest
-            raise RuntimeError(
-                f"{folder} could not be written ({error}): make room or repair the disk, then continue with "
-                f"--resume auto; the newest complete checkpoint is {newest.path if newest else 'none'}"
+            parameters = cast(LanguageModule, trainer.lightning_module).model.initial.count()
+            mib = -(-SAVED_BYTES * parameters // 2**20)  # rounded up; of Muon's parameters it is less
+            raise NotSaved(
+                f"{folder} could not be written ({error}): make room (up to {mib:,} MiB for each checkpoint) or "
+                "repair the disk, then continue with --resume auto; the newest complete checkpoint is "
+                f"{newest.path if newest else 'none'}"
             ) from error
 
     def _completed(self, trainer: Trainer, began: float, metrics: Mapping[str, float] = {}) -> None:
