@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from common.command_line import CommandParser
-from common.errors import run_command
-from eval.common.calibrating import open_calibrating
-from eval.common.options import check_least, config_of
+from eval.common.calibrating import calibrating_parser, check_replaceable, open_calibrating, run_calibrating
+from eval.common.options import check_least
 from eval.common.windows import choose_windows
 from model.loading import model_fingerprint
 from model.policies.bsfa import BlockSparseFlash, ThresholdCollector, predicted_density
@@ -62,21 +61,13 @@ class CalibrationConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-
-    def work(given: list[str]) -> list[str]:
-        options = _parser().parse_args(given)
-        config = config_of(CalibrationConfig, options)
-        return calibrate(options.run, Path(options.data), Path(options.output), config)
-
-    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written, calibration starts anew")
+    lost = "nothing is written, calibration starts anew"
+    return run_calibrating(calibrate, CalibrationConfig, _parser(), arguments, lost)
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m eval.calibrate", description=__doc__)
-    parser.add_argument("run", type=str, help="run folder (newest complete checkpoint), checkpoint or export")
-    parser.add_argument("--data", type=str, required=True, help="prepared corpus with train and heldout splits")
-    parser.add_argument("--output", type=str, default="thresholds.safetensors", help="file of the thresholds")
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    output = {"default": "thresholds.safetensors", "help": "file of the thresholds"}
+    parser = calibrating_parser("calibrate", __doc__, "train and heldout splits", **output)
     default = CalibrationConfig().ks
     parser.add_argument("--ks", nargs="+", type=int, default=default, help="earlier blocks that are kept")
     parser.add_class_arguments(CalibrationConfig, skip={"ks"})
@@ -88,7 +79,8 @@ def calibrate(run: str, data: Path, output: Path, config: CalibrationConfig) -> 
 
     Raises: FileNotFoundError, ValueError: what cannot be calibrated, and the way out.
     """
-    opened = open_calibrating(run, data, output, read_thresholds, config.device, config.precision)
+    check_replaceable(output, read_thresholds)
+    opened = open_calibrating(run, data, config.device, config.precision)
     loaded = opened.loaded
     length = config.length or loaded.training_length
     collector = ThresholdCollector(config.ks, loaded.config.n_layers, config.estimator)

@@ -24,9 +24,14 @@ import torch
 from torch import Tensor
 
 from common.command_line import CommandParser
-from common.errors import run_command
-from eval.common.calibrating import Calibrating, open_calibrating
-from eval.common.options import check_least, config_of
+from eval.common.calibrating import (
+    Calibrating,
+    calibrating_parser,
+    check_replaceable,
+    open_calibrating,
+    run_calibrating,
+)
+from eval.common.options import check_least
 from model.loading import model_fingerprint
 from model.policies.head_patterns import (
     KINDS,
@@ -81,20 +86,13 @@ class SearchConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-
-    def work(given: list[str]) -> list[str]:
-        options = _parser().parse_args(given)
-        return search(options.run, Path(options.data), Path(options.output), config_of(SearchConfig, options))
-
-    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written, the search starts anew")
+    lost = "nothing is written, the search starts anew"
+    return run_calibrating(search, SearchConfig, _parser(), arguments, lost)
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m eval.search_patterns", description=__doc__)
-    parser.add_argument("run", type=str, help="run folder (newest complete checkpoint), checkpoint or export")
-    parser.add_argument("--data", type=str, required=True, help="prepared corpus with a train split")
-    parser.add_argument("--output", type=str, default="patterns.safetensors", help="file of the patterns")
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    output = {"default": "patterns.safetensors", "help": "file of the patterns"}
+    parser = calibrating_parser("search_patterns", __doc__, **output)
     parser.add_class_arguments(SearchConfig)
     return parser
 
@@ -104,7 +102,8 @@ def search(run: str, data: Path, output: Path, config: SearchConfig) -> list[str
 
     Raises: FileNotFoundError, ValueError: what cannot be searched, and the way out.
     """
-    opened = open_calibrating(run, data, output, read_patterns, config.device, config.precision)
+    check_replaceable(output, read_patterns)
+    opened = open_calibrating(run, data, config.device, config.precision)
     length = config.length or opened.loaded.training_length
     tried, network = candidates(config.density, length), opened.loaded.config
     alike = [HeadPatterns.everywhere(one, network.n_layers, network.n_heads) for one in tried]

@@ -21,24 +21,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.command_line import CommandParser
-from common.errors import UsageError, run_command
+from common.errors import UsageError
 from common.new_folder import check_new, written_aside
 from common.outputs import check_writable
-from data.store import TokenStore
 from data.tokenizer import load_tokenizer
-from eval.common.options import check_least, config_of
-from eval.common.scoring import Runtime
-from eval.common.subjects import Subject, check_tokenizer, choose_autocast, choose_device
+from eval.common.calibrating import calibrating_parser, open_calibrating, run_calibrating
+from eval.common.options import check_least
 from eval.common.windows import choose_windows
-from model.checkpoint import NETWORK, resolve_checkpoint
+from model.checkpoint import NETWORK, CheckpointInfo
 from model.config import AttentionConfig, ModelConfig
 from model.hub.run_folder import write_run
-from model.loading import load_model
 from model.softmax_to_entmax import LARGEST_FACTOR, SMALLEST_FACTOR, HeadFactors, find_factors, scaled_weights
 
 GIB = 2**30
@@ -75,20 +71,11 @@ class ConversionConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one "error:" line on stderr."""
-
-    def work(given: list[str]) -> list[str]:
-        options = _parser().parse_args(given)
-        return to_entmax(options.run, Path(options.data), Path(options.output), config_of(ConversionConfig, options))
-
-    return run_command(work, arguments, stopped="stopped by Ctrl-C: nothing is written")
+    return run_calibrating(to_entmax, ConversionConfig, _parser(), arguments, "nothing is written")
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m eval.to_entmax", description=__doc__)
-    parser.add_argument("run", type=str, help="softmax run folder (newest complete checkpoint), checkpoint or export")
-    parser.add_argument("--data", type=str, required=True, help="prepared corpus with a train split")
-    parser.add_argument("--output", type=str, required=True, help="a new run folder")
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser = calibrating_parser("to_entmax", __doc__, required=True, help="a new run folder")
     parser.add_class_arguments(ConversionConfig)
     return parser
 
@@ -98,38 +85,33 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
 
     Raises FileNotFoundError, ValueError: what cannot be converted, and the way out.
     """
-    device, found = choose_device(config.device), resolve_checkpoint(run)
-    check_new(output, "--output", outside=[found.belongings, data])
-    check_writable(output.resolve().parent)
-    kind = found.architecture.attention.kind
-    if kind != "softmax":
-        raise UsageError(f"{run} has attention {kind}: expected a softmax model")
-    attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)
-    subject = Subject(found.path.name, found)
-    store = TokenStore(data / "train", verify="size")
-    check_tokenizer(subject, data, store)
-    loaded = load_model(found.path, device)
+
+    def check(found: CheckpointInfo) -> None:
+        check_new(output, "--output", outside=[found.belongings, data])
+        check_writable(output.resolve().parent)
+        if (kind := found.architecture.attention.kind) != "softmax":
+            raise UsageError(f"{run} has attention {kind}: expected a softmax model")
+
+    opened = open_calibrating(run, data, config.device, config.precision, check)
+    loaded, store = opened.loaded, opened.store("train")
     length = config.length or min(loaded.training_length, 2048)
     if length > loaded.training_length:
         raise UsageError(f"length is {length}: expected at most the training length, {loaded.training_length} tokens")
     windows = choose_windows(store, length, config.samples, config.seed)
     if not windows:
         raise UsageError(f"{data}/train has no document of {length} tokens: pass a smaller --length")
-    _check_memory(loaded.config, len(windows), length, device)
-    tokens = np.stack([store.document(number)[start : start + length] for number, start in windows])
-    if (most := int(tokens.max())) >= loaded.config.vocab_size:
-        raise UsageError(f"{data}/train has token {most} of {loaded.config.vocab_size}: {store.way_out}")
-    runtime = Runtime(device, choose_autocast(config.precision, subject, device), length)
-    on_device = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    _check_memory(loaded.config, len(windows), length, opened.device)
+    tokens, precision = opened.tokens(store, windows, length), opened.runtime(length).precision()
     with tqdm(total=loaded.config.n_layers, desc="factors, by layer", leave=False) as bar:
-        layers = find_factors(loaded.model, on_device, config.alpha, runtime.precision(), bar.update)
+        layers = find_factors(loaded.model, tokens, config.alpha, precision, bar.update)
+    attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)
     network = replace(loaded.config, attention=attention)
     weights = scaled_weights(loaded.model, network, [layer.factor for layer in layers])
     tokenizer = load_tokenizer(store.tokenizer_path)
     with written_aside(output, "--output") as aside:
         write_run(
             aside, output, network, weights, tokenizer,
-            length=loaded.training_length, source=f"{found.path}, softmax as alpha-entmax",
+            length=loaded.training_length, source=f"{opened.checkpoint}, softmax as alpha-entmax",
         )  # fmt: skip
     return [*table(layers), *bounded(layers),
             f"{output}: alpha {config.alpha}, {len(windows)} windows of {length:,} tokens",

@@ -4,12 +4,15 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+import eval.calibrate
 import eval.run
+import eval.search_patterns
 import eval.to_entmax
 from eval.to_entmax import bounded
 from kernels import entmax_attention
@@ -184,10 +187,16 @@ def test_refusals(
     assert not (tmp_path / "new").exists()
 
 
-def test_damaged_tokens(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [eval.to_entmax, eval.search_patterns, eval.calibrate])
+def test_damaged_tokens(
+    command: Any, tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     softmax = make_run(tmp_path / "softmax", "softmax")
     shutil.copytree(corpus, tmp_path / "damaged")
     for shard in (tmp_path / "damaged" / "train").glob("*.bin"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
-    given = (softmax, "--data", tmp_path / "damaged", "--output", tmp_path / "new", "--length", 64)
-    assert "has token 65535 of" in failing_line(capsys, eval.to_entmax.main, *given)
+    given = (softmax, "--data", tmp_path / "damaged", "--output", tmp_path / "new", "--length", 128, "--samples", 1)
+    assert command.main([str(one) for one in given]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # behind a progress bar
+    assert "error: " in last and "train has token 65535 of" in last
+    assert not (tmp_path / "new").exists()
