@@ -112,8 +112,11 @@ CASES = [
     Case("no base length", run("--base_length", "0"), ["base_length is 0: expected at least 8"]),
     Case("a base length beyond all text", run("--base_length", "1" + "0" * 15), ["the longest document has"]),
     Case("a context too short for a needle", run("--base_length", "16"), ["16 tokens cannot hold a needle"]),
-    Case("a text for a whole number or null", run("--dual_chunk", "abc"),
-         ["dual_chunk", ": Expected int or null. Got value: abc (--help"]),
+    Case(
+        "a text for a whole number or null",
+        run("--dual_chunk", "abc"),
+        ["dual_chunk", ": Expected int or null. Got value: abc (--help"],
+    ),
     Case("one document", run("--max_documents", "1"), ["max_documents is 1: expected at least 2"]),
     Case("needles beyond all names", run("--needle_count", "33"), ["needle_count is 33: expected at most 32"]),
     Case("digits without end", run("--needle_digits", "1000000000"), ["needle_digits is 1000000000: expected at most"]),
