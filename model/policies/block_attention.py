@@ -11,7 +11,8 @@ from kernels.block_sparse.attention import FLOAT32_HEAD_DIM, block_sparse_softma
 from kernels.block_sparse.reference import KEY_BLOCK, QUERY_BLOCKS, grid_of_blocks
 from kernels.common.visibility import TILE
 from model.config import ModelConfig
-from model.policies.policy import Attended, BlockSelection, SequenceView, SparsePolicy, masked_attention
+from model.policies.policy import Attended, SequenceView, SparsePolicy, masked_attention
+from model.policies.selection import BlockSelection
 
 COUNTS_AT_ONCE = 2**24  # 128 MiB of int64
 

@@ -14,7 +14,8 @@ from kernels.block_sparse.reference import diagonal_blocks, kept_blocks, query_b
 from model.config import ModelConfig
 from model.loading import model_fingerprint
 from model.policies.block_attention import block_attention, count_kept
-from model.policies.policy import Attended, Phase, PolicyRecord, Selection, SequenceView, SparsePolicy, use_policy
+from model.policies.policy import Attended, Phase, PolicyRecord, SequenceView, SparsePolicy, use_policy
+from model.policies.selection import Selection
 from model.policies.thresholds import Estimator, read_thresholds
 from model.transformer import Transformer
 

@@ -8,15 +8,8 @@ from torch import Tensor
 
 from kernels.common.stats import count_live_tiles
 from model.policies.blocks import check_least, check_share, top_share
-from model.policies.policy import (
-    Attended,
-    Phase,
-    Selection,
-    SequenceView,
-    SparsePolicy,
-    TokenSelection,
-    weigh,
-)
+from model.policies.policy import Attended, Phase, SequenceView, SparsePolicy, weigh
+from model.policies.selection import Selection, TokenSelection
 
 DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.policies.blocks import check_least
-from model.policies.policy import Attended, Selection, SequenceView, SparsePolicy, TokenSelection, masked_attention
+from model.policies.policy import Attended, SequenceView, SparsePolicy, masked_attention
+from model.policies.selection import Selection, TokenSelection
 from model.policies.window import refuse_dynamic
 from model.rotary import turned
 

@@ -18,7 +18,8 @@ from model.policies.blocks import (
     top_count,
     top_share,
 )
-from model.policies.policy import BlockSelection, Phase, SequenceView
+from model.policies.policy import Phase, SequenceView
+from model.policies.selection import BlockSelection
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.policies.blocks import check_least, top_count
 from model.policies.eviction import Budgets, EvictingPolicy, check_whole_prompt, of_query_heads
-from model.policies.policy import Selection, SequenceView, TokenSelection
+from model.policies.policy import SequenceView
+from model.policies.selection import Selection, TokenSelection
 
 
 @dataclass(frozen=True)

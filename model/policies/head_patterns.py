@@ -14,7 +14,8 @@ from model.loading import model_fingerprint
 from model.policies.blocks import mean_scores, own_blocks, top_count
 from model.policies.calibrated_files import read_calibrated, save_calibrated
 from model.policies.minference import chosen_lines
-from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+from model.policies.policy import Phase, SequenceView, SparsePolicy
+from model.policies.selection import BlockSelection, Selection
 from model.policies.window import NearKeys
 from model.transformer import Transformer
 

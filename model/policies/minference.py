@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, last_weights, line_weights, mean_scores, own_blocks, top_count
-from model.policies.policy import BlockSelection, Phase, Selection, SequenceView, SparsePolicy
+from model.policies.policy import Phase, SequenceView, SparsePolicy
+from model.policies.selection import BlockSelection, Selection
 
 SURE_LINES = 30  # first keys and nearest diagonals, which the authors' code always takes
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.policies.blocks import check_least
-from model.policies.policy import Selection, SequenceView, SparsePolicy
+from model.policies.policy import SequenceView, SparsePolicy
+from model.policies.selection import Selection
 from model.policies.window import places
 
 

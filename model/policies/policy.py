@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from model.attention import AttentionMetadata
 from model.config import ModelConfig
 from model.kv_cache import Extension
 from model.override import override_attention
+from model.policies.selection import Selection
 from model.rotary import rotary_frequencies
 from model.transformer import Transformer
 
@@ -85,40 +86,6 @@ class SequenceView:
     def _distance(self, rows: slice, n_keys: int, device: torch.device) -> Tensor:
         query = torch.arange(rows.start, rows.stop, device=device) + self.query_start
         return query[:, None] - torch.arange(n_keys, device=device)
-
-
-class Selection(Protocol):
-    """Which keys are kept. It need not mind causality and windows: the attention over it does."""
-
-    def mask(self, rows: slice, n_keys: int) -> Tensor:
-        """Bool (H or 1, rows, n_keys) or less where that broadcasts: of queries `rows` (of this forward pass) and the
-        first n_keys keys. rows.start is a multiple of TILE."""
-        ...
-
-
-@dataclass(frozen=True)
-class BlockSelection:
-    """Whole blocks. blocks: bool (H or 1, query blocks, key blocks), counted from query 0 and key 0 of the view."""
-
-    blocks: Tensor
-    query_block: int
-    key_block: int
-
-    def mask(self, rows: slice, n_keys: int) -> Tensor:
-        device = self.blocks.device
-        query = torch.arange(rows.start, rows.stop, device=device) // self.query_block
-        key = torch.arange(n_keys, device=device) // self.key_block
-        return self.blocks[:, query][:, :, key]
-
-
-@dataclass(frozen=True)
-class TokenSelection:
-    """Single keys. keys: bool (H or 1, Tq or 1, Tk): for few queries, or the same for all."""
-
-    keys: Tensor
-
-    def mask(self, rows: slice, n_keys: int) -> Tensor:
-        return (self.keys if self.keys.shape[1] == 1 else self.keys[:, rows])[..., :n_keys]
 
 
 @dataclass(frozen=True)

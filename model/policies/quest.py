@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import block_edges, check_least, top_count
-from model.policies.policy import BlockSelection, Phase, SequenceView
+from model.policies.policy import Phase, SequenceView
+from model.policies.selection import BlockSelection
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from kernels.common.visibility import TILE
 from model.config import ModelConfig
 from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, check_share, in_blocks, mean_scores, own_blocks, top_share
-from model.policies.policy import Attended, BlockSelection, Phase, SequenceView, masked_attention
+from model.policies.policy import Attended, Phase, SequenceView, masked_attention
+from model.policies.selection import BlockSelection
 
 
 @dataclass(frozen=True)

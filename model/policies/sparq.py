@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 
 from model.policies.blocks import check_least, top_count
-from model.policies.policy import (
-    Attended,
-    Phase,
-    Selection,
-    SequenceView,
-    SparsePolicy,
-    TokenSelection,
-    masked_attention,
-)
+from model.policies.policy import Attended, Phase, SequenceView, SparsePolicy, masked_attention
+from model.policies.selection import Selection, TokenSelection
 
 
 @dataclass(frozen=True)

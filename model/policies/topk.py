@@ -10,7 +10,8 @@ from kernels.common.visibility import TILE
 from model.config import ModelConfig
 from model.policies.block_attention import BlockPolicy
 from model.policies.blocks import check_least, own_blocks, top_count
-from model.policies.policy import BlockSelection, SequenceView
+from model.policies.policy import SequenceView
+from model.policies.selection import BlockSelection
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.policies.blocks import check_least, check_share, top_share
-from model.policies.policy import (
-    Phase,
-    Selection,
-    SequenceView,
-    SparsePolicy,
-    TokenSelection,
-)
+from model.policies.policy import Phase, SequenceView, SparsePolicy
+from model.policies.selection import Selection, TokenSelection
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.policies.blocks import check_least, check_share, top_count
-from model.policies.policy import (
-    Attended,
-    Phase,
-    Selection,
-    SequenceView,
-    SparsePolicy,
-    TokenSelection,
-    masked_attention,
-)
+from model.policies.policy import Attended, Phase, SequenceView, SparsePolicy, masked_attention
+from model.policies.selection import Selection, TokenSelection
 from model.policies.twilight import check_selector
 from model.policies.window import NearKeys
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.policies.policy import Selection, SequenceView, SparsePolicy
+from model.policies.policy import SequenceView, SparsePolicy
+from model.policies.selection import Selection
 
 
 def places(view: SequenceView, rows: slice, n_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:

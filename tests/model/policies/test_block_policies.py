@@ -19,8 +19,9 @@ from model.policies.block_attention import BlockPolicy, count_kept, kernel_block
 from model.policies.families import FAMILIES, policy_at
 from model.policies.flexprefill import FlexPrefill
 from model.policies.minference import BlockSparse
-from model.policies.policy import Attended, BlockSelection, SequenceView, masked_attention, use_policy
+from model.policies.policy import Attended, SequenceView, masked_attention, use_policy
 from model.policies.quest import Quest
+from model.policies.selection import BlockSelection
 from model.policies.sparge import SpargeAttention
 from model.policies.topk import OracleTopK
 from tests.kernels.helpers import DEVICE, EPS, needs_triton

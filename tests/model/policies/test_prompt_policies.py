@@ -17,8 +17,9 @@ from model.policies.flexprefill import FlexPrefill, js_distance
 from model.policies.lm_infinite import LMInfinite
 from model.policies.minference import BlockSparse, Lines, VerticalSlash
 from model.policies.patterns import Fixed
-from model.policies.policy import Attended, SequenceView, SparsePolicy, TokenSelection, masked_attention, use_policy
+from model.policies.policy import Attended, SequenceView, SparsePolicy, masked_attention, use_policy
 from model.policies.quest import Quest
+from model.policies.selection import TokenSelection
 from model.policies.snapkv import SnapKV
 from model.policies.sparge import SpargeAttention, cosine_similarity
 from model.policies.topk import OracleTopK
