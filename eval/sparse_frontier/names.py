@@ -7,7 +7,7 @@ NAMES = {
     "oracle": "oracle blocks", "vertical_slash": "Vertical-Slash", "block_sparse": "Block-Sparse",
     "flexprefill": "FlexPrefill", "sparge": "SpargeAttention", "quest": "Quest", "sparq": "SparQ",
     "twilight": "Twilight", "vattention": "vAttention", "snapkv": "SnapKV", "pyramidkv": "PyramidKV",
-    "ada_snapkv": "Ada-SnapKV", "h2o": "H2O", "double_p": "Double-P", "bsfa": "BSFA",
+    "ada_snapkv": "Ada-SnapKV", "h2o": "H2O", "double_p": "Double-P", "sketch_walk": "Sketch-and-Walk", "bsfa": "BSFA",
     "minference": "MInference",
 }  # fmt: skip
 

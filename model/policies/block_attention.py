@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,15 +33,20 @@ class BlockPolicy(SparsePolicy):
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection: ...
 
+    def choose(self, q: Tensor, k: Tensor, view: SequenceView) -> tuple[BlockSelection, Tensor | int]:
+        return self.select(q, k, view), 0
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
-        selection = self.select(q, k, view)
+        selection, estimated = self.choose(q, k, view)
         found = None
         if view.window is None and runs_on_triton(q[None]):
             found = kernel_blocks(selection, q.shape[1], k.shape[1])
         if found is None:
-            return masked_attention(q, k, v, view, selection)
-        blocks, query_block = found
-        return block_attention(q, k, v, view, query_block, backend="triton", blocks=blocks)
+            attended = masked_attention(q, k, v, view, selection)
+        else:
+            blocks, query_block = found
+            attended = block_attention(q, k, v, view, query_block, backend="triton", blocks=blocks)
+        return replace(attended, estimated=estimated)
 
     def faster(self, device: torch.device, config: ModelConfig) -> bool:
         takes = config.window is None and config.head_size <= FLOAT32_HEAD_DIM
@@ -59,19 +65,22 @@ def kernel_blocks(selection: BlockSelection, n_queries: int, n_keys: int) -> tup
     """The selection as `block_sparse_softmax_attention` takes it: blocks (1, H or 1, query blocks, key blocks) and
     query_block. None where they are not those of its grid.
 
-    Blocks of a policy count from its first query, the kernel's from position 0: chunks of a prompt fit where they start
-    at a multiple of 64, a single block of queries anywhere.
+    Most policies' blocks count from their first query, the kernel's from position 0: chunks of a prompt fit where they
+    start at a multiple of 64, a single block of queries anywhere.
     """
     query_block, key_block = selection.query_block, selection.key_block
-    blocks, query_start = selection.blocks, n_keys - n_queries
-    size = query_block_of((query_block, key_block), query_start)
-    if n_queries <= query_block and key_block % KEY_BLOCK == 0:
-        size = query_block = min(QUERY_BLOCKS)
+    blocks, offset, query_start = selection.blocks, selection.query_offset, n_keys - n_queries
+    if selection.key_offset:
+        return None
+    size = query_block_of((query_block, key_block), query_start - offset)
+    if blocks.shape[1] == 1 and key_block % KEY_BLOCK == 0:
+        size, offset = min(QUERY_BLOCKS), 0
+        query_block = size
         blocks = blocks.expand(-1, grid_of_blocks(n_queries, n_keys, size)[0], -1)
     if size is None:
         return None
     n_rows, n_columns = grid_of_blocks(n_queries, n_keys, size)
-    rows = blocks.repeat_interleave(query_block // size, 1)[:, :n_rows]
+    rows = blocks.repeat_interleave(query_block // size, 1)[:, offset // size :][:, :n_rows]
     return rows.repeat_interleave(key_block // KEY_BLOCK, 2)[None, :, :, :n_columns], size
 
 

@@ -47,14 +47,21 @@ def own_blocks(view: SequenceView, sizes: tuple[int, int], lengths: tuple[int, i
 def mean_scores(q: Tensor, k: Tensor, view: SequenceView, sizes: tuple[int, int]) -> Tensor:
     """Scores of the blocks' mean queries and mean keys with the bias at their mean distance (0 on the diagonal),
     float32 (H, query blocks, key blocks); -inf where not visible."""
-    lengths = (q.shape[1], k.shape[1])
     mean_q, mean_k = (block_means(x, size) for x, size in zip((q, k), sizes, strict=True))
-    scores = (mean_q.unflatten(0, (len(k), -1)) @ mean_k[:, None].transpose(-1, -2)).flatten(0, 1) * view.scale
+    return scores_of_means(mean_q, mean_k, view, sizes, (q.shape[1], k.shape[1]))
+
+
+def scores_of_means(
+    mean_q: Tensor, mean_k: Tensor, view: SequenceView, sizes: tuple[int, int], lengths: tuple[int, int]
+) -> Tensor:
+    """As mean_scores. mean_q: float32 (H, query blocks, D), mean_k: float32 (G, key blocks, D)."""
+    device = mean_q.device
+    scores = (mean_q.unflatten(0, (len(mean_k), -1)) @ mean_k[:, None].transpose(-1, -2)).flatten(0, 1) * view.scale
     if view.alibi_slopes is not None:
-        (first, last), (start, end) = (block_edges(n, size, q.device) for n, size in zip(lengths, sizes, strict=True))
+        (first, last), (start, end) = (block_edges(n, size, device) for n, size in zip(lengths, sizes, strict=True))
         distance = ((first + last) / 2 + view.query_start)[:, None] - (start + end) / 2
         scores -= view.alibi_slopes[:, None, None] * distance.clamp(min=0)
-    return scores.masked_fill_(~visible_blocks(view, sizes, lengths, q.device), -torch.inf)
+    return scores.masked_fill_(~visible_blocks(view, sizes, lengths, device), -torch.inf)
 
 
 def top_share(p: Tensor, share: float) -> Tensor:

@@ -12,6 +12,7 @@ from model.policies.minference import BlockSparse, VerticalSlash
 from model.policies.patterns import Fixed, Longformer, Strided
 from model.policies.policy import SparsePolicy
 from model.policies.quest import Quest
+from model.policies.sketch_walk import SketchWalk
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
 from model.policies.sparq import SparQ
@@ -76,6 +77,13 @@ def _vattention(level: float, n_keys: int) -> SparsePolicy:
     return VAttention(_quest(level, n_keys), 0.1 / level**0.5, 0.1, sinks=sure, local=sure, rate=level / 10)
 
 
+def _sketch_walk(level: float, n_keys: int) -> SparsePolicy:
+    """At a level of 0.2 the paper's window and first keys, and a quantile that makes it a density of 0.2."""
+    window, sinks = level / 4, level / 8
+    top = (level - window - sinks) / (1 - window - sinks) if level < 1 else 1.0
+    return SketchWalk(top, window, sinks, _block(n_keys), dense_layers=0)
+
+
 # (level, keys of the text) -> the policy whose density rises with the level in (0, 1], dense at 1
 FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "window": lambda level, n: SlidingWindow(_part(level, n)),
@@ -97,6 +105,7 @@ FAMILIES: dict[str, Callable[[float, int], SparsePolicy]] = {
     "pyramidkv": lambda level, n: PyramidKV(_part(level, n), observed=min(8, _block(n))),
     "ada_snapkv": lambda level, n: AdaSnapKV(_part(level, n), observed=min(32, _block(n))),
     "h2o": lambda level, n: H2O(_part(level / 2, n), _part(level / 2, n)),
+    "sketch_walk": _sketch_walk,
     "double_p": lambda level, n: DoubleP(level**0.1, level),
 }
 

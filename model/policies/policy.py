@@ -48,6 +48,7 @@ class SequenceView:
     memory: what the policy keeps of this row and layer from one forward pass to the next; empty where a sequence
         starts. Only sequences in a cache go on.
     frequencies: model.rotary's angle per token of each pair of channels, float32 (D / 2,); None without rotation.
+    below: the memory of the layer below for the same sequence, as this forward pass has left it; empty in the first.
     """
 
     layer: int
@@ -60,6 +61,7 @@ class SequenceView:
     alibi_slopes: Tensor | None
     memory: dict[str, Any]
     frequencies: Tensor | None = None
+    below: dict[str, Any] = field(default_factory=dict)
 
     def visible(self, rows: slice, n_keys: int, device: torch.device) -> Tensor:
         """Bool (rows, n_keys): which of the first n_keys keys queries rows.start ... rows.stop - 1 may see."""
@@ -245,18 +247,31 @@ def use_policy(
     policy.check(config)
     record = PolicyRecord(config.n_layers, config.n_heads)
     active = policy.phases & (phases or PHASES)
-    with override_attention(model, [_LayerPolicy(policy, i, config, active, record) for i in range(config.n_layers)]):
+    layers: list[_LayerPolicy] = []
+    for i in range(config.n_layers):
+        layers.append(_LayerPolicy(policy, i, config, active, record, layers[-1].memories if layers else {}))
+    with override_attention(model, layers):
         yield record
 
 
 class _LayerPolicy:
-    """A policy in one layer, over the sequences of each forward pass. memories: of each row of the cache."""
+    """A policy in one layer, over the sequences of each forward pass.
+
+    memories: of each sequence, which are a cache's rows or a forward pass's documents. below: those of the layer below.
+    """
 
     def __init__(
-        self, policy: SparsePolicy, layer: int, config: ModelConfig, phases: AbstractSet[Phase], record: PolicyRecord
+        self,
+        policy: SparsePolicy,
+        layer: int,
+        config: ModelConfig,
+        phases: AbstractSet[Phase],
+        record: PolicyRecord,
+        below: dict[int, dict[str, Any]],
     ) -> None:
         self.policy, self.layer, self.config, self.phases, self.record = policy, layer, config, phases, record
         self.memories: dict[int, dict[str, Any]] = {}
+        self.below = below
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -273,10 +288,12 @@ class _LayerPolicy:
         decoding = extension is not None and q.shape[2] == 1
         phase: Phase = "decode" if decoding else "prefill"
         out = torch.empty_like(q)
+        if extension is None:
+            self.memories.clear()  # nothing goes on
         with torch.autocast(q.device.type, enabled=False):  # it would turn the float32 of selection into bfloat16
-            for row, queries, keys in sequences(q, k, metadata.cu_seqlens, extension):
+            for place, (row, queries, keys) in enumerate(sequences(q, k, metadata.cu_seqlens, extension)):
                 one = (q[row, :, queries], k[row, :, keys], v[row, :, keys])
-                view = self._view(row, decoding, one[0], one[1], metadata.alibi_slopes, extension)
+                view = self._view(place, decoding, one[0], one[1], metadata.alibi_slopes, extension)
                 if phase in self.phases:
                     attended = self.policy.attend(*one, view)
                     out[row, :, queries] = attended.out
@@ -286,20 +303,20 @@ class _LayerPolicy:
         return out if phase in self.phases else None
 
     def _view(
-        self, row: int, decoding: bool, q: Tensor, k: Tensor, slopes: Tensor | None, extension: Extension | None
+        self, place: int, decoding: bool, q: Tensor, k: Tensor, slopes: Tensor | None, extension: Extension | None
     ) -> SequenceView:
         query_start = k.shape[1] - q.shape[1]
         key_start = 0 if extension is None else extension.keys.start
-        if extension is None or query_start + key_start == 0:
-            self.memories[row] = {}
-        memory = self.memories.setdefault(row, {})
+        if query_start + key_start == 0:
+            self.memories[place] = {}
+        memory, below = self.memories.setdefault(place, {}), self.below.get(place, {})
         scale, n_layers, window = q.shape[-1] ** -0.5, self.config.n_layers, self.config.window
         frequencies = None
         if self.config.positions == "rope" and self.layer not in self.config.nope_layers:
             last = torch.tensor(key_start + k.shape[1] - 1, device=k.device)
             frequencies = rotary_frequencies(self.config, last)
         facts = (self.layer, n_layers, decoding, query_start, key_start, scale, window, slopes, memory, frequencies)
-        return SequenceView(*facts)
+        return SequenceView(*facts, below)
 
 
 def sequences(

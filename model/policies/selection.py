@@ -18,16 +18,19 @@ class Selection(Protocol):
 
 @dataclass(frozen=True)
 class BlockSelection:
-    """Whole blocks. blocks: bool (H or 1, query blocks, key blocks), counted from query 0 and key 0 of the view."""
+    """Whole blocks. blocks: bool (H or 1, query blocks, key blocks), counted from query 0 and key 0 of the view, which
+    stand at query_offset and key_offset of their first blocks."""
 
     blocks: Tensor
     query_block: int
     key_block: int
+    query_offset: int = 0
+    key_offset: int = 0
 
     def mask(self, rows: slice, n_keys: int) -> Tensor:
         device = self.blocks.device
-        query = torch.arange(rows.start, rows.stop, device=device) // self.query_block
-        key = torch.arange(n_keys, device=device) // self.key_block
+        query = (torch.arange(rows.start, rows.stop, device=device) + self.query_offset) // self.query_block
+        key = (torch.arange(n_keys, device=device) + self.key_offset) // self.key_block
         return self.blocks[:, query][:, :, key]
 
 

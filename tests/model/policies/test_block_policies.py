@@ -159,18 +159,18 @@ def test_the_cpu_and_float64_are_masked(monkeypatch: pytest.MonkeyPatch) -> None
 @given(
     start=st.sampled_from([0, 64, 128, 192, 320]) | st.integers(0, 300), n_queries=st.integers(1, 300),
     query_block=st.sampled_from([1, 16, 64, 128, 192, 256]), key_block=st.sampled_from([16, 64, 128, 192]),
-    heads=st.sampled_from([1, 3]), seed=st.integers(0, 99),
+    heads=st.sampled_from([1, 3]), seed=st.integers(0, 99), by_position=st.booleans(),
 )  # fmt: skip
 def test_blocks_of_the_kernel_are_those_of_the_selection(
-    start: int, n_queries: int, query_block: int, key_block: int, heads: int, seed: int
+    start: int, n_queries: int, query_block: int, key_block: int, heads: int, seed: int, by_position: bool
 ) -> None:
     """Or None, where its grid cuts them. And what they keep counts as in masked_attention."""
-    n_keys = start + n_queries
-    grid = (heads, -(-n_queries // query_block), -(-n_keys // key_block))
+    n_keys, offset = start + n_queries, start % query_block if by_position else 0
+    grid = (heads, -(-(n_queries + offset) // query_block), -(-n_keys // key_block))
     blocks = torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < 0.4
-    selection = BlockSelection(blocks, query_block, key_block)
+    selection = BlockSelection(blocks, query_block, key_block, query_offset=offset)
     found = kernel_blocks(selection, n_queries, n_keys)
-    fits = key_block % 64 == 0 and (n_queries <= query_block or (query_block % 64 == 0 and start % 64 == 0))
+    fits = key_block % 64 == 0 and (grid[1] == 1 or (query_block % 64 == 0 and (start - offset) % 64 == 0))
     assert (found is not None) == fits
     if found is None:
         return
@@ -210,7 +210,7 @@ def test_whose_time_says_something() -> None:
     """Of the comparison those that the kernel takes and whose selection is cheaper than attention."""
     cuda, config = torch.device("cuda"), tiny("softmax", "nape")
     faster = {name for name in FAMILIES if policy_at(name, 0.5, 4096).faster(cuda, config)}
-    assert faster == {"block_sparse", "flexprefill"}
+    assert faster == {"block_sparse", "flexprefill", "sketch_walk"}
     for name in faster:
         policy = policy_at(name, 0.5, 4096)
         assert not policy.faster(torch.device("cpu"), config)

@@ -4,6 +4,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from model.policies.minference import BlockSparse, VerticalSlash
 from model.policies.patterns import Fixed, Longformer, Strided
 from model.policies.policy import Attended, SequenceView, SparsePolicy, use_policy
 from model.policies.quest import Quest
+from model.policies.selection import Selection
+from model.policies.sketch_walk import SketchWalk
 from model.policies.snapkv import AdaSnapKV, PyramidKV, SnapKV
 from model.policies.sparge import SpargeAttention
 from model.policies.sparq import SparQ
@@ -41,7 +44,7 @@ SET_DENSE: list[SparsePolicy] = [
     DoubleP(1.0, 1.0), SpargeAttention(1.0), SparQ(LONG), Twilight(Quest(LONG), 1.0),
     VAttention(Quest(1, 4, dense_layers=0), sinks=1, local=2, rate=1.0),
     Strided(LONG), Fixed(LONG, 1), LMInfinite(128), Longformer(LONG, LONG, gap=1),
-    HeadPatterns.everywhere(Candidate(1, (1, LONG)), 2, 4),
+    HeadPatterns.everywhere(Candidate(1, (1, LONG)), 2, 4), SketchWalk(1.0), SketchWalk(dense_layers=2),
 ]  # fmt: skip
 SET_SPARSE: list[SparsePolicy] = [
     SlidingWindow(9), StreamingLLM(4, 9), OracleTopK(2, 16), Quest(2, 4, dense_layers=0), VerticalSlash(5, 6, 9),
@@ -52,6 +55,7 @@ SET_SPARSE: list[SparsePolicy] = [
     Strided(9), Fixed(12, 3), LMInfinite(9, 4), Longformer(5, 12, 1, 3),
     HeadPatterns("mixed", torch.tensor([[0, 1, 2, 1]]).expand(2, 4), torch.tensor([[3, 9], [33, 8], [1, 0], [5, 31]])
                  .expand(2, 4, 2)),
+    SketchWalk(0.3, 0.1, 0.05, block=8, channels=4, observed=5, dense_layers=0),
 ]  # fmt: skip
 DENSE = [*SET_DENSE, *(policy_at(name, 1.0, 128) for name in FAMILIES)]
 SPARSE = [*SET_SPARSE, *(policy_at(name, 0.2, 128) for name in FAMILIES)]
@@ -172,7 +176,7 @@ def test_attention_is_causal_and_within_the_window(policy: SparsePolicy, data: s
 
     def attend(v: Tensor) -> Attended:
         view = view_of(n_queries, n_keys, slopes, window)
-        if before and "prefill" not in policy.phases:
+        if before and policy.remembers:
             policy.observe(prompt, k[:, :before], replace(view, decoding=False, query_start=0))
         return policy.attend(q, k, v, view)
 
@@ -189,6 +193,28 @@ def test_attention_is_causal_and_within_the_window(policy: SparsePolicy, data: s
         assert ((ones > 0) & (ones < 1 + 1e-5)).all()
     else:
         torch.testing.assert_close(ones, torch.ones_like(ones), atol=1e-5, rtol=0)
+
+
+def test_views_have_the_memory_of_the_layer_below() -> None:
+    """Of the same sequence: a document of this forward pass, or a row of the cache."""
+    seen: list[tuple[int, Any, int]] = []
+
+    class Watching(SlidingWindow):
+        def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
+            seen.append((view.layer, view.below.get("keys"), k.shape[1]))
+            view.memory["keys"] = k.shape[1]
+            return super().select(q, k, view)
+
+    model = make(tiny("softmax", n_layers=3))
+    with use_policy(model, Watching(9)), torch.no_grad():
+        model(tokens(), DOCUMENTS)
+        cache = make_cache(model, 2, 40)
+        prefill(model, [tokens(30)[0].tolist(), tokens(20)[0].tolist()], cache, 64)
+        extend(model, tokens(2).view(2, 1), cache)
+    lengths = [30, 1, 69, 28, 30, 30, 31, 21]  # the prompts of a cache are padded while they are read
+    by_layer = [[one for one in seen if one[0] == layer] for layer in range(3)]
+    assert [one[1:] for one in by_layer[0]] == [(None, n) for n in lengths]
+    assert [one[1:] for one in by_layer[1]] == [one[1:] for one in by_layer[2]] == [(n, n) for n in lengths]
 
 
 def test_density_counts_pairs_and_tiles() -> None:
