@@ -200,6 +200,7 @@ def test_sketches_are_right_on_average() -> None:
     assert full.shape == (12, 16) and sketch_of(12, 4, "0", x.device).shape == (12, 4)
     torch.testing.assert_close(full @ full.T, torch.eye(12), atol=1e-6, rtol=0)
     torch.testing.assert_close(full.abs(), torch.full((12, 16), 0.25))
+    assert not (full > 0).all(0).any()  # the constant channel has random signs too
     assert not torch.equal(full, sketch_of(12, 99, "1", x.device))
 
 
