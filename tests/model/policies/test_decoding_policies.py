@@ -16,6 +16,8 @@ from model.policies.h2o import H2O
 from model.policies.policy import SparsePolicy, use_policy
 from model.policies.quest import Quest
 from model.policies.snapkv import SnapKV
+from model.policies.twilight import Twilight
+from model.policies.vattention import VAttention
 from tests.model.policies.policy_inputs import SLOPES, draw, mask_of, view_of, weights_of
 from tests.model.test_transformer import make, tiny, tokens
 
@@ -43,6 +45,40 @@ def test_quest_bounds_hold_and_choose_the_pages(seed: int, n_keys: int, alibi: b
     bounds[:, -1] = torch.inf
     assert kept[:, -1].all() and (kept.sum(1) == min(3, kept.shape[1])).all()
     assert (bounds.masked_fill(~kept, -torch.inf).amax(1) >= bounds.masked_fill(kept, -torch.inf).amax(1)).all()
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_pages_of_quest_lie_where_the_text_has_them(cut: int) -> None:
+    """Under a sliding window other rows decide from which key on the cache is passed: it changes nothing of a row."""
+    q, k, _ = draw(1, 40, 2)
+    policy, view = Quest(3, 8, dense_layers=0), view_of(1, 40, SLOPES, window=31)
+    later = replace(view, query_start=39 - cut, key_start=cut)
+    found, whole = mask_of(policy, q, k[:, cut:], later)[:, 0], mask_of(policy, q, k, view)[:, 0]
+    assert torch.equal(found, whole[:, cut:]) and not whole[:, :cut].any()
+    bounds = policy.bounds(q, k[:, cut:], later)
+    torch.testing.assert_close(bounds, policy.bounds(q, k, view)[:, cut // 8 :])
+    assert whole.sum(1).max() < 31
+
+
+@pytest.mark.parametrize("policy", [
+    Quest(2, 8, dense_layers=0), Twilight(Quest(2, 8, dense_layers=0), 0.8, dense_layers=0),
+    VAttention(Quest(2, 8, dense_layers=0), 0.7, 0.3, sinks=1, local=1),
+], ids=lambda policy: policy.name)  # fmt: skip
+def test_a_row_is_decoded_as_it_is_alone(policy: SparsePolicy) -> None:
+    """Beside rows of other lengths, which move the start of what a window leaves of the cache."""
+    model = make(tiny("softmax", "nape", window=21))
+    prompts = [tokens()[0, :n].tolist() for n in (60, 52, 39)]
+
+    def answer(rows: list[list[int]]) -> Tensor:
+        cache = make_cache(model, len(rows), 70)
+        prefill(model, rows, cache, 999)
+        step = torch.arange(5, 15)
+        with use_policy(model, policy) as record:
+            out = [extend(model, one.expand(len(rows), 1), cache) for one in step]
+        assert (record.density("decode") < 1).all()
+        return torch.cat(out, 1)
+
+    torch.testing.assert_close(answer(prompts), torch.cat([answer([one]) for one in prompts]), atol=1e-5, rtol=1e-5)
 
 
 def test_snapkv_keeps_what_the_last_queries_look_at() -> None:
