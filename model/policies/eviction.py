@@ -44,14 +44,16 @@ class Budgets:
     def counts(self, scores: Tensor, each: int, view: SequenceView) -> Tensor:
         """int64 (heads,): how many keys each head of a layer keeps. scores: (heads, keys) of those to choose from.
         each: of a head, on average over layers and heads."""
-        each = self._of_layer(each, scores.shape[1], view)
+        each = self.of_layer(each, scores.shape[1], view)
         alike = torch.full(scores.shape[:1], each, device=scores.device)
         if self.even == 1:
             return alike
         among_all = top_count(scores.flatten(), each * len(scores)).view_as(scores).sum(-1)
         return (self.even * alike + (1 - self.even) * among_all).round().long()
 
-    def _of_layer(self, each: int, n_keys: int, view: SequenceView) -> int:
+    def of_layer(self, each: int, n_keys: int, view: SequenceView) -> int:
+        """How many of n_keys keys a head of this layer keeps on average. Each further key adds at most one, so that a
+        growing text asks for nothing that was evicted."""
         if self.beta is None or each >= n_keys or view.n_layers == 1:
             return each
         most = min(2 * each - each // self.beta, n_keys)

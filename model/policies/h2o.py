@@ -20,9 +20,10 @@ class H2O(EvictingPolicy):
     recent hold the text.
 
     The paper takes a tenth of the text for each. Query heads that share keys have one sum (Budgets), where the paper's
-    models share none; budgets of layers and heads are set when keys are first evicted. Simplified: the prompt is read
-    densely, and so is one that goes on later. `select` counts: once a token. use_policy hides keys,
-    model.inference.evicting frees them.
+    models share none. Budgets of layers (beta) follow the text as it grows. With budgets of heads (even) both are set
+    when keys are first evicted, since a head cannot get back what it lacks: behind a prompt that is hardly longer than
+    the budget all are nearly alike. Simplified: the prompt is read densely, and so is one that goes on later. `select`
+    counts: once a token. use_policy hides keys, model.inference.evicting frees them.
     """
 
     name: ClassVar[str] = "h2o"
@@ -40,7 +41,7 @@ class H2O(EvictingPolicy):
         for rows in view.row_blocks(q, k.shape[1]):
             n_keys = view.query_start + rows.stop
             sums[:, :n_keys] += torch.softmax(view.scores(q, k, rows, n_keys), -1).sum(1)
-        self._add(sums, len(k), view)
+        self._add(sums, len(k), view, q.shape[1])
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> Selection:
         self._check(view)
@@ -51,7 +52,7 @@ class H2O(EvictingPolicy):
         if "alive" in view.memory:
             kept = of_query_heads(_longer(view.memory["alive"], n_keys, True), len(q))
         scores = view.scores(q, k, slice(0, 1), n_keys)[:, 0].masked_fill(~kept, -torch.inf)
-        self._add(torch.softmax(scores, -1), len(k), view)
+        self._add(torch.softmax(scores, -1), len(k), view, 1)
         return TokenSelection(kept[:, None])
 
     def evict(self, k: Tensor, view: SequenceView) -> Tensor | None:
@@ -64,7 +65,7 @@ class H2O(EvictingPolicy):
         return alive
 
     def attended(self, weights: Tensor, groups: int, view: SequenceView) -> None:
-        self._add(weights, groups, view)
+        self._add(weights, groups, view, 1)
 
     def check_freeing(self) -> None:
         super().check_freeing()
@@ -77,8 +78,9 @@ class H2O(EvictingPolicy):
     def _check(self, view: SequenceView) -> None:
         check_whole_prompt(self.name, view, "sums" in view.memory, view.query_start)
 
-    def _add(self, weights: Tensor, groups: int, view: SequenceView) -> None:
-        """weights: (H, keys), sums over the queries of this forward pass."""
+    def _add(self, weights: Tensor, groups: int, view: SequenceView, n_queries: int) -> None:
+        """weights: (H, keys), sums over the n_queries queries of this forward pass."""
+        view.memory["tokens"] = view.memory.get("tokens", 0) + n_queries  # evicted ones included
         sums = self.budgets.scores(weights, groups)
         if "sums" in view.memory:
             sums = sums + _longer(view.memory["sums"], sums.shape[1], 0)
@@ -87,14 +89,17 @@ class H2O(EvictingPolicy):
     def _evict(self, view: SequenceView) -> None:
         """Cuts memory["alive"], bool (heads, keys), down to the budget, by memory["sums"], (heads, keys)."""
         sums = view.memory["sums"]
-        older = sums.shape[1] - self.recent
-        if older <= self.heavy and "heavy" not in view.memory:
+        older, all_older = sums.shape[1] - self.recent, view.memory["tokens"] - self.recent
+        if all_older <= self.heavy:
             return
         alive = _longer(view.memory.get("alive", torch.ones_like(sums[:, :0], dtype=torch.bool)), sums.shape[1], True)
         candidates = sums[:, :older].masked_fill(~alive[:, :older], -torch.inf)
-        if "heavy" not in view.memory:
-            view.memory["heavy"] = self.budgets.counts(candidates, self.heavy, view)
-        alive[:, :older] = top_count(candidates, view.memory["heavy"])
+        counts: int | Tensor = self.budgets.of_layer(self.heavy, all_older, view)
+        if self.budgets.even < 1:
+            if "heavy" not in view.memory:
+                view.memory["heavy"] = self.budgets.counts(candidates, self.heavy, view)
+            counts = view.memory["heavy"]
+        alive[:, :older] = top_count(candidates, counts)
         view.memory["alive"] = alive
 
 

@@ -59,7 +59,9 @@ def test_freed_keys_are_the_hidden_ones(policy: EvictingPolicy, positions: Any) 
     assert (cache.held < PROMPT + DECODED).any() == (not dense) and cache.length == PROMPT + DECODED
 
 
-@pytest.mark.parametrize("policy", [SnapKV(5, 2, budgets=TOGETHER), H2O(3, 1), AdaSnapKV(4, 2)], ids=repr)
+@pytest.mark.parametrize("policy", [
+    SnapKV(5, 2, budgets=TOGETHER), H2O(3, 1), AdaSnapKV(4, 2), H2O(20, 3, Budgets(beta=3)),
+], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("prompt", [1, 2, 33])
 def test_prompts_of_any_length(policy: EvictingPolicy, prompt: int) -> None:
     model = make(tiny("ssmax", "nope"))

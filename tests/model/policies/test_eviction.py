@@ -103,6 +103,9 @@ def layer_budgets(each: int, n_keys: int, n_layers: int, beta: int = 20) -> list
 def test_pyramid_budgets_fall_and_sum_to_the_layers_share(each: int, n_keys: int, n_layers: int, beta: int) -> None:
     found = layer_budgets(each, n_keys, n_layers, beta)
     assert found == sorted(found, reverse=True) and found[-1] >= 0
+    if each < n_keys:
+        longer = layer_budgets(each, n_keys + 1, n_layers, beta)
+        assert all(after <= before + 1 for before, after in zip(found, longer, strict=True))
     if each >= n_keys:
         assert found == [each] * n_layers  # everything stays
         return
@@ -175,8 +178,26 @@ def test_pyramidkv_and_ada_snapkv_are_their_definitions(seed: int, layer: int) -
     assert len(found) == 6
 
 
-def test_budgets_of_h2o_are_set_when_keys_are_first_evicted() -> None:
-    """Layers share as of the prompt's length, and heads by their sums; then every head keeps its number."""
+def test_budgets_of_layers_follow_the_text() -> None:
+    """Behind a prompt that evicts nothing: at every token layers share as of the keys that there are by then, which sum
+    to the mean budget, and end at PyramidKV's. Nothing that was evicted comes back."""
+    q, k, _ = draw(80, 80, 5)
+    policy = H2O(20, 5, Budgets(beta=4))
+    layers = [decoded(policy, q, k, 10, view_of(1, 80, layer=layer, n_layers=4)) for layer in range(4)]
+    for step, masks in enumerate(zip(*layers, strict=True)):
+        n_older = 10 + step - 5  # its own key and the recent ones come in addition
+        expected = layer_budgets(20, n_older, 4, beta=4)
+        found = [int(n) - 6 for mask in masks for n in mask.sum(1)[:1]]
+        assert found == ([n_older] * 4 if n_older <= 20 else expected)
+        assert all((mask.sum(1) == mask.sum(1)[0]).all() for mask in masks)
+    assert found == [35, 25, 15, 5]
+    for masks in layers:
+        for before, after in zip(masks, masks[1:], strict=False):
+            assert not (after[:, : before.shape[1]] & ~before).any()
+
+
+def test_budgets_of_h2o_are_those_of_the_prompt() -> None:
+    """Layers share as of its length, where it is long enough; heads by their sums, and then each keeps its number."""
     q, k, _ = draw(60, 60, 5)
     for layer, beta, heavy in ((0, 4, 35), (2, 4, 5), (0, None, 20), (2, None, 20)):
         view = view_of(1, 60, layer=layer, n_layers=3)
