@@ -6,7 +6,7 @@ such text. Tokens of one document are alike, so documents, not tokens, are what 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,11 +85,54 @@ def paired_shares(first: ArrayLike, second: ArrayLike) -> Interval:
     value = float(differences.mean())
     if count < LEAST_UNITS:
         return Interval(value, None, None, count)
+    middle, variance = _paired_moments(differences)
+    half = _t(count - 1) * math.sqrt(variance)
+    return Interval(value, max(-1.0, middle - half), min(1.0, middle + half), count)
+
+
+def _paired_moments(differences: NDArray[np.float64]) -> tuple[float, float]:
+    """Bonett and Price's middle and its variance, of differences (samples,) in [-1, 1]."""
+    count = len(differences)
     better = (float(np.maximum(differences, 0).sum()) + 1) / (count + 2)
     worse = (float(np.maximum(-differences, 0).sum()) + 1) / (count + 2)
-    middle = better - worse
-    half = _t(count - 1) * math.sqrt((better + worse - middle**2) / (count + 2))
-    return Interval(value, max(-1.0, middle - half), min(1.0, middle + half), count)
+    return better - worse, (better + worse - (better - worse) ** 2) / (count + 2)
+
+
+def mean_of_shares(tasks: Sequence[ArrayLike]) -> Interval:
+    """Mean over tasks of each one's mean, as benchmarks are averaged: every task counts alike, whatever its samples.
+
+    The tasks are those that they are; what varies is their samples. The variances of the tasks add up; each is that of
+    a binomial share with one success and one failure more (Agresti and Caffo 2000), so that a task whose few samples
+    all fail is not taken for certain. Student's t with Satterthwaite's degrees of freedom, about the plain mean.
+
+    Args:
+        tasks: of each task (samples,) values in [0, 1].
+    """
+    values = [np.asarray(task, np.float64) for task in tasks]
+    shares = [(float(one.sum()) + 1) / (len(one) + 2) for one in values]
+    variances = [p * (1 - p) / (len(one) + 2) for p, one in zip(shares, values, strict=True)]
+    return _mean_over_tasks(values, variances, 0.0)
+
+
+def mean_of_paired_shares(first: Sequence[ArrayLike], second: Sequence[ArrayLike]) -> Interval:
+    """Difference of two runs' means over the same tasks and samples: as `mean_of_shares`, with the variances of
+    `paired_shares`.
+
+    Args:
+        first, second: of each task (samples,) values in [0, 1] of the two runs.
+    """
+    values = [np.asarray(a, np.float64) - np.asarray(b, np.float64) for a, b in zip(first, second, strict=True)]
+    return _mean_over_tasks(values, [_paired_moments(one)[1] for one in values], -1.0)
+
+
+def _mean_over_tasks(values: Sequence[NDArray[np.float64]], variances: Sequence[float], least: float) -> Interval:
+    """variances: of each task's mean. least: of any value; the most is 1."""
+    mean, samples = float(np.mean([one.mean() for one in values])), sum(len(one) for one in values)
+    if min(len(one) for one in values) < LEAST_UNITS:
+        return Interval(mean, None, None, samples)
+    parts = sum(v**2 / (len(one) - 1) for v, one in zip(variances, values, strict=True))
+    half = _t(sum(variances) ** 2 / parts) * math.sqrt(sum(variances)) / len(values)
+    return Interval(mean, max(least, mean - half), min(1.0, mean + half), samples)
 
 
 def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike) -> Interval:

@@ -12,7 +12,17 @@ from eval.reporting.formatting import count, number_text, percent_text, signific
 from eval.reporting.writing import made_by, write_documents
 from eval.tasks.figures import scores_by_task
 from eval.tasks.results import TaskResult
-from eval.tasks.scores import METHODS, Difference, Score, compare, merge, score_metric
+from eval.tasks.scores import (
+    METHODS,
+    Difference,
+    Score,
+    compare,
+    compare_means,
+    main_metric,
+    mean_score,
+    merge,
+    score_metric,
+)
 from eval.tasks.study import Row, Rows, Study
 from eval.tasks.verdict import score_name, verdict
 
@@ -57,7 +67,26 @@ def by_group(study: Study) -> list[list[TaskResult]]:
 def score_rows(study: Study) -> Rows:
     """Computed once for report, tables and summary."""
     groups, tasks = by_group(study), by_task(study)
-    return Rows(make_rows(study, groups), make_rows(study, tasks) if len(groups) < len(tasks) else [])
+    single = make_rows(study, tasks) if len(groups) < len(tasks) else []
+    return Rows(make_rows(study, groups), single, mean_rows(study, groups))
+
+
+def mean_rows(study: Study, groups: Sequence[Sequence[TaskResult]]) -> list[Row]:
+    """One of each length, over the groups that have a share on every run; none where they are fewer than two."""
+    baseline = study.runs.index(choose_baseline(study.runs))
+    rows = []
+    for length in dict.fromkeys(results[0].length for results in groups):
+        alike = [one for one in groups if one[0].length == length and all(main_metric(run) for run in one)]
+        if len(alike) < 2:
+            continue
+        runs = list(zip(*alike, strict=True))
+        chances = [one[0].chance for one in alike]
+        chance = sum(c for c in chances if c is not None) / len(alike) if None not in chances else None
+        differences = [None if i == baseline else compare_means(run, runs[baseline]) for i, run in enumerate(runs)]
+        left = [sum(len(one.too_long) for one in run) for run in runs]
+        name = f"mean of {len(alike)} tasks"
+        rows.append(Row(name, name, length, chance, [mean_score(run) for run in runs], differences, left))
+    return rows
 
 
 def write_report(study: Study, rows: Rows, output: Path) -> tuple[Path, list[Picture]]:
@@ -65,7 +94,7 @@ def write_report(study: Study, rows: Rows, output: Path) -> tuple[Path, list[Pic
     there."""
     output.mkdir(parents=True, exist_ok=True)
     blocks = _blocks(study, rows, output)
-    numbers = _as_json(study, [*rows.groups, *rows.single])
+    numbers = _as_json(study, rows)
     page = write_documents(output / "tasks.md", TITLE, [run.label for run in study.runs], blocks, numbers)
     return page, pictures_of(blocks)
 
@@ -75,16 +104,17 @@ def _blocks(study: Study, rows: Rows, output: Path) -> list[Block]:
     first = "all samples" if limit is None else f"the first {count(limit, 'sample')} of each task"
     blocks: list[Block] = [
         Heading(TITLE, 1),
-        Verdict(verdict(study.runs, rows.groups), score_lines(study, rows)),
+        Verdict(verdict(study.runs, rows), score_lines(study, rows)),
         Heading("Scores"),
         *_picture(study, rows.groups, output),
         Paragraph(f"{first[0].upper()}{first[1:]}. {METHODS}"),
     ]
-    plain = [row for row in rows.groups if row.length is None]
+    shown = [*rows.groups, *rows.means]
+    plain = [row for row in shown if row.length is None]
     if plain:
         blocks += [Heading("Tasks of lm-eval", 3), _task_table(study, plain)]
-    if len(plain) < len(rows.groups):
-        long = [row for row in rows.groups if row.length]
+    if len(plain) < len(shown):
+        long = [row for row in shown if row.length]
         blocks += [Heading("RULER, by length in tokens", 3), _length_table(study, long)]
     alone = [row for row in rows.single if row.length is None]
     if alone:
@@ -196,7 +226,7 @@ def _data_table(study: Study) -> Table:
     return Table(["task", "source", "samples", "sha256 of the data", "of the requests"], rows, numeric=False)
 
 
-def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
+def _as_json(study: Study, rows: Rows) -> dict[str, Any]:
     """The scores and where they come from; the samples' values stay in results/."""
     facts = {key: value for key, value in vars(study).items() if key != "runs"}
     dropped = {"metrics", "texts", "scored"}
@@ -212,7 +242,8 @@ def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
         "lm_eval": version("lm_eval"),
         "baseline": choose_baseline(study.runs).label,
         "runs": runs,
-        "scores": [asdict(row) for row in rows],
+        "scores": [asdict(row) for row in [*rows.groups, *rows.single]],
+        "means": [asdict(row) for row in rows.means],
     }
 
 
@@ -226,10 +257,10 @@ def summary_lines(study: Study, rows: Rows, page: Path) -> list[str]:
 
 
 def score_lines(study: Study, rows: Rows) -> list[str]:
-    """One for each task and metric, groups as a whole."""
+    """One for each task and metric, groups as a whole, and for each mean over tasks."""
     lines = []
-    for row in rows.groups:
+    for row in [*rows.groups, *rows.means]:
         scores = zip(study.runs, row.scores, strict=True)
         cells = "; ".join(f"{run.label} {score_text(score)}" for run, score in scores)
-        lines.append(f"{row.task} {row.scores[0].metric}: {cells}")
+        lines.append(f"{score_name(row)}: {cells}")
     return lines

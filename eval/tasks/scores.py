@@ -7,14 +7,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eval.reporting.statistics import LEAST_UNITS, Interval, paired_shares, paired_sums, ratio_of_sums, share
+from eval.reporting.statistics import (
+    LEAST_UNITS,
+    Interval,
+    mean_of_paired_shares,
+    mean_of_shares,
+    paired_shares,
+    paired_sums,
+    ratio_of_sums,
+    share,
+)
 from eval.tasks.results import BITS, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, Metric, TaskResult
 
 METHODS = (
     "All intervals are 95 %. Means of values between 0 and 1: Clopper-Pearson, and Bonett and Price's for paired "
     "differences between runs (too wide, not too narrow, where a sample can count in part). Other means and "
     "perplexities: jackknife over samples with Student's t, on logs where all is positive. Differences are over the "
-    f"samples that both runs were scored on. No interval below {LEAST_UNITS} samples."
+    f"samples that both runs were scored on. No interval below {LEAST_UNITS} samples. Means over tasks: every "
+    "task counts alike, by its first score between 0 and 1; their intervals count samples, not the choice of tasks."
 )
 
 
@@ -77,6 +87,40 @@ def compare(run: TaskResult, baseline: TaskResult, name: str) -> Difference | No
     difference = paired_sums(first[0], second[0], first[1])
     ratio = ours.aggregation in (PERPLEXITY, WEIGHTED_PERPLEXITY)
     return Difference(name, len(common), _on_scale(ours, difference), ratio)
+
+
+def mean_score(results: Sequence[TaskResult]) -> Score:
+    """One run's mean over tasks of their `main_metric`, which all of them have."""
+    interval = mean_of_shares([_main(one).values for one in results])
+    return Score(_mean_name(results), interval.units or 0, interval.value, interval, True)
+
+
+def compare_means(run: Sequence[TaskResult], baseline: Sequence[TaskResult]) -> Difference | None:
+    """Of `mean_score`, over the samples of each task that both runs were scored on; None where a task has none."""
+    pairs = []
+    for ours, theirs in zip(run, baseline, strict=True):
+        common = sorted(set(ours.scored) & set(theirs.scored))
+        if not common:
+            return None
+        pairs.append([_only(_main(one), one.scored, common).values for one in (ours, theirs)])
+    interval = mean_of_paired_shares(*zip(*pairs, strict=True))
+    return Difference(_mean_name(run), interval.units or 0, interval, False)
+
+
+def main_metric(result: TaskResult) -> Metric | None:
+    """The first that is a mean of values between 0 and 1, of which 1 is best; None where there is none, or no value."""
+    return next((one for one in result.metrics if one.values and one.higher_is_better and _is_share(one)), None)
+
+
+def _main(result: TaskResult) -> Metric:
+    metric = main_metric(result)
+    assert metric is not None
+    return metric
+
+
+def _mean_name(results: Sequence[TaskResult]) -> str:
+    names = {_main(one).name for one in results}
+    return names.pop() if len(names) == 1 else "first score"
 
 
 def merge(results: Sequence[TaskResult]) -> TaskResult:

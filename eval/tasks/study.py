@@ -48,7 +48,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """groups: the tasks of a group together. single: every task by itself; empty where no group has several."""
+    """groups: the tasks of a group together. single: every task by itself; empty where no group has several. means: of
+    the groups, at each length, where they are several."""
 
     groups: list[Row]
     single: list[Row]
+    means: list[Row]

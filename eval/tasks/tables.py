@@ -24,7 +24,7 @@ def study_tables(study: Study, rows: Rows) -> dict[str, list[dict[str, Any]]]:
     """Rows by table name."""
     together = {row.task for row in rows.groups}
     # a task that is its group's only one stands in both lists
-    shown = [*rows.groups, *(row for row in rows.single if row.task not in together)]
+    shown = [*rows.groups, *(row for row in rows.single if row.task not in together), *rows.means]
     return {
         "scores": [score for row in shown for score in _scores(study, row)],
         "differences": [difference for row in shown for difference in _differences(study, row)],

@@ -3,18 +3,30 @@
 from collections.abc import Sequence
 
 from eval.held_out.analysis import choose_baseline
+from eval.reporting.formatting import percent_text
 from eval.reporting.verdict import Side, listed, sentence, standing
-from eval.tasks.study import Row, RunResult
+from eval.tasks.study import Row, Rows, RunResult
 
 MOST_NAMED = 4
 
 
-def verdict(runs: Sequence[RunResult], rows: Sequence[Row]) -> str:
-    """Every run against the baseline, then against chance."""
+def verdict(runs: Sequence[RunResult], rows: Rows) -> str:
+    """Every run against the baseline, in the means over tasks and by score, then against chance."""
     baseline = choose_baseline(runs)
     others = [i for i, run in enumerate(runs) if run is not baseline]
-    clauses = [_against(runs, rows, i, baseline.label) for i in others]
-    return sentence([*clauses, *(_chance(runs, rows, i) for i in range(len(runs)))])
+    clauses = [_in_mean(runs[i].label, row, i, baseline.label) for i in others for row in rows.means]
+    clauses += [_against(runs, rows.groups, i, baseline.label) for i in others]
+    return sentence([*(one for one in clauses if one), *(_chance(runs, rows.groups, i) for i in range(len(runs)))])
+
+
+def _in_mean(run: str, row: Row, i: int, baseline: str) -> str:
+    """Nothing where the two cannot be paired."""
+    difference = row.differences[i]
+    if difference is None:
+        return ""
+    at = "" if row.length is None else f" at {row.length:,} tokens"
+    better = standing(difference.interval, 0, "high")
+    return f"{run} is {better} {baseline} in the {row.task}{at} (by {percent_text(difference.interval, 1)})"
 
 
 def _against(runs: Sequence[RunResult], rows: Sequence[Row], i: int, baseline: str) -> str:
@@ -45,7 +57,8 @@ def _chance(runs: Sequence[RunResult], rows: Sequence[Row], i: int) -> str:
 
 
 def score_name(row: Row) -> str:
-    return f"{row.task} {row.scores[0].metric}"
+    at = f", {row.length:,} tokens" if row.length is not None and str(row.length) not in row.task else ""
+    return f"{row.task} {row.scores[0].metric}{at}"
 
 
 def _counted(names: Sequence[str], total: int) -> str:

@@ -1,7 +1,8 @@
 """How often the intervals of eval.reporting hold the true value: nominally 95 %, at 5, 8, 12 and 30 units.
 
-Shares are enumerated over all outcomes. Ratios of sums are simulated, with losses that are skewed or heavy-tailed from
-document to document and documents of one size or of very different ones.
+Shares are enumerated over all outcomes. Means over tasks are simulated, with tasks that are alike and tasks of very
+different samples and difficulty, some of which no sample gets right. Ratios of sums are simulated too, with losses that
+are skewed or heavy-tailed from document to document and documents of one size or of very different ones.
 """
 
 import ast
@@ -16,7 +17,15 @@ from numpy.typing import NDArray
 
 from eval.held_out.config import EvalConfig
 from eval.reporting import statistics
-from eval.reporting.statistics import Interval, paired_shares, paired_sums, ratio_of_sums, share
+from eval.reporting.statistics import (
+    Interval,
+    mean_of_paired_shares,
+    mean_of_shares,
+    paired_shares,
+    paired_sums,
+    ratio_of_sums,
+    share,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 LEAST = 0.92
@@ -24,7 +33,7 @@ UNITS = (5, 8, 12, 30)
 DRAWS = 1000
 # below this, at most one simulation in forty of an interval that covers LEAST would be
 BOUND = LEAST - 2 * math.sqrt(LEAST * (1 - LEAST) / DRAWS)
-COVERED = {"share", "paired_shares", "ratio_of_sums", "paired_sums"}
+COVERED = {"share", "paired_shares", "ratio_of_sums", "paired_sums", "mean_of_shares", "mean_of_paired_shares"}
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], NDArray[np.float64]]
 # Losses of a token in one document, relative to the mean over documents.
@@ -120,6 +129,44 @@ def test_paired_shares_cover_what_they_say_wherever_the_truth_lies(count: int) -
             chance = ways * better**b * worse**c * (1 - better - worse) ** equal
             coverage += chance * ((found.low <= better - worse) & (better - worse <= found.high))
     assert coverage.min() >= LEAST and coverage.mean() >= 0.95
+
+
+TASKS = {
+    "two alike": [(12, 0.5), (12, 0.5)],
+    "five of few samples": [(5, 0.2), (5, 0.9), (8, 0.5), (8, 0.05), (12, 0.4)],
+    "twelve, most without a hit": [(25, 0.0)] * 8 + [(25, 0.04), (25, 0.3), (25, 0.6), (25, 0.95)],
+    "very different sizes": [(1000, 0.25), (500, 0.5), (30, 0.9), (8, 0.3)],
+}
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_means_over_tasks_cover_what_they_say(tasks: str) -> None:
+    """A second run is right where the first one is, but for a tenth of the samples, which are drawn anew."""
+    generator = np.random.default_rng(len(tasks))
+    truth = float(np.mean([right for _, right in TASKS[tasks]]))
+    means, differences = [], []
+    for _ in range(DRAWS):
+        first = [(generator.random(count) < right).astype(float) for count, right in TASKS[tasks]]
+        second = []
+        for (count, right), hits in zip(TASKS[tasks], first, strict=True):
+            anew = generator.random(count) < 0.1
+            second.append(np.where(anew, generator.random(count) < right, hits))
+        means.append(holds(mean_of_shares(first), truth))
+        differences.append(holds(mean_of_paired_shares(second, first), 0.0))
+    assert np.mean(means) >= BOUND and np.mean(differences) >= BOUND
+
+
+def test_a_mean_over_tasks_is_no_wider_than_its_tasks_allow() -> None:
+    """Of many samples in all tasks: the normal interval of the mean of independent shares."""
+    tasks = [np.arange(4000) % 4 == 0, np.arange(1000) % 2 == 0]
+    found = mean_of_shares(tasks)
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 4000 + 0.25 / 1000) / 2
+    assert found.value == 0.375 and found.units == 5000
+    assert found.low is not None and found.value - found.low == pytest.approx(half, rel=5e-3)
+    same = mean_of_paired_shares(tasks, tasks)
+    assert same.value == 0 and same.high is not None and 0 < same.high < 0.002
+    few = mean_of_shares([[1.0] * 4, [0.0] * 100])
+    assert (few.value, few.low, few.high, few.units) == (0.5, None, None, 104)
 
 
 def test_every_interval_is_one_of_those_covered_here() -> None:

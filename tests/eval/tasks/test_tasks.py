@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="needs pip install -r requirements-eval.tx
 import eval.tasks.evaluation
 from eval.tasks.command import main
 from eval.tasks.config import TasksConfig
-from eval.tasks.report import score_rows
+from eval.tasks.report import score_rows, write_report
 from eval.tasks.results import Metric, TaskResult
 from eval.tasks.study import RunResult, Study
 from eval.tasks.tables import study_tables
@@ -76,8 +76,58 @@ def test_a_group_and_its_tasks_are_each_tracked_once() -> None:
     tables = study_tables(study, score_rows(study))
     assert [(row["task"], row["samples"], row["left_out"]) for row in tables["scores"]] == [
         ("piqa", 2, 1), ("mmlu (2 tasks together)", 4, 2), ("mmlu_a", 2, 1), ("mmlu_b", 2, 1),
+        ("mean of 2 tasks", 6, 3),
     ]  # fmt: skip
     assert tables["differences"] == []
+
+
+def study_of(scores: dict[str, dict[str, list[float]]], lengths: dict[str, int]) -> Study:
+    """scores: run -> task -> values. The first two samples of each task have a perplexity beside."""
+    runs = []
+    for label, tasks in scores.items():
+        results = []
+        for task, values in tasks.items():
+            metrics = [
+                Metric("perplexity", "perplexity", False, [-1.0] * len(values), math.e),
+                Metric("acc", "mean", True, values, sum(values) / len(values)),
+            ]
+            done = list(range(len(values)))
+            length = lengths.get(task)
+            results.append(TaskResult(task, task, length, "", "", "", 9, done, [], None, metrics, None, "", 0.0))
+        kind = {"attention": {"kind": "softmax" if label == "soft" else "asentmax"}}
+        runs.append(RunResult(label, "", 1, kind, 128, "", 8, "", results))
+    return Study(runs, {"seed": 0, "limit": None}, 0.0, code_version="", command="", hardware="", date="")
+
+
+def test_means_over_tasks_at_each_length(tmp_path: Path) -> None:
+    """Every task counts alike; runs are compared on the samples that both have; one task alone has no mean."""
+    scores = {
+        "soft": {
+            "a": [1.0, 0, 0, 0, 0, 0, 0, 0],
+            "b": [1.0] * 6,
+            "a_64": [1.0] * 5,
+            "b_64": [0.0] * 5,
+            "c_128": [1.0] * 9,
+        },
+        "ent": {"a": [1.0, 1, 0, 0, 0, 0, 0], "b": [1.0] * 6, "a_64": [0.2] * 5, "b_64": [0.0] * 5, "c_128": [1.0] * 9},
+    }
+    study = study_of(scores, {"a_64": 64, "b_64": 64, "c_128": 128})
+    rows = score_rows(study)
+    plain, long = rows.means
+    assert [(row.task, row.length) for row in rows.means] == [("mean of 2 tasks", None), ("mean of 2 tasks", 64)]
+    assert [score.value for score in plain.scores] == [(1 / 8 + 1) / 2, pytest.approx((2 / 7 + 1) / 2)]
+    assert [score.samples for score in plain.scores] == [14, 13]
+    against = next(one for one in plain.differences if one is not None)
+    assert against.samples == 13 and against.interval.value == pytest.approx((2 / 7 - 1 / 7) / 2)
+    assert [score.value for score in long.scores] == [0.5, pytest.approx(0.1)]
+    write_report(study, rows, tmp_path)
+    page = (tmp_path / "tasks.md").read_text()
+    assert "ent is behind soft in the mean of 2 tasks at 64 tokens (by -40.0 %" in page
+    assert "ent is level with soft in the mean of 2 tasks (by 7.1 %" in page
+    assert "- mean of 2 tasks acc, 64 tokens: soft 50.0 %" in page and "| mean of 2 tasks | soft | 50.0 %" in page
+    numbers = json.loads((tmp_path / "tasks.json").read_text())
+    assert [row["length"] for row in numbers["means"]] == [None, 64]
+    assert len(numbers["scores"]) == 10
 
 
 def results(folder: Path) -> dict[str, Any]:
