@@ -1,7 +1,9 @@
-"""The attention block: projections, positions, temperature, and the choice of entmax kernel or softmax path."""
+"""The attention block: projections, positions, temperature, and the choice of entmax kernel, softmax path or a module
+that is trained sparse."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from model.softmax import (
     softmax_attention,
     uses_flex,
 )
+from model.trained_sparse import trained_sparse
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class AttentionMetadata:
     block_mask: FlexAttention's, where the softmax path needs it. alpha_progress: float32 scalar in [0, 1), how far
     alpha has moved from anneal_from to each head's own value; None for all the way. exchange: where ranks share the
     sequence; then cu_seqlens, max_seqlen and block_mask are of all tokens, the rest is of this rank's tokens and heads.
+    sparse: what layers of a kind of model.trained_sparse share, None for others.
     """
 
     cu_seqlens: Tensor | None
@@ -44,6 +48,7 @@ class AttentionMetadata:
     block_mask: BlockMask | None
     alpha_progress: Tensor | None
     exchange: HeadExchange | None
+    sparse: Any
 
 
 def make_metadata(
@@ -56,14 +61,18 @@ def make_metadata(
     alpha_progress: Tensor | None = None,
     shards: SequenceShards | None = None,
 ) -> AttentionMetadata:
-    """n_tokens: of this rank. Others as in `Transformer.forward`."""
+    """n_tokens: of this rank. Others as in `Transformer.forward`. Raises ValueError for shards of a kind that is trained
+    sparse."""
+    kind = trained_sparse(config)
+    if kind is not None and shards is not None:
+        raise ValueError(f"attention.kind is {config.attention.kind!r}: ranks cannot share its sequences")
     n_tokens *= shards.size if shards else 1
     position = torch.arange(n_tokens, device=device)
     if cu_seqlens is not None:
         position = position - cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
     slopes = _alibi_slopes(config, device)
     block_mask = None
-    if config.attention.kind in ("softmax", "ssmax") and uses_flex(device, cu_seqlens, slopes, config.window):
+    if config.attention.is_softmax and uses_flex(device, cu_seqlens, slopes, config.window):
         block_mask = document_block_mask(n_tokens, cu_seqlens, config.window, device)
     max_seqlen = n_tokens if max_seqlen is None else max_seqlen
     exchange = HeadExchange(shards, config.n_heads, config.n_kv_heads) if shards else None
@@ -73,7 +82,10 @@ def make_metadata(
         slopes = None if slopes is None else exchange.local_heads(slopes)
     rotary = rotary_tables(position, config, last) if config.positions == "rope" else None
     log_position = torch.log(2 + position.float())
-    return AttentionMetadata(cu_seqlens, max_seqlen, log_position, rotary, slopes, block_mask, alpha_progress, exchange)
+    sparse = None if kind is None else kind.metadata(config, n_tokens, cu_seqlens, max_seqlen, device)
+    return AttentionMetadata(
+        cu_seqlens, max_seqlen, log_position, rotary, slopes, block_mask, alpha_progress, exchange, sparse
+    )
 
 
 def cached_metadata(config: ModelConfig, extension: Extension, alpha_progress: Tensor | None) -> AttentionMetadata:
@@ -84,10 +96,14 @@ def cached_metadata(config: ModelConfig, extension: Extension, alpha_progress: T
     if config.positions == "rope":
         rotary = rotary_tables(position[:, None], config, position.max())
     block_mask = None
-    if not config.attention.is_entmax and cached_uses_flex(extension, slopes, config.window):
+    if config.attention.is_softmax and cached_uses_flex(extension, slopes, config.window):
         block_mask = cached_block_mask(extension, config.window)
     log_position = torch.log(2 + position.float())
-    return AttentionMetadata(None, position.shape[1], log_position, rotary, slopes, block_mask, alpha_progress, None)
+    kind = trained_sparse(config)
+    sparse = None if kind is None else kind.cached_metadata(config, extension)
+    return AttentionMetadata(
+        None, position.shape[1], log_position, rotary, slopes, block_mask, alpha_progress, None, sparse
+    )
 
 
 def _alibi_slopes(config: ModelConfig, device: torch.device) -> Tensor | None:
@@ -109,7 +125,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config, self.rotates = config, layer not in config.nope_layers
-        heads, kv_heads, head_dim, width = config.n_heads, config.n_kv_heads, config.head_size, config.d_model
+        heads, kv_heads, head_dim, width = config.n_heads, config.n_cached_heads, config.head_size, config.d_model
         self.wq = nn.Linear(width, heads * head_dim, bias=config.qkv_bias)
         self.wk = nn.Linear(width, kv_heads * head_dim, bias=config.qkv_bias)
         self.wv = nn.Linear(width, kv_heads * head_dim, bias=config.qkv_bias)
@@ -118,6 +134,8 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.alpha = HeadAlpha(config.attention, heads) if config.attention.is_entmax else None
         self.temperature = self._temperature()
+        sparse = trained_sparse(config)
+        self.sparse = None if sparse is None else sparse(config)
         self.override: AttentionOverride | None = None  # set by model.override.override_attention for a while
 
     def _temperature(self) -> ScalableTemperature | AdaptiveTemperature | None:
@@ -138,14 +156,14 @@ class Attention(nn.Module):
         extension = None if cache is None else cache.extension
         out = None if self.override is None else self.override(q, k, v, metadata, extension)
         if out is None:
-            out = self._attend(q, k, v, metadata, extension)
+            out = self._attend(x, q, k, v, metadata, extension)
         if metadata.exchange is not None:
             out = metadata.exchange.to_tokens(out)
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def attended(self, x: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What attention computes with: q (B, H, T, D) times its temperature, k and v (B, G, T, D), all in one dtype,
-        and the temperature as in `_head_temperatures`. x: as in `forward`."""
+        """What attention computes with: q (B, H, T, D) times its temperature, k and v (B, G, T, D) (n_cached_heads for
+        G), all in one dtype, and the temperature as in `_head_temperatures`. x: as in `forward`."""
         q, k, v = self._project(x, metadata)
         temperature = self._head_temperatures(x, metadata)
         if temperature is not None:
@@ -169,10 +187,13 @@ class Attention(nn.Module):
         return nn.functional.pad(scaled, (0, 0, self.config.n_alibi_heads, 0), value=1.0)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
     ) -> Tensor:
         """(B, H, T, D), of the heads in q."""
         slopes, window, block_mask = metadata.alibi_slopes, self.config.window, metadata.block_mask
+        if self.sparse is not None:
+            attended: Tensor = self.sparse(x, q, k, v, metadata.sparse, slopes)
+            return attended
         if self.alpha is not None:
             out = entmax_attention(
                 q, k, v, alpha=self.kernel_alpha(self.alpha, q.device, metadata), cu_seqlens=metadata.cu_seqlens,

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from common.checks import check_number
+from model.nsa.config import BRANCHES, NSAConfig
 
-AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax"]
+AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa"]
 Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
 RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
@@ -30,7 +31,8 @@ class AttentionConfig:
     Attributes:
         kind: softmax; ssmax (scalable softmax, arXiv:2501.19399: queries scaled by a learnable scalar per head times
             log(2 + position)); entmax (alpha-entmax); asentmax (alpha-entmax with the adaptive temperature of
-            arXiv:2506.16640).
+            arXiv:2506.16640); nsa (Native Sparse Attention, arXiv:2502.11089: softmax over compressed keys, selected
+            blocks and a window).
         alpha: start value of every head; entmax kinds only.
         learn_alpha: one alpha per head is a parameter, kept inside (alpha_min, alpha_max).
         alpha_min, alpha_max: bounds of a learnable alpha.
@@ -42,6 +44,7 @@ class AttentionConfig:
             delta + 0.69. Clearly negative: it starts near delta (-5: delta + 0.007), which with delta = 1 is the scale
             of softmax, for weights that were trained with that.
         backend: of kernels.entmax_attention.
+        nsa: sizes of kind nsa, None for others.
     """
 
     kind: AttentionKind = "asentmax"
@@ -55,6 +58,7 @@ class AttentionConfig:
     temperature_range: float = 2.0
     temperature_bias: float = 0.0
     backend: str = "auto"
+    nsa: NSAConfig | None = None
 
     def __post_init__(self) -> None:
         _expect(self.backend in BACKENDS, "attention.backend", self.backend, f"one of {BACKENDS}")
@@ -95,10 +99,18 @@ class AttentionConfig:
             self.anneal_steps,
             f"0 for kind {self.kind}, which has no alpha",
         )
+        _expect(self.nsa is None or self.kind == "nsa", "attention.nsa", self.nsa, f"none for kind {self.kind}")
+        if self.kind == "nsa" and self.nsa is None:
+            self.nsa = NSAConfig()
 
     @property
     def is_entmax(self) -> bool:
         return self.kind in ("entmax", "asentmax")
+
+    @property
+    def is_softmax(self) -> bool:
+        """Softmax over every key: what policies prune."""
+        return self.kind in ("softmax", "ssmax")
 
     def annealed(self, step: int) -> float:
         """The share of the way from anneal_from to alpha that `step` optimizer steps have moved."""
@@ -235,10 +247,32 @@ class ModelConfig:
             _expect(
                 self.n_heads % 2 == 0, "n_heads", self.n_heads, "an even number: nape gives ALiBi to half of the heads"
             )
+        if self.attention.nsa is not None:
+            _expect(self.window is None, "window", self.window, "none for attention.kind nsa: set attention.nsa.window")
+            _expect(
+                self.feed_forward_size > 0,
+                "attention.nsa.equal_parameters",
+                True,
+                f"false: a layer's branches add more parameters than feed-forward layers of d_ff = {self.d_ff} have",
+            )
 
     @property
     def head_size(self) -> int:
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def n_cached_heads(self) -> int:
+        """Heads of keys, and of values, that a layer projects to and a cache holds: G, or G for each branch."""
+        return self.n_kv_heads * (1 if self.attention.nsa is None else BRANCHES)
+
+    @property
+    def feed_forward_size(self) -> int:
+        """d_ff, or what attention.nsa.equal_parameters leaves of it: a multiple of 16, which FP8 needs."""
+        nsa = self.attention.nsa
+        if nsa is None or not nsa.equal_parameters:
+            return self.d_ff
+        sizes = self.d_model, self.n_heads, self.n_kv_heads, self.head_size
+        return round((self.d_ff - nsa.extra_parameters(*sizes, self.qkv_bias) / (3 * self.d_model)) / 16) * 16
 
     @property
     def n_alibi_heads(self) -> int:
@@ -251,11 +285,13 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     unknown = sorted(set(values) - {f.name for f in fields(ModelConfig)})
     attention, scaling = dict(values.get("attention", {})), values.get("rope_scaling")
     unknown += sorted(f"attention.{k}" for k in set(attention) - {f.name for f in fields(AttentionConfig)})
+    nsa = attention.get("nsa")
+    unknown += sorted(f"attention.nsa.{k}" for k in set(nsa or {}) - {f.name for f in fields(NSAConfig)})
     unknown += sorted(f"rope_scaling.{k}" for k in set(scaling or {}) - {f.name for f in fields(RopeScaling)})
     if unknown:
         raise ValueError(f"unknown model configuration keys {unknown}: written by another version of this code?")
     parts = {
-        "attention": AttentionConfig(**attention),
+        "attention": AttentionConfig(**{**attention, "nsa": None if nsa is None else NSAConfig(**nsa)}),
         "rope_scaling": None if scaling is None else RopeScaling(**scaling),
     }
     return ModelConfig(**{**values, **parts})

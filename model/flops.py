@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
+from model.nsa.config import BRANCHES, NSAConfig
 
 # Dense bfloat16 tensor-core peaks in FLOP/s with float32 accumulation, from the vendor's datasheets (never the figures
 # "with sparsity"), by what torch.cuda.get_device_name says without "NVIDIA". A name that only contains one of these is
@@ -66,15 +67,28 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that every token is multiplied with: all matrices and the output head, the embedding table not."""
     head = config.head_size
-    attention = config.d_model * head * (2 * config.n_heads + 2 * config.n_kv_heads)
+    attention = config.d_model * head * (2 * config.n_heads + 2 * config.n_cached_heads)
     if config.attention.kind == "asentmax":
         attention += 2 * config.d_model * (config.n_heads - config.n_alibi_heads)
-    layer = attention + 3 * config.d_model * config.d_ff
+    if config.attention.nsa is not None:
+        attention += _nsa_parameters(config, config.attention.nsa)
+    layer = attention + 3 * config.d_model * config.feed_forward_size
     return config.n_layers * layer + config.vocab_size * config.d_model
 
 
+def _nsa_parameters(config: ModelConfig, nsa: NSAConfig) -> int:
+    """What a layer has besides: the gates, and the weights of both phi, which each head's compressed keys and values
+    are multiplied with, one every compress_stride tokens."""
+    hidden = config.head_size if nsa.compress_hidden is None else nsa.compress_hidden
+    phi = hidden * config.head_size * (nsa.compress_length + 1)
+    return BRANCHES * config.d_model * config.n_heads + round(2 * phi * config.n_kv_heads / nsa.compress_stride)
+
+
 def sequence_cost(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
-    """How long a sequence takes beside others, in FLOPs of `train_flops` at softmax's speed."""
+    """How long a sequence takes beside others, in FLOPs of `train_flops` at softmax's speed; of NSA's scores those of
+    the keys that it reads."""
+    if config.attention.nsa is not None:
+        return _flops(config, document_lengths, config.attention.nsa.density(document_lengths))
     return _flops(config, document_lengths, ENTMAX_ATTENTION if config.attention.is_entmax else 1.0)
 
 
@@ -91,6 +105,6 @@ def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
 
     6 per weight and token, plus 6 * L * H * D * n ** 2 for causal attention at half within each document of n
     tokens: two products of 2 * H * D * n ** 2 / 2 in the forward pass and twice that in the backward pass. Sparsity,
-    a sliding window and recomputation change what is executed, not this count.
+    NSA's branches, a sliding window and recomputation change what is executed, not this count.
     """
     return _flops(config, document_lengths, 1.0)

@@ -82,7 +82,9 @@ class KVCache:
     """Keys and values of up to `rows` sequences of up to `max_tokens` tokens.
 
     Memory: 2 * L * G * D * (bytes of dtype) for each slot of each row: 36 KiB a token for configs/models/125m.yaml in
-    bfloat16 (4.5 GiB at 131,072 tokens), 128 KiB for 8b.yaml. `reserved` slots are allocated when it is made, twice as
+    bfloat16 (4.5 GiB at 131,072 tokens), 128 KiB for 8b.yaml. Three times that for attention.kind nsa, whose branches
+    have keys and values of their own: compressed keys are computed again in each pass, and the window's are kept for
+    all tokens, which a ring of `window` tokens would do without. `reserved` slots are allocated when it is made, twice as
     many whenever they are full; None: all max_tokens at once, which never moves.
 
     Attributes: lengths (list of int), tokens held of each row. max_tokens (int).
@@ -102,7 +104,7 @@ class KVCache:
         if rows < 1 or max_tokens < 1:
             raise ValueError(f"a cache of {rows} rows of {max_tokens} tokens: expected at least 1 of both")
         slots = max_tokens if reserved is None else min(reserved, max_tokens)
-        shape = (config.n_layers, 2, rows, config.n_kv_heads, slots, config.head_size)
+        shape = (config.n_layers, 2, rows, config.n_cached_heads, slots, config.head_size)
         self._memory = _zeros(shape, dtype, device)
         self.window, self.max_tokens, self.dtype = config.window, max_tokens, dtype
         self.lengths = [0] * rows

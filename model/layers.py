@@ -15,14 +15,14 @@ class FeedForward(nn.Module):
     """SwiGLU (arXiv:2002.05202): w_down(silu(w_gate x) * w_up x).
 
     tile_tokens: 0, or tokens computed at a time (TiledMLP of ALST, arXiv 2506.13996): backward computes each tile
-    again, so that values of width d_ff exist for one tile only.
+    again, so that values of the inner width exist for one tile only.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w_gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.w_up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.w_gate = nn.Linear(config.d_model, config.feed_forward_size, bias=False)
+        self.w_up = nn.Linear(config.d_model, config.feed_forward_size, bias=False)
+        self.w_down = nn.Linear(config.feed_forward_size, config.d_model, bias=False)
         self.tile_tokens = 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -117,6 +117,8 @@ def model_fingerprint(model: Transformer) -> str:
     """Identity of a model, wherever it lies: sha256 over its architecture and the first FINGERPRINT_VALUES values of
     each parameter, which every optimizer step and every change of dtype moves."""
     architecture = {name: value for name, value in asdict(model.config).items() if ADDED.get(name, ...) != value}
+    if model.config.attention.nsa is None:  # as for those in ADDED
+        del architecture["attention"]["nsa"]
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         part = weight.detach().flatten()[:FINGERPRINT_VALUES].contiguous().view(torch.uint8)

@@ -60,7 +60,7 @@ def softmax_attention(
     """
     if q.is_cuda and uses_flex(q.device, cu_seqlens, alibi_slopes, window):
         score_mod = None if alibi_slopes is None else _alibi_score_mod(alibi_slopes)
-        flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        flex: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex()
         return flex(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     if q.is_cuda and cu_seqlens is not None and q.dtype in HALF:
         return _varlen(q, k, v, cu_seqlens, max_seqlen, window)
@@ -152,7 +152,7 @@ def cached_softmax_attention(
             return _last_queries(q, k, v)
     if block_mask is not None:
         score_mod = None if alibi_slopes is None else _alibi_score_mod(alibi_slopes, extension.key_index[0])
-        return _compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped)
+        return compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped)
     return _masked(q, k, v, extension, alibi_slopes, window)
 
 
@@ -244,7 +244,7 @@ def _alibi_score_mod(slopes: Tensor, query: Tensor | None = None) -> Callable[..
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
     """FlexAttention, compiled for each kind of input that a process meets: past torch's limit of 8 it would compute all
     scores, without a word."""
     share_cores(1)
