@@ -79,7 +79,9 @@ def evaluate(
     device = choose_device(config.device)
     subjects = with_dual_chunk(find_subjects(runs), config.dual_chunk)
     kinds = [subject.checkpoint.architecture.attention.kind for subject in subjects]
-    if config.thresholds is not None and not {"softmax", "ssmax"} & set(kinds):
+    if config.thresholds is not None and not any(
+        subject.checkpoint.architecture.attention.is_softmax for subject in subjects
+    ):
         raise ValueError(f"thresholds is {config.thresholds!r}, but no run is a softmax model: they are {kinds}")
     tracker = open_tracker(wandb, {subject.label: subject.checkpoint.path for subject in subjects}, output)
     check_output(output)

@@ -61,8 +61,8 @@ def make_metadata(
     alpha_progress: Tensor | None = None,
     shards: SequenceShards | None = None,
 ) -> AttentionMetadata:
-    """n_tokens: of this rank. Others as in `Transformer.forward`. Raises ValueError for shards of a kind that is trained
-    sparse."""
+    """n_tokens: of this rank. Others as in `Transformer.forward`. Raises ValueError for shards of a kind of
+    model.trained_sparse."""
     kind = trained_sparse(config)
     if kind is not None and shards is not None:
         raise ValueError(f"attention.kind is {config.attention.kind!r}: ranks cannot share its sequences")

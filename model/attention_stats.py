@@ -52,7 +52,9 @@ def record_stats(model: Transformer) -> Iterator[list[LayerStats]]:
     for block in model.layers():
         attention = block.attention
         if attention.alpha is None:
-            raise ValueError(f"attention kind {model.config.attention.kind!r} has no entmax weights: it has no support statistics")
+            raise ValueError(
+                f"attention kind {model.config.attention.kind!r} has no entmax weights: it has no support statistics"
+            )
         recorder = _LayerRecorder(attention, attention.alpha, stats)
         recorders.append(recorder)
         if attention.temperature is not None:

@@ -84,8 +84,8 @@ class KVCache:
     Memory: 2 * L * G * D * (bytes of dtype) for each slot of each row: 36 KiB a token for configs/models/125m.yaml in
     bfloat16 (4.5 GiB at 131,072 tokens), 128 KiB for 8b.yaml. Three times that for attention.kind nsa, whose branches
     have keys and values of their own: compressed keys are computed again in each pass, and the window's are kept for
-    all tokens, which a ring of `window` tokens would do without. `reserved` slots are allocated when it is made, twice as
-    many whenever they are full; None: all max_tokens at once, which never moves.
+    all tokens, where a ring of `window` tokens would do. `reserved` slots are allocated when it is made, twice as many
+    whenever they are full; None: all max_tokens at once, which never moves.
 
     Attributes: lengths (list of int), tokens held of each row. max_tokens (int).
 

@@ -78,7 +78,7 @@ def with_dual_chunk(subjects: Sequence[Subject], trained_length: int | None) -> 
         found.append(subject)
         model = subject.checkpoint.architecture
         try:
-            if model.attention.is_entmax:
+            if not model.attention.is_softmax:
                 raise ValueError(f"attention.kind is {model.attention.kind!r}: dual_chunk is for softmax")
             DualChunk.of_trained_length(trained_length).check(model)
         except ValueError as error:

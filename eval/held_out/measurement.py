@@ -131,7 +131,7 @@ def _attention(model: Transformer, subject: Subject, config: EvalConfig) -> Iter
         with use_policy(model, policy):
             yield lambda: said
         return
-    path, k = (None, None) if model.config.attention.is_entmax else (config.thresholds, config.keep_blocks)
+    path, k = (config.thresholds, config.keep_blocks) if model.config.attention.is_softmax else (None, None)
     with use_thresholds(model, path, k) as record:
         yield lambda: "" if record is None else _describe(path, k, float(record.density("prefill").mean()))
 

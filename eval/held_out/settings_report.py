@@ -24,6 +24,7 @@ MATTERING = {  # key of the resolved configuration -> what it is, with its unit
     "seed_everything": "seed",
 }
 ENTMAX_KINDS, ADAPTIVE_KINDS = ("entmax", "asentmax"), ("asentmax",)
+OF_NSA = "model.network.attention.nsa"
 OF_ENTMAX = ("alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "backend")
 OF_ADAPTIVE = ("temperature_offset", "temperature_range", "temperature_bias")
 ONLY_FOR = {
@@ -76,7 +77,8 @@ def _its(key: str, value: str, kind: str) -> str:
     """The value where a model with this kind of attention has such a setting: softmax has no alpha."""
     if key == "data.sources":  # corpora as they are flattened to text; their paths say enough
         value = ", ".join(SOURCE.findall(value)) or value
-    return value if kind in ONLY_FOR.get(key, (kind,)) else NOT_ITS
+    kinds = ("nsa",) if key == OF_NSA or key.startswith(f"{OF_NSA}.") else ONLY_FOR.get(key, (kind,))
+    return value if kind in kinds else NOT_ITS
 
 
 def config_differences(settings: Mapping[str, Mapping[str, str]]) -> list[list[str]]:

@@ -146,7 +146,7 @@ def _ruler_sets(
 def check_kind(subject: Subject, entmax: bool) -> None:
     """Raises ValueError where --softmax and --entmax were given the other kind of model."""
     attention = subject.checkpoint.architecture.attention
-    if attention.is_entmax != entmax:
+    if not (attention.is_entmax if entmax else attention.is_softmax):
         option, expected = ("--entmax", "entmax or asentmax") if entmax else ("--softmax", "softmax or ssmax")
         raise ValueError(
             f"{option} {subject.checkpoint.path} has attention kind {attention.kind!r}: expected {expected}"

@@ -27,7 +27,7 @@ class Decoder:
         the host. Capturing one runs its step three times. Autocast is as it was then. None: where decoding by them was
         measured to be faster at every length, which is entmax attention by the kernels on a CUDA device.
 
-    Raises: ValueError for cuda_graphs true on another device, with an attention backend that waits for the host, or
+    Raises: ValueError for cuda_graphs true on another device, for NSA, with an attention backend that waits for the host, or
         with policies of model.policies.
     """
 
@@ -68,6 +68,8 @@ class Decoder:
 def obstacle_to_graphs(model: Transformer, dtype: torch.dtype) -> str | None:
     """Why steps of this model with queries of this dtype cannot be captured; None where they can."""
     device, attention = model.embedding.weight.device, model.config.attention
+    if attention.nsa is not None:
+        return "but attention.kind nsa decodes kernel by kernel"
     if attention.is_entmax and attention.backend not in ("auto", "triton"):
         return f"which needs attention.backend auto or triton, but it is {attention.backend!r}"
     unsupported = unsupported_by_triton(dtype, model.config.head_size, device) if attention.is_entmax else None

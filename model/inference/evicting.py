@@ -97,13 +97,13 @@ class EvictingCache:
 def evicting(model: Transformer, policy: EvictingPolicy) -> Iterator[EvictingCache]:
     """Inside, the cache that is given reads one prompt and decodes after it; the model is to be used for nothing else.
 
-    Raises: ValueError for an entmax model, one with a sliding window, a policy that evicts nothing or whose budgets
+    Raises: ValueError for a model that is not softmax, one with a sliding window, a policy that evicts nothing or whose budgets
     free nothing, or a model that is under a policy already.
     """
     config = model.config
     if not isinstance(policy, EvictingPolicy):
         raise ValueError(f"{policy.name} evicts no keys: expected SnapKV, PyramidKV, AdaSnapKV or H2O")
-    if config.attention.is_entmax:
+    if not config.attention.is_softmax:
         kind = config.attention.kind
         raise ValueError(f"policies prune softmax attention, and this model's kind is {kind!r}: give its softmax twin")
     if config.window is not None:

@@ -49,8 +49,8 @@ def window_branch(blocks: Blocks, slopes: Tensor | None) -> Branch:
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, branch: Branch) -> Tensor:
     """Softmax attention over what is visible; 0 for queries that see nothing. q: (B, H, n, D), k and v:
-    (B, G, keys, D). Where gradients are wanted and one block of rows does not hold all, backward computes the weights of
-    each block again."""
+    (B, G, keys, D). Where gradients are wanted and one block of rows does not hold all, backward computes each block's
+    weights again."""
     rows = max(16, MASK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [slice(start, min(start + rows, q.shape[2])) for start in range(0, q.shape[2], rows)]
     if len(parts) == 1 or not torch.is_grad_enabled():
@@ -76,9 +76,7 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, branch: Branch, rows: slice) -
     return out * seen
 
 
-def mask_and_bias(
-    branch: Branch, heads: tuple[int, int], rows: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def mask_and_bias(branch: Branch, heads: tuple[int, int], rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
     """What is visible, bool, and what ALiBi adds to scores, float32 or None; both (B or 1, H or 1, rows, keys). heads:
     B and H. rows, keys: int64, indices."""
     b, h = (torch.arange(size, device=rows.device) for size in heads)
@@ -117,9 +115,9 @@ def shared_block_mask(visible: Visible, rows: int, n_queries: int, n_keys: int, 
 
 
 def selected_block_mask(visible: Visible, selection: Selection, blocks: Blocks, heads_per_group: int) -> BlockMask:
-    """Of the selection branch: the tiles that hold a token which any query of the tile has selected. The queries of a tile
-    are read together, and so what each of them selects: more than the branch needs, and all that one library call
-    reads."""
+    """Of the selection branch: the tiles that hold a token which any query of the tile has selected. A tile's queries
+    read what any of them selects, and masks hide the rest: more keys than by the paper's kernel, which takes one query
+    of all heads of a group at a time."""
     index, n_keys, size = selection.index, blocks.n_keys, blocks.config.select_block
     batch, groups, n_queries, count = index.shape
     tiles, key_tiles = -(-n_queries // TILE), -(-n_keys // TILE)
@@ -131,6 +129,4 @@ def selected_block_mask(visible: Visible, selection: Selection, blocks: Blocks, 
         live.scatter_(-1, (tile + torch.minimum(start // TILE + further, last)).flatten(2), True)
     live = live.view(batch, groups, tiles, key_tiles).repeat_interleave(heads_per_group, dim=1)
     numbers, order = live.sum(-1, dtype=torch.int32), live.int().argsort(dim=-1, descending=True, stable=True).int()
-    return BlockMask.from_kv_blocks(
-        numbers, order, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(n_queries, n_keys)
-    )
+    return BlockMask.from_kv_blocks(numbers, order, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(n_queries, n_keys))

@@ -56,8 +56,8 @@ def block_scores(q: Tensor, compressed: Tensor, blocks: Blocks, rows: Tensor, sl
 
 
 def _by_overlap(weights: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
-    """Equation 9 the right way round: block j gets the weights of all compressed blocks that share tokens with it, times
-    the number of strides they share (1 2 2 2 1 at 32, 16, 64). weights: (B, G, rows, C)."""
+    """Equation 9 the right way round: block j gets the weights of all compressed blocks that share tokens with it,
+    times the number of strides they share (1 2 2 2 1 at 32, 16, 64). weights: (B, G, rows, C)."""
     length, stride, size = blocks.config.compress_length, blocks.config.compress_stride, blocks.config.select_block
     before, count = length // stride - 1, (size + length) // stride - 1
     padded = pad(weights, (before, 1))  # behind `before` zeros; the last column is zero, for blocks beyond

@@ -239,10 +239,10 @@ def use_policy(
 
     phases: of the policy's, in which it acts; None for all of them.
 
-    Raises: ValueError for an entmax model or another that the policy cannot run on, and where one is in use already.
+    Raises: ValueError for a model that is not softmax or another that the policy cannot run on, and where one is in use already.
     """
     config, kind = model.config, model.config.attention.kind
-    if config.attention.is_entmax:
+    if not config.attention.is_softmax:
         raise ValueError(f"policies prune softmax attention, and this model's kind is {kind!r}: give its softmax twin")
     policy.check(config)
     record = PolicyRecord(config.n_layers, config.n_heads)

@@ -234,7 +234,7 @@ class AttentionStats(Callback):
 PARTS = {
     "alpha_raw": "alpha", "temperature": "temperature", "wq": "query_key", "wk": "query_key", "q_norm": "query_key",
     "k_norm": "query_key", "wv": "value_output", "wo": "value_output", "feed_forward": "feed_forward",
-    "embedding": "embedding", "head": "embedding",
+    "embedding": "embedding", "head": "embedding", "sparse": "branches",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What the forward pass keeps for backward."""
 
 from model.attention import kept_bits
+from training.memory.nsa import branch_activations, kept_outputs
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
 
@@ -14,7 +15,8 @@ def block_activations(setup: Setup) -> dict[str, float]:
     norm = norm_activations(setup, network.d_model)
     attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     feed_forward = setup.residual_bytes * network.d_model if setup.tiled else feed_forward_activations(setup)
-    readers = 3 + 2 * (network.attention.kind == "asentmax")  # wq, wk, wv; beta and gamma
+    # wq, wk, wv; beta and gamma; gates
+    readers = 3 + 2 * (network.attention.kind == "asentmax") + (network.attention.nsa is not None)
     parts = {
         "norms": 2 * n * norm,
         "attention's input": n * _product_input(setup, readers),
@@ -45,10 +47,10 @@ def _compiled_block(setup: Setup) -> dict[str, float]:
         "norms": n * (setup.residual_bytes * width + w * width + 2 * FLOAT32),  # the block's input, wo's output
         "attention's input": n * w * width,
         "queries, temperatures": n * queries,
-        "attention": _attention(setup) + (0 if network.attention.is_entmax else n * out),  # in FlashAttention's layout
+        "attention": _attention(setup) + (n * out if network.attention.is_softmax else 0),  # in FlashAttention's layout
         "attention's output": n * out,
         # the norm's output, gate, up and their product; tiles compute the norm again
-        "feed-forward": 0 if setup.tiled else n * w * (width + 3 * network.d_ff),
+        "feed-forward": 0 if setup.tiled else n * w * (width + 3 * network.feed_forward_size),
         "cast weights": setup.casts * w * (attention_weights + (0 if setup.tiled else feed_forward_weights)),
     }
     if setup.operands_in_float8:
@@ -69,7 +71,7 @@ def _operands_in_float8(setup: Setup) -> dict[str, float]:
     return {
         "attention's input": n * w * width * temperatures_read,
         "attention's output": n * out * (FLOAT8 + w * kernel_reads),
-        "feed-forward": n * (FLOAT8 * width + (0 if setup.tiled else 2 * w * network.d_ff)),  # without the product
+        "feed-forward": n * (FLOAT8 * width + (0 if setup.tiled else 2 * w * network.feed_forward_size)),  # without the product
     }
 
 
@@ -87,13 +89,13 @@ def _product_input(setup: Setup, readers: int) -> int:
 
 def feed_forward_activations(setup: Setup) -> int:
     """A token's copies of the norm's output, gate, up, silu(gate) and their product; tiles share the norm's output."""
-    return _product_input(setup, 2) + 4 * setup.product_bytes * setup.network.d_ff
+    return _product_input(setup, 2) + 4 * setup.product_bytes * setup.network.feed_forward_size
 
 
 def _scaling(setup: Setup) -> int:
     """A token's unscaled queries in float32, temperatures (asentmax: five values on the way), and qk_norm's inputs."""
     network = setup.network
-    heads, kv_heads, head_dim = network.n_heads, network.n_kv_heads, network.head_size
+    heads, kv_heads, head_dim = network.n_heads, network.n_cached_heads, network.head_size
     size = 0
     if network.attention.kind in ("ssmax", "asentmax"):
         size += FLOAT32 * heads * (head_dim + 1)
@@ -108,6 +110,8 @@ def _attention(setup: Setup) -> float:
     """What the attention operation keeps: q, k, v, and its own results."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     heads, head_dim = network.n_heads, network.head_size
+    if network.attention.nsa is not None:
+        return branch_activations(setup, network.attention.nsa)
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)  # KV heads that several ranks need are repeated
     size = float(n * w * head_dim * (heads + 2 * kv_heads))
     if setup.cuda and setup.sequence_parallel > 1:
@@ -141,6 +145,8 @@ def kept_of_attention(setup: Setup) -> float:
     if network.attention.is_entmax and uses_triton(setup):
         # a compiled block keeps what its backward reads: the output makes the start of the last step needless
         size = _where_weight_is(setup) + (0 if selective and setup.compiled else 3 * n * FLOAT32 * heads)
+    if network.attention.nsa is not None:
+        return kept_outputs(setup) if selective else 0.0
     biased = not network.attention.is_entmax and (network.positions == "nape" or network.window is not None)
     if not selective or (biased and not setup.cuda):  # that is no single operation on CPUs
         return size

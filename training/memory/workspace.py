@@ -1,6 +1,7 @@
 """What a phase of the step has beside states and what forward keeps."""
 
 from training.memory.activations import feed_forward_activations, norm_activations, uses_triton
+from training.memory.nsa import branch_workspace
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
 
@@ -31,7 +32,7 @@ def backward_workspace(setup: Setup) -> float:
     the feed-forward layer, or those of a matrix and of attention's operands, when the feed-forward layer's activations
     are gone already."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
-    width, inner_width, heads, head_dim = network.d_model, network.d_ff, network.n_heads, network.head_size
+    width, inner_width, heads, head_dim = network.d_model, network.feed_forward_size, network.n_heads, network.head_size
     tile = setup.mlp_tile_tokens if setup.tiled else n
     matrix = width * inner_width * (FLOAT32 + (w if setup.casts else 0))
     # gradients of gate and up, or w_down's weight, its operand's gradient and its output's
@@ -41,11 +42,13 @@ def backward_workspace(setup: Setup) -> float:
         inner = max(inner, rounding + setup.operands_in_float8 * w * tile * (inner_width + width))
     if setup.tiled:  # what the tile has computed again; the gradients of all tiles' inputs
         inner += tile * feed_forward_activations(setup) + n * setup.residual_bytes * width
-    kv_heads = max(network.n_kv_heads, setup.sequence_parallel)
+    kv_heads = max(network.n_cached_heads, setup.sequence_parallel)
     scaled = network.attention.kind in ("ssmax", "asentmax")  # queries are float32 before they are scaled
     attention = float(n * head_dim * (heads * (2 * w + 2 * FLOAT32 * scaled) + 2 * kv_heads * w))
     if network.attention.is_entmax and not uses_triton(setup):
         attention += BLOCKWISE_BYTES[setup.cuda] + setup.casts * 2 * FLOAT32 * n * head_dim * kv_heads
+    if network.attention.nsa is not None:
+        attention += branch_workspace(setup, network.attention.nsa)
     freed = setup.residual_bytes * width if setup.tiled else feed_forward_activations(setup)
     attention -= n * (norm_activations(setup, width) + freed)
     return n * setup.residual_bytes * width + max(inner, attention + matrix)
@@ -57,13 +60,13 @@ def compiled_backward(setup: Setup) -> float:
     than the eager block does, which has few by then where the feed-forward layer is tiled."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     width, queries = network.d_model, network.n_heads * network.head_size
-    keys = max(network.n_kv_heads, setup.sequence_parallel) * network.head_size
+    keys = max(network.n_cached_heads, setup.sequence_parallel) * network.head_size
     # the block's input, the gradient that came, the one that goes, and the second norm's in float32; the first norm's
     # output, wo's output and its gradient
     size = (3 * setup.residual_bytes + FLOAT32 + 3 * w) * width
     size += w * (5 * queries + 4 * keys)  # attention's output, wo's operand, two gradients; q, k, v; dk, dv
     if network.attention.kind in ("ssmax", "asentmax"):
         size += 2 * FLOAT32 * queries  # before they are scaled, and their gradient
-    if not network.attention.is_entmax and network.positions != "nape":
+    if network.attention.is_softmax and network.positions != "nape":
         size += (FLOAT32 + 2 * w) * queries  # FlashAttention: dq in float32; dk, dv for each query head
     return float(n * size + FLOAT32 * sum(block_matrices(network)))

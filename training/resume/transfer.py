@@ -39,8 +39,8 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
         listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
         raise ValueError(
             f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}; only "
-            f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to any or from "
-            "entmax to asentmax"
+            f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to ssmax or "
+            "an entmax kind or from entmax to asentmax"
         )
 
 

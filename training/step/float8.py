@@ -33,7 +33,8 @@ def convert_linears(blocks: Sequence[Block], recipe: Float8) -> Converted:
     Parameters stay the same objects: names, dtypes, optimizers and checkpoints see no difference. Operands are rounded
     for each product, scaled by the largest magnitude of the tensor ("tensorwise"; gradients e5m2) or of each row (the
     "rowwise" ones; all e4m3), and products are summed up in float32; "rowwise_with_gw_hp" leaves the weights' gradients
-    in bfloat16. Temperatures, and linears with a size that 16 does not divide, stay as they are.
+    in bfloat16. Temperatures, the gates and phi of NSA, and linears with a size that 16 does not divide, stay as they
+    are.
 
     Raises:
         ValueError: torchao is not installed, or no linear has sizes that fit.
@@ -69,7 +70,7 @@ def _fits(module: nn.Module, name: str) -> bool:
 
 def fits(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a block's matrix of this name and shape is multiplied with in FP8."""
-    return "temperature" not in name.split(".") and all(size % MULTIPLE == 0 for size in shape)
+    return not {"temperature", "sparse"} & set(name.split(".")) and all(size % MULTIPLE == 0 for size in shape)
 
 
 def check_device(recipe: Float8, device: torch.device) -> None:

@@ -18,7 +18,7 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon for the blocks' matrices beside it, and the schedule.
 
     Args:
-        name: "adamw"; "muon" for the matrices of the blocks, where embeddings, the head, temperatures and all that has
+        name: "adamw"; "muon" for the matrices of the blocks, where embeddings, the head, temperatures, gates and all that has
             one dimension stay with AdamW. Learning rate and weight decay mean the same for both (step/muon.py).
         lr: Peak learning rate.
         momentum: Decay rate of Muon's average of gradients, with Nesterov's step.
@@ -94,8 +94,8 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool)
         else:
             # DeepSpeed's stage 3 leaves shape (0,) here and keeps the true one in ds_shape.
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            # a row of the head is a token's, and one of a temperature a head's: neither maps hidden states to others
-            hidden = config.name == "muon" and not {"head", "temperature"} & set(name.split("."))
+            # a row of the head is a token's, one of a temperature or gate a head's: none maps hidden states to others
+            hidden = config.name == "muon" and not {"head", "temperature", "gate"} & set(name.split("."))
             members["vectors" if dimensions < 2 else "hidden" if hidden else "matrices"].append(parameter)
     decay = {
         "hidden": config.weight_decay,

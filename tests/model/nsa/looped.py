@@ -75,11 +75,14 @@ def chosen_blocks(weights: list[Tensor], t: int, sizes: NSAConfig) -> set[int]:
 def branches(sparse: NativeSparseAttention, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> list[Tensor]:
     """What compression, selection and window give. q: (H, T, D), k and v: (3 G, T, D) -> three of (H, T, D)."""
     sizes, groups = sparse.sizes, sparse.n_kv_heads
-    (heads, n_tokens, _), per_group = q.shape, q.shape[0] // groups
+    n_tokens, per_group = q.shape[1], q.shape[0] // groups
     out = [torch.zeros_like(q) for _ in range(3)]
     for group in range(groups):
         keys, values = ([x[branch * groups + group] for branch in range(3)] for x in (k, v))
-        keys[0], values[0] = compressed(keys[0], sparse.compress_k, sizes), compressed(values[0], sparse.compress_v, sizes)
+        keys[0], values[0] = (
+            compressed(keys[0], sparse.compress_k, sizes),
+            compressed(values[0], sparse.compress_v, sizes),
+        )
         ends = [i * sizes.compress_stride + sizes.compress_length - 1 for i in range(len(keys[0]))]
         for t in range(n_tokens):
             seen = [i for i, end in enumerate(ends) if end <= t]
@@ -97,5 +100,3 @@ def branches(sparse: NativeSparseAttention, q: Tensor, k: Tensor, v: Tensor, slo
                 out[1][h, t] = softmax_over(q[h, t], keys[1], selected, selected, t, slope[h]) @ values[1][selected]
                 out[2][h, t] = softmax_over(q[h, t], keys[2], window, window, t, slope[h]) @ values[2][window]
     return out
-
-

@@ -40,7 +40,9 @@ def flex_metadata(*args) -> NSAMetadata:
 def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """What makes the metadata of a path."""
     if request.param == "flex":  # computes all scores, under the same mask and with the same tiles left out
-        monkeypatch.setattr(model.nsa.branches, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention)
+        monkeypatch.setattr(
+            model.nsa.branches, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention
+        )
         return flex_metadata
     if request.param != "masks":
         monkeypatch.setattr(model.nsa.branches, "MASK_ELEMENTS", 4 * 16)
@@ -84,7 +86,9 @@ def test_packed_documents_have_the_blocks_that_each_has_alone(made) -> None:
 def test_other_sizes(sizes: NSAConfig, made) -> None:
     config = network(sizes)
     sparse, (_, q, k, v) = module(config), draw(70, config)
-    for found, expected in zip(sparse.attend(q, k, v, made(config, 70), None), branches(sparse, q[0], k[0], v[0], None), strict=True):
+    for found, expected in zip(
+        sparse.attend(q, k, v, made(config, 70), None), branches(sparse, q[0], k[0], v[0], None), strict=True
+    ):
         torch.testing.assert_close(found[0], expected, **EXACT)
 
 
@@ -205,7 +209,9 @@ def test_phi_learns_from_the_compression_branch_alone() -> None:
     parameters = [*sparse.compress_k.parameters(), *sparse.compress_v.parameters()]
     parts = sparse.attend(q, k.requires_grad_(), v, metadata(config, 60), None)
     for part in parts[1:]:
-        assert torch.autograd.grad(part.sum(), [k, *parameters], retain_graph=True, allow_unused=True)[1:] == (None,) * 6
+        assert (
+            torch.autograd.grad(part.sum(), [k, *parameters], retain_graph=True, allow_unused=True)[1:] == (None,) * 6
+        )
         assert torch.autograd.grad(part.square().sum(), k, retain_graph=True)[0][:, :2].abs().max() == 0
     found = torch.autograd.grad(parts[0].square().sum(), parameters)
     assert all(one.abs().max() > 1e-6 for one in found)

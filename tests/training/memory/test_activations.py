@@ -97,7 +97,9 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize(("name", "mode"), [("asentmax-nape", mode) for mode in ("none", "tiled", "selective")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [*(("asentmax-nape", mode) for mode in ("none", "tiled", "selective")), ("nsa-rope", "none")]
+)
 def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
     module, setup = make(MODELS[name], precision, **MODES[mode])
     compile_without_inductor(module)
@@ -178,6 +180,16 @@ def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
     module, setup = make(replace(MODELS["softmax-rope"], positions="nape"))
     found = measured_activations(module, setup)
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_branches_in_blocks_of_rows_keep_no_masks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a bit a selected block, which no graph of autograd shows."""
+    for module_name in ("model.nsa.branches", "training.memory.nsa"):
+        monkeypatch.setattr(f"{module_name}.MASK_ELEMENTS", 2**16)
+    module, setup = make(MODELS["nsa-nape"], precision)
+    found = measured_activations(module, setup) + 3 * TOKENS * 2 * 32
+    assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
 
 
 def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,57 @@
+"""What Native Sparse Attention keeps for backward, besides a layer's projections."""
+
+from model.nsa.branches import MASK_ELEMENTS, TILE
+from model.nsa.config import BRANCHES, NSAConfig
+from training.memory.setup import FLOAT32, Setup
+
+INT64 = 8  # bytes
+
+
+def branch_activations(setup: Setup, nsa: NSAConfig) -> float:
+    """Bytes of n tokens: q, keys and values of all branches, phi's values, what each branch gives, gates, masks."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    heads, head_dim = network.n_heads, network.head_size
+    token = w * head_dim * (heads + 2 * network.n_cached_heads) + w * BRANCHES * heads
+    token += _compression(setup, nsa) / nsa.compress_stride
+    outputs = BRANCHES * w * heads * head_dim
+    blocks = network.n_kv_heads * -(-setup.sequence_length // nsa.select_block)  # a byte each: which are selected
+    if setup.cuda:
+        tiles = 2 * FLOAT32 * heads * setup.tokens / TILE**2  # FlexAttention's lists of them, by queries and by keys
+        return n * (token + outputs + BRANCHES * FLOAT32 * heads + blocks + tiles)
+    if in_blocks_of_rows(setup):
+        return n * (token + outputs + blocks)
+    # one call a branch: its output before queries that see nothing are zeroed, log-sum-exp, its mask as numbers
+    alike = heads if network.positions == "nape" else 1  # masks are alike in all heads, but for ALiBi and selection
+    masks = w * setup.tokens * (heads + alike + alike / nsa.compress_stride)
+    return n * (token + 2 * outputs + BRANCHES * FLOAT32 * heads + masks)
+
+
+def kept_outputs(setup: Setup) -> float:
+    """Bytes of the branches' outputs and log-sum-exps, which "selective" keeps."""
+    heads = setup.network.n_heads
+    return float(setup.local_tokens * BRANCHES * heads * (setup.product_bytes * setup.network.head_size + FLOAT32))
+
+
+def branch_workspace(setup: Setup, nsa: NSAConfig) -> float:
+    """Bytes of gradients in the branches' backward beside those of q and of all keys and values: of the branches'
+    outputs, of the tokens of compressed blocks; and on a CPU the mask of a block of rows, as numbers, and as it is
+    made of them."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    outputs = BRANCHES * w * network.n_heads * network.head_size
+    windows = 2 * w * network.n_kv_heads * network.head_size * nsa.compress_length / nsa.compress_stride
+    rows = 0 if setup.cuda or not in_blocks_of_rows(setup) else MASK_ELEMENTS
+    return n * (outputs + windows) + 2.0 * FLOAT32 * rows
+
+
+def in_blocks_of_rows(setup: Setup) -> bool:
+    """Whether the path with masks takes the queries in several parts, and computes their weights again in backward."""
+    return setup.network.n_heads * setup.tokens**2 > MASK_ELEMENTS
+
+
+def _compression(setup: Setup, nsa: NSAConfig) -> float:
+    """Bytes of one compressed block: its tokens, as phi's operands and as indices, phi's hidden layer before and after
+    the nonlinearity, and what comes out."""
+    network, w = setup.network, setup.product_bytes
+    hidden = network.head_size if nsa.compress_hidden is None else nsa.compress_hidden
+    phi = network.n_kv_heads * w * (nsa.compress_length * network.head_size + 2 * hidden + network.head_size)
+    return 2 * phi + INT64 * nsa.compress_length
