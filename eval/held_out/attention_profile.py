@@ -63,7 +63,10 @@ def measure_attention(
     runtime: Runtime,
     label: str,
 ) -> list[LayerProfile]:
-    """Profiles the first multiple * base_length tokens of each document, one context each."""
+    """Profiles the first multiple * base_length tokens of each document, one context each. Nothing for kind nsa,
+    which has no one weight of a query and a key."""
+    if model.config.attention.nsa is not None:
+        return []
     profiles: list[LayerProfile] = []
     total = sum(multiples) * base_length * len(documents)
     with tqdm(total=total, desc=f"{label}: attention", unit="tok", unit_scale=True, leave=False) as bar:

@@ -11,6 +11,7 @@ from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
 from eval.reporting.document import Block, Details, Heading, Paragraph, Picture, Table
 from eval.reporting.formatting import count
+from model.nsa.config import NSAConfig
 
 
 def head_mean(layers: Sequence[LayerProfile], multiple: int, name: str) -> float:
@@ -26,9 +27,13 @@ def attention_blocks(
     measurements: Sequence[Measurement], config: EvalConfig, base_length: int, output: Path
 ) -> list[Block]:
     """Tables and pictures; the pictures are written below output/plots."""
+    title, left_out = Heading("Attention: support, live tiles, entropy, sink"), _left_out(measurements, base_length)
+    measurements = [one for one in measurements if one.attention]
+    if not measurements:
+        return [title, *left_out]
     documents = count(min(config.profile_documents, len(measurements[0].plan.documents)), "held-out document")
     return [
-        Heading("Attention: support, live tiles, entropy, sink"),
+        title,
         *_pictures(measurements, base_length, output / "plots"),
         Paragraph(
             f"Mean over layers and heads on {documents}. Support: keys with weight above zero. Live tiles: causal "
@@ -42,8 +47,28 @@ def attention_blocks(
             ["run", "context (tokens)", "support (keys)", "live tiles", "entropy (nats)", "sink"],
             [_overall_row(one, multiple, base_length) for one in measurements for multiple in _multiples(one)],
         ),
+        *left_out,
         Details("Layer by layer", _layer_tables(measurements, base_length)),
     ]
+
+
+def _left_out(measurements: Sequence[Measurement], base_length: int) -> list[Block]:
+    """What is said of runs without profiles, those of kind nsa."""
+    return [
+        Paragraph(
+            f"{one.label} is not in this part: its three branches weigh different keys, so that there is no one weight "
+            f"of a query and a key. What they read (compressed keys, selected keys and the window's), as a share of the "
+            f"visible keys of one document: {_densities(one, base_length)}."
+        )
+        for one in measurements
+        if not one.attention
+    ]
+
+
+def _densities(one: Measurement, base_length: int) -> str:
+    nsa = NSAConfig(**one.model["attention"]["nsa"])
+    lengths = [multiple * base_length for multiple in one.plan.multiples]
+    return ", ".join(f"{100 * nsa.density([length]):.1f} % at {length:,} tokens" for length in lengths)
 
 
 def _pictures(measurements: Sequence[Measurement], base_length: int, folder: Path) -> list[Block]:

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class HeldOutSet:
     profiled: list[tuple[int, int]]
 
     def tally(self) -> "Tally":
-        attention = [f"{field}_{multiple}x" for multiple in self.plan.multiples for field in ATTENTION]
+        profiled = dict.fromkeys(multiple for multiple, _ in self.profiled)
+        attention = [f"{field}_{multiple}x" for multiple in profiled for field in ATTENTION]
         return Tally([*self.perplexity, *self.needles, *attention])
 
 
@@ -142,6 +143,8 @@ class HeldOutEvaluation(Callback):
             raise ValueError("data of HeldOutEvaluation is null and the run has no data.sources: name a corpus")
         folder = Path(self.data or source.sources[0].path)
         self.held_out = open_held_out_set(folder, source.tokenizer_fingerprint, source.sequence_length, self.config)
+        if pl_module.network_config.attention.nsa is not None:  # whose attention has no profile
+            self.held_out = replace(self.held_out, profiled=[])
         for note in self.held_out.plan.notes if trainer.is_global_zero else []:
             tqdm.write(f"HeldOutEvaluation: {note}", file=sys.stderr)
 

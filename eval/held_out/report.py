@@ -95,7 +95,9 @@ def found_lines(study: Study) -> list[str]:
         row = "; ".join(f"{run.label} {interval_text(run.lengths[i].perplexity)}" for run in study.runs)
         lines.append(f"Perplexity at {score.multiple}x ({score.tokens:,} tokens): {row}")
     lines.append("Needle tokens right: " + "; ".join(_needle_line(run) for run in study.runs))
-    lines.append("Live 64x64 tiles: " + "; ".join(_live_line(one) for one in study.measurements))
+    profiled = [one for one in study.measurements if one.attention]
+    if profiled:
+        lines.append("Live 64x64 tiles: " + "; ".join(_live_line(one) for one in profiled))
     return lines
 
 

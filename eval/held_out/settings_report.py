@@ -57,6 +57,7 @@ def run_blocks(measurements: Sequence[Measurement], settings: Mapping[str, Mappi
         differences = [
             [key, *(_its(key, value, kind) for value, kind in zip(values, kinds.values(), strict=True))]
             for key, *values in config_differences(settings)
+            if key != OF_NSA  # null for other kinds; what it holds has rows of its own
         ]
         blocks.append(Heading("What differs between the runs", 3))
         if differences:
@@ -77,7 +78,7 @@ def _its(key: str, value: str, kind: str) -> str:
     """The value where a model with this kind of attention has such a setting: softmax has no alpha."""
     if key == "data.sources":  # corpora as they are flattened to text; their paths say enough
         value = ", ".join(SOURCE.findall(value)) or value
-    kinds = ("nsa",) if key == OF_NSA or key.startswith(f"{OF_NSA}.") else ONLY_FOR.get(key, (kind,))
+    kinds = ("nsa",) if key.startswith(f"{OF_NSA}.") else ONLY_FOR.get(key, (kind,))
     return value if kind in kinds else NOT_ITS
 
 

@@ -27,8 +27,8 @@ class Decoder:
         the host. Capturing one runs its step three times. Autocast is as it was then. None: where decoding by them was
         measured to be faster at every length, which is entmax attention by the kernels on a CUDA device.
 
-    Raises: ValueError for cuda_graphs true on another device, for NSA, with an attention backend that waits for the host, or
-        with policies of model.policies.
+    Raises: ValueError for cuda_graphs true on another device, for kind nsa, with an attention backend that waits for
+        the host, or with policies of model.policies.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, cuda_graphs: bool | None = None) -> None:

@@ -97,8 +97,8 @@ class EvictingCache:
 def evicting(model: Transformer, policy: EvictingPolicy) -> Iterator[EvictingCache]:
     """Inside, the cache that is given reads one prompt and decodes after it; the model is to be used for nothing else.
 
-    Raises: ValueError for a model that is not softmax, one with a sliding window, a policy that evicts nothing or whose budgets
-    free nothing, or a model that is under a policy already.
+    Raises: ValueError for a model that is not softmax, one with a sliding window, a policy that evicts nothing or whose
+    budgets free nothing, or a model that is under a policy already.
     """
     config = model.config
     if not isinstance(policy, EvictingPolicy):

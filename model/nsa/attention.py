@@ -10,7 +10,6 @@ from model.config import ModelConfig
 from model.kv_cache import Extension
 from model.nsa.blocks import Blocks, cached_blocks, packed_blocks
 from model.nsa.branches import (
-    Branch,
     attend_flex,
     attend_masked,
     compression_branch,

@@ -23,18 +23,20 @@ class Branch:
     """What one branch lets queries see, and its ALiBi.
 
     visible: of Blocks. distance: (b, i, j) -> tokens, of Blocks. slopes: float32 (H,) or None. first_key, last_key:
-    int64 (b or 1, n), the keys from and up to which each query may see some; None for all keys.
+    int64 (b or 1, n), the keys from and up to which each query may see some.
     """
 
     visible: Visible
     distance: Callable[[Tensor, Tensor, Tensor], Tensor]
     slopes: Tensor | None
-    first_key: Tensor | None = None
-    last_key: Tensor | None = None
+    first_key: Tensor
+    last_key: Tensor
 
 
 def compression_branch(blocks: Blocks, slopes: Tensor | None) -> Branch:
-    return Branch(blocks.sees_compressed(), blocks.distance(blocks.last_position), slopes)
+    first = blocks.first_block.expand_as(blocks.position)
+    last = (first + blocks.position // blocks.config.compress_stride).clamp(max=len(blocks.first_key) - 1)
+    return Branch(blocks.sees_compressed(), blocks.distance(blocks.last_position), slopes, first, last)
 
 
 def selection_branch(blocks: Blocks, slopes: Tensor | None, selected: Tensor, heads_per_group: int) -> Branch:
@@ -62,7 +64,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, branch: Branch) -> Tensor:
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, branch: Branch, rows: slice) -> Tensor:
     """rows: of the queries that are attended with."""
     keys = slice(0, k.shape[2])
-    if branch.first_key is not None and branch.last_key is not None and not q.is_cuda:  # it would wait for the GPU
+    if not q.is_cuda:  # where it would wait for the device
         keys = slice(int(branch.first_key[:, rows].min()), int(branch.last_key[:, rows].max()) + 1)
     query, key = (torch.arange(one.start, one.stop, device=q.device) for one in (rows, keys))
     mask, bias = mask_and_bias(branch, (q.shape[0], q.shape[1]), query, key)
@@ -118,7 +120,7 @@ def selected_block_mask(visible: Visible, selection: Selection, blocks: Blocks, 
     """Of the selection branch: the tiles that hold a token which any query of the tile has selected. A tile's queries
     read what any of them selects, and masks hide the rest: more keys than by the paper's kernel, which takes one query
     of all heads of a group at a time."""
-    index, n_keys, size = selection.index, blocks.n_keys, blocks.config.select_block
+    index, n_keys, size = selection.blocks, blocks.n_keys, blocks.config.select_block
     batch, groups, n_queries, count = index.shape
     tiles, key_tiles = -(-n_queries // TILE), -(-n_keys // TILE)
     start = (blocks.own_key - blocks.position)[:, None, :, None] + index * size  # first token of each selected block

@@ -12,11 +12,11 @@ SCORES_AT_ONCE = 2**22  # float32 scores of one block of rows: 16 MiB, and a few
 
 
 class Selection(NamedTuple):
-    """selected: bool (B, G, n, n_select). index: int64 (B, G, n, count), the blocks that are, the query's own in the
-    place of those that there are not."""
+    """selected: bool (B, G, n, n_select). blocks: int64 (B, G, n, count), those that are selected, the query's own in
+    the place of those that there are not."""
 
     selected: Tensor
-    index: Tensor
+    blocks: Tensor
 
 
 @torch.no_grad()

@@ -239,7 +239,8 @@ def use_policy(
 
     phases: of the policy's, in which it acts; None for all of them.
 
-    Raises: ValueError for a model that is not softmax or another that the policy cannot run on, and where one is in use already.
+    Raises: ValueError for a model that is not softmax or another that the policy cannot run on, and where one is in use
+    already.
     """
     config, kind = model.config, model.config.attention.kind
     if not config.attention.is_softmax:

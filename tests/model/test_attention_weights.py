@@ -16,6 +16,8 @@ from model.transformer import Transformer
 
 N_TOKENS = 70
 
+KINDS = [kind for kind in get_args(AttentionKind) if kind != "nsa"]  # whose branches weigh different keys
+
 
 def build(kind: AttentionKind, positions: str = "nape", window: int | None = None, **attention: float) -> Transformer:
     torch.manual_seed(0)
@@ -60,7 +62,7 @@ def dense_weights(attention: Attention, x: Tensor) -> Tensor:
     return entmax_reference(scores, attention.alpha(x.device).double()[:, None, None])
 
 
-@pytest.mark.parametrize("kind", get_args(AttentionKind))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("positions", "window"), [("nape", None), ("rope", None), ("nope", 9)])
 def test_measures_are_those_of_dense_attention(
     kind: AttentionKind, positions: str, window: int | None, monkeypatch: pytest.MonkeyPatch
@@ -93,7 +95,7 @@ def test_measures_are_those_of_dense_attention(
         x = block(x, make_metadata(decoder.config, N_TOKENS, None, None, x.device))
 
 
-@pytest.mark.parametrize("kind", get_args(AttentionKind))
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_scores_have_the_entropy_of_all_visible_keys(kind: AttentionKind) -> None:
     decoder = build(kind, "nope")
     for block in decoder.layers():
@@ -107,6 +109,11 @@ def test_equal_scores_have_the_entropy_of_all_visible_keys(kind: AttentionKind) 
         torch.testing.assert_close(shape.relative_entropy, torch.full((4,), 1 - 1 / N_TOKENS), atol=1e-5, rtol=0)
         sink = sum(min(4, n) / n for n in visible) / N_TOKENS
         torch.testing.assert_close(shape.sink_share, torch.full((4,), sink), atol=1e-5, rtol=1e-5)
+
+
+def test_three_branches_have_no_weights_of_one_kind() -> None:
+    with pytest.raises(ValueError, match="'nsa' has weights of three branches"):
+        layer_profiles(build("nsa"), torch.zeros(1, 8, dtype=torch.int64), torch.arange(8), 4)
 
 
 def test_annealed_alpha_is_the_one_of_the_step() -> None:

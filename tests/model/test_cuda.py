@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions
+from model.config import AttentionConfig, AttentionKind, ModelConfig, NSAConfig, Positions
 from model.inference.incremental import extend, make_cache, prefill
 from model.softmax import document_block_mask, softmax_attention
 from model.transformer import Transformer
@@ -18,9 +18,14 @@ DOCUMENTS = torch.tensor([0, 300, 300, 301, 1000, 1536], dtype=torch.int32)
 
 
 def build(kind: AttentionKind, positions: Positions, window: int | None = None) -> Transformer:
+    if kind == "nsa" and window:
+        pytest.skip("NSA has a window of its own")
     torch.manual_seed(0)
     sizes = dict(vocab_size=512, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, d_ff=256)
-    return Transformer(ModelConfig(**sizes, positions=positions, window=window, attention=AttentionConfig(kind=kind)))
+    # all blocks: which ones are best turns on rounding (tests/model/nsa/test_cuda.py selects)
+    nsa = NSAConfig(select_count=24) if kind == "nsa" else None
+    attention = AttentionConfig(kind=kind, nsa=nsa)
+    return Transformer(ModelConfig(**sizes, positions=positions, window=window, attention=attention))
 
 
 def run(model: Transformer, cu_seqlens: torch.Tensor | None, dtype: torch.dtype | None):

@@ -9,17 +9,22 @@ from torch.nn import functional as F
 
 from model.attention import make_metadata
 from model.attention_stats import attention_stats
-from model.config import AttentionConfig, AttentionKind, ModelConfig, Positions, config_from_dict
+from model.config import AttentionConfig, AttentionKind, ModelConfig, NSAConfig, Positions, config_from_dict
 from model.initial_weights import take_memory
 from model.layers import HeadAlpha
 from model.rotary import rotary_tables, rotate
 from model.transformer import Transformer
 
 DOCUMENTS = torch.tensor([0, 30, 30, 31, 100, 128], dtype=torch.int32)
+NSA = NSAConfig(compress_length=8, compress_stride=4, select_block=8, select_count=4, window=10)
 KINDS, POSITIONS = get_args(AttentionKind), get_args(Positions)
 
 
 def tiny(kind: AttentionKind = "asentmax", positions: Positions = "nape", **options) -> ModelConfig:
+    if kind == "nsa":
+        if options.get("window"):
+            pytest.skip("NSA has a window of its own")
+        options.setdefault("attention", {"nsa": NSA})
     attention = AttentionConfig(kind=kind, **options.pop("attention", {}))
     sizes = dict(vocab_size=97, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
     return ModelConfig(**{**sizes, **options}, positions=positions, attention=attention)

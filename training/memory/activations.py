@@ -71,7 +71,8 @@ def _operands_in_float8(setup: Setup) -> dict[str, float]:
     return {
         "attention's input": n * w * width * temperatures_read,
         "attention's output": n * out * (FLOAT8 + w * kernel_reads),
-        "feed-forward": n * (FLOAT8 * width + (0 if setup.tiled else 2 * w * network.feed_forward_size)),  # without the product
+        "feed-forward": n
+        * (FLOAT8 * width + (0 if setup.tiled else 2 * w * network.feed_forward_size)),  # without the product
     }
 
 

@@ -11,7 +11,7 @@ def branch_activations(setup: Setup, nsa: NSAConfig) -> float:
     """Bytes of n tokens: q, keys and values of all branches, phi's values, what each branch gives, gates, masks."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     heads, head_dim = network.n_heads, network.head_size
-    token = w * head_dim * (heads + 2 * network.n_cached_heads) + w * BRANCHES * heads
+    token = float(w * head_dim * (heads + 2 * network.n_cached_heads) + w * BRANCHES * heads)
     token += _compression(setup, nsa) / nsa.compress_stride
     outputs = BRANCHES * w * heads * head_dim
     blocks = network.n_kv_heads * -(-setup.sequence_length // nsa.select_block)  # a byte each: which are selected

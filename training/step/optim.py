@@ -18,8 +18,9 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon for the blocks' matrices beside it, and the schedule.
 
     Args:
-        name: "adamw"; "muon" for the matrices of the blocks, where embeddings, the head, temperatures, gates and all that has
-            one dimension stay with AdamW. Learning rate and weight decay mean the same for both (step/muon.py).
+        name: "adamw"; "muon" for the matrices of the blocks, where embeddings, the head, temperatures, gates and all
+            that has one dimension stay with AdamW. Learning rate and weight decay mean the same for both
+            (step/muon.py).
         lr: Peak learning rate.
         momentum: Decay rate of Muon's average of gradients, with Nesterov's step.
         betas: Decay rates of AdamW's two moments.

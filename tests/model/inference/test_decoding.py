@@ -179,6 +179,14 @@ def test_what_does_not_fit_is_an_error(cuda_graphs: bool) -> None:
         decoder([4, 5])
 
 
+def test_graphs_are_not_for_nsa() -> None:
+    network = make(tiny("nsa", "nape"))
+    with pytest.raises(
+        ValueError, match="cuda_graphs is true, but attention.kind nsa decodes kernel by kernel: set it"
+    ):
+        Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
+
+
 def test_graphs_need_a_cuda_device() -> None:
     network = make(tiny("entmax", "nape"))
     with pytest.raises(ValueError, match="cuda_graphs is true, which needs a CUDA device, but the model is on cpu"):

@@ -12,7 +12,6 @@ import model.nsa.branches
 import model.nsa.selection
 from model.config import ModelConfig, NSAConfig
 from model.nsa.attention import NativeSparseAttention, NSAMetadata, block_masks
-from model.nsa.blocks import packed_blocks
 from model.nsa.branches import mask_and_bias, selected_block_mask, selection_branch
 from model.nsa.selection import block_scores, select_blocks
 from tests.model.nsa.looped import SIZES, branches, draw, module, network
@@ -118,7 +117,7 @@ def test_first_own_and_the_block_before_are_always_selected() -> None:
             those = set(chosen.selected[0, group, t].nonzero().flatten().tolist())
             assert {0, int(own[t]), max(0, int(own[t]) - 1)} <= those and max(those) == own[t]
             assert len(those) == min(SIZES.select_count, int(own[t]) + 1)
-            assert those == set(chosen.index[0, group, t].tolist())
+            assert those == set(chosen.blocks[0, group, t].tolist())
 
 
 def test_scores_are_the_compression_branchs_weights() -> None:

@@ -1,0 +1,57 @@
+"""The branches by FlexAttention, compiled, against masks; needs a CUDA device."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.nsa.attention
+from model.config import NSAConfig
+from model.nsa.attention import NativeSparseAttention, NSAMetadata
+from tests.model.nsa.looped import draw, module, network
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DOCUMENTS = torch.tensor([0, 300, 300, 301, 1000, 1536], dtype=torch.int32)
+SLOPES = torch.tensor([1.0, 0.25, 0.0, 0.0])
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+def test_outputs_and_gradients(
+    documents: Tensor | None, slopes: Tensor | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention's error against float64 is at most twice (of gradients three times) that of masks in its dtype, as
+    flash-attention's tests have it. The blocks are those that float64 selects: which are best turns on rounding."""
+    config = network(NSAConfig(select_count=5), head_dim=32)
+    layer, device = module(config).cuda(), torch.device("cuda")
+    inputs = [x.cuda() for x in draw(1536, config)]
+    cotangent = torch.randn(1, 4, 1536, 32, dtype=torch.float64, device=device)
+    bounds, slopes = (None if x is None else x.cuda() for x in (documents, slopes))
+    flex = NativeSparseAttention.metadata(config, 1536, bounds, 1536, device)
+    assert flex.compression is not None
+    chosen = []
+
+    def selected(*arguments: object) -> object:
+        if not chosen:
+            chosen.append(model_selection(*arguments))  # type: ignore[arg-type]
+        return chosen[0]
+
+    model_selection = model.nsa.attention.select_blocks
+    monkeypatch.setattr(model.nsa.attention, "select_blocks", selected)
+
+    def run(metadata: NSAMetadata, dtype: torch.dtype) -> list[Tensor]:
+        layer.to(dtype)
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = layer(*leaves, metadata, slopes)
+        return [out.detach(), *torch.autograd.grad(out, [*leaves, *layer.parameters()], cotangent.to(dtype))]
+
+    masked = NSAMetadata(flex.blocks, None, None)
+    truth = run(masked, torch.float64)
+    for i, (ours, plain, exact) in enumerate(zip(run(flex, dtype), run(masked, dtype), truth, strict=True)):
+        limit = max((3 if i else 2) * relative(plain, exact), 4 * torch.finfo(dtype).eps)
+        assert relative(ours, exact) <= limit, i
