@@ -56,9 +56,9 @@ def _left_out(measurements: Sequence[Measurement], base_length: int) -> list[Blo
     """What is said of runs without profiles, those of kind nsa."""
     return [
         Paragraph(
-            f"{one.label} is not in this part: its three branches weigh different keys, so that there is no one weight "
-            f"of a query and a key. What they read (compressed keys, selected keys and the window's), as a share of the "
-            f"visible keys of one document: {_densities(one, base_length)}."
+            f"{one.label} is not in this part: its three branches weigh different keys, so that a query and a key have "
+            "no one weight. What the branches read together (compressed keys, those of selected blocks and the "
+            f"window's), as a share of the visible keys of one document: {_densities(one, base_length)}."
         )
         for one in measurements
         if not one.attention

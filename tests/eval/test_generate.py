@@ -70,6 +70,25 @@ def test_an_exported_model_in_bfloat16(run: Path, tmp_path: Path, capsys: pytest
         assert "after 5 tokens" in capsys.readouterr().err
 
 
+def test_nsa_writes_what_full_passes_give(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Greedily, through edges of blocks."""
+    run = make_run(tmp_path / "nsa", "nsa", init_std=0.2)
+    prompt = "def index(path): " * 3
+    arguments = ["--checkpoint", str(run), "--prompt", prompt, "--max_new_tokens", "40", "--device", "cpu"]
+    assert main([*arguments, "--temperature", "0", "--chunk_tokens", "17"]) == 0
+    loaded = load_model(run)
+    tokenizer = load_tokenizer(loaded.tokenizer_path)
+    start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = list(start)
+    while len(ids) < len(start) + 40 and ids[-1] != tokenizer.eos_id:
+        logits = loaded.model.logits(loaded.model(torch.tensor([ids]))[0, -1])
+        ids.append(int(logits[: tokenizer.vocab_size].argmax()))
+    assert len(ids) > len(start) + 20
+    assert capsys.readouterr().out == tokenizer.decode(ids[len(start) :]) + "\n"
+
+
 def test_characters_of_several_tokens_are_written_whole(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from model.config import AttentionConfig, ModelConfig
-from model.flops import matmul_parameters, peak_flops, train_flops
+from model.config import AttentionConfig, ModelConfig, NSAConfig
+from model.flops import matmul_parameters, peak_flops, sequence_cost, train_flops
 from model.transformer import Transformer
 
 
@@ -12,6 +12,27 @@ def test_weights_are_those_of_the_model(kind, tied: bool) -> None:
     config = ModelConfig(tie_embeddings=tied, attention=AttentionConfig(kind=kind))
     matrices = sum(p.numel() for p in Transformer(config).parameters() if p.dim() == 2)
     assert matmul_parameters(config) == matrices - (0 if tied else config.vocab_size * config.d_model)
+
+
+def test_nsa_multiplies_with_phi_once_a_stride() -> None:
+    nsa = NSAConfig(compress_length=32, compress_stride=16)
+    config = ModelConfig(n_layers=1, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=50, head_dim=16,
+                         attention=AttentionConfig(kind="nsa", nsa=nsa))  # fmt: skip
+    matrices = {n: p.numel() for n, p in Transformer(config).named_parameters() if p.dim() == 2}
+    phi = sum(count for name, count in matrices.items() if ".sparse.compress" in name and ".place." not in name)
+    rest = sum(count for name, count in matrices.items() if ".sparse.compress" not in name)
+    assert matmul_parameters(config) == rest + phi * 2 / 16  # of the vectors of two heads, one every 16 tokens
+    assert phi == 2 * (32 * 16 * 16 + 16 * 16)
+
+
+def test_a_long_sequence_costs_nsa_less_than_softmax() -> None:
+    def attention(kind: str, lengths: list[int]) -> float:
+        config = ModelConfig(attention=AttentionConfig(kind=kind))  # type: ignore[arg-type]
+        return sequence_cost(config, lengths) - 6 * matmul_parameters(config) * sum(lengths)
+
+    read = NSAConfig().density([8192, 32768])
+    assert attention("nsa", [8192, 32768]) == pytest.approx(read * attention("softmax", [8192, 32768]), rel=1e-9)
+    assert attention("nsa", [32768]) < 0.25 * attention("softmax", [32768])
 
 
 def test_formula_by_hand() -> None:

@@ -53,6 +53,16 @@ def batch(seed: int = 0) -> dict[str, Any]:
     return {"tokens": tokens, "labels": (tokens + 1) % 64, "cu_seqlens": bounds, "max_seqlen": TOKENS // 2}
 
 
+def test_gates_and_phi_of_nsa_stay_as_they_are() -> None:
+    sizes = dict(n_heads=16, n_kv_heads=16, d_model=128, head_dim=16)  # 16 divides all of them
+    model = Transformer(network(attention=AttentionConfig(kind="nsa"), **sizes))
+    convert_linears(model.layers(), "rowwise")
+    kept = {name for name, one in model.layers()[0].named_modules() if type(one) is nn.Linear}
+    assert kept == {"attention.sparse.gate"} | {
+        f"attention.sparse.compress_{part}.{w}" for part in "kv" for w in ("w_in", "w_out")
+    }
+
+
 def loss_of(module: LanguageModule, data: dict[str, Any]) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return module.training_step(data, 0)["loss"]

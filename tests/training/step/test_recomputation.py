@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.alpha_entmax.launches
-from model.config import AttentionConfig, ModelConfig
+from model.config import AttentionConfig, ModelConfig, NSAConfig
 from model.kept_operators import ATTENTION
 from tests.kernels.helpers import DEVICE, needs_cuda, needs_triton
 from training.module import LanguageModule
@@ -96,6 +96,19 @@ class TestThresholds:
         assert passes == {"scan": LAYERS, "refine": LAYERS, "sum": LAYERS * (1 if mode == "selective" else 2)}
         # to the bit, but for Inductor, which rounds to bfloat16 elsewhere in a graph that computes a block again
         assert_near(found, expected, 1e-2 if compiler == "inductor" else 0)
+
+
+@pytest.mark.parametrize("rows", ["at once", "in blocks"])
+@pytest.mark.parametrize("compiler", COMPILERS[:2])
+@pytest.mark.parametrize("mode", MODES)
+def test_branches_of_nsa(mode: str, compiler: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows are recomputed by themselves, within blocks that are."""
+    if rows == "in blocks":
+        monkeypatch.setattr("model.nsa.branches.MASK_ELEMENTS", 2 * LENGTH * 40)
+    attention = AttentionConfig(kind="nsa", nsa=NSAConfig(8, 4, None, 8, 4, 2, 20))
+    expected = gradients(make_module("none", "eager", attention, positions="nape"), documents=True)
+    found = gradients(make_module(mode, compiler, attention, positions="nape"), documents=True)
+    assert_near(found, expected, 1e-5)  # float32 sums in another order
 
 
 class Counted(TorchDispatchMode):
