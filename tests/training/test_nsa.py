@@ -38,10 +38,8 @@ def test_the_loss_falls_and_a_run_goes_on_where_it_stopped(train: TrainProcess, 
 def test_evaluation_during_training_has_no_profile(train: TrainProcess, tmp_path: Path) -> None:
     quick = ("base_length=128", "lengths=[1,2]", "needle_digits=2", "every_n_steps=4")
     callback = tuple(f"--trainer.callbacks.init_args.{option}" for option in quick)
-    ended = train(
-        "--run_dir", tmp_path, "--trainer.max_steps", 4, "--checkpoint.every_n_steps", 4, "--stats.every_n_steps", 4, *OPTIONS, *callback,
-        configs=(NSA, HELD_OUT),
-    )  # fmt: skip
+    steps = ("--trainer.max_steps", 4, "--checkpoint.every_n_steps", 4, "--stats.every_n_steps", 4)
+    ended = train("--run_dir", tmp_path, *steps, *OPTIONS, *callback, configs=(NSA, HELD_OUT))
     assert ended.returncode == 0, ended.stderr
     columns = {name for path in tmp_path.glob("metrics/*/metrics.csv") for name in next(csv.reader(path.open()))}
     assert {"eval/perplexity_1x", "grad_norm/branches"} <= columns

@@ -1,6 +1,8 @@
 """Sizes: what is refused, what they cost, and that a twin has as many parameters."""
 
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from model.policies.policy import use_policy
 from model.policies.snapkv import SnapKV
 from model.policies.window import SlidingWindow
 from model.sequence_parallel import check_heads
+from model.trained_sparse import KINDS
 from model.transformer import Transformer
 from tests.model.nsa.looped import SIZES, network
 
@@ -118,3 +121,12 @@ def test_ranks_do_not_share_its_sequences() -> None:
     check_heads(network(), 1)
     with pytest.raises(ValueError, match="^parallel.sequence_parallel is 2: expected 1, since attention.kind nsa"):
         check_heads(network(), 2)
+
+
+def test_the_docs_have_every_trained_kind_with_its_config() -> None:
+    root = Path(__file__).parents[3]
+    trained = (root / "docs/sparse_attention.md").read_text().split("\n## Trained\n")[1]
+    rows = dict(re.findall(r"^\| (\w+) \|.*\(\.\./(configs/attention/\w+\.yaml)\)", trained, flags=re.M))
+    assert rows == {kind: f"configs/attention/{kind}.yaml" for kind in KINDS}
+    assert all(f"kind: {kind}\n" in (root / path).read_text() for kind, path in rows.items())
+    assert all(f"{100 * NSAConfig().density([length]):.0f} %" in trained for length in (512, 8192, 32768))
