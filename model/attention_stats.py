@@ -31,7 +31,8 @@ class LayerStats:
 
 @torch.no_grad()
 def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
-    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for softmax kinds."""
+    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for kinds that are
+    not entmax."""
     progress = model.alpha_progress()
     metadata = make_metadata(model.config, tokens.shape[1], cu_seqlens, None, tokens.device, alpha_progress=progress)
     with record_stats(model) as stats:
@@ -45,16 +46,16 @@ def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | Non
 def record_stats(model: Transformer) -> Iterator[list[LayerStats]]:
     """Inside, each layer's attention appends its LayerStats, of whole sequences on one rank.
 
-    Raises: ValueError for softmax kinds, and where the model's attention is overridden already.
+    Raises: ValueError for kinds that are not entmax, and where the model's attention is overridden already.
     """
     stats: list[LayerStats] = []
     recorders, hooks = [], []
     for block in model.layers():
         attention = block.attention
         if attention.alpha is None:
-            raise ValueError(
-                f"attention kind {model.config.attention.kind!r} has no entmax weights: it has no support statistics"
-            )
+            kind = model.config.attention
+            what = "is dense" if kind.is_softmax else "chooses keys before it weighs them"
+            raise ValueError(f"attention kind {kind.kind!r} {what}: it has no support statistics")
         recorder = _LayerRecorder(attention, attention.alpha, stats)
         recorders.append(recorder)
         if attention.temperature is not None:

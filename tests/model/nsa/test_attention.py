@@ -242,6 +242,30 @@ def test_compiled_blocks_attend_alike() -> None:
         torch.testing.assert_close(p.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@torch.no_grad()
+def test_flex_attention_is_compiled_once_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that end elsewhere and blocks selected anew are values, not code: no later step compiles again."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend=backend, fullgraph=True)
+    monkeypatch.setattr(model.nsa.branches, "compiled_flex", lambda: compiled)
+    config = network()
+    sparse = module(config)
+    for seed, ends in enumerate(([40, 110], [7, 110], [20, 30, 110])):
+        _, q, k, v = draw(110, config, seed=seed)
+        documents = torch.tensor([0, *ends], dtype=torch.int32)
+        ours = sparse.attend(q, k, v, flex_metadata(config, 110, documents, 110), SLOPES)
+        masked = sparse.attend(q, k, v, metadata(config, 110, documents, 110), SLOPES)
+        for found, expected in zip(ours, masked, strict=True):
+            torch.testing.assert_close(found, expected, **EXACT)
+        assert len(graphs) == 3
+
+
 def test_what_is_compiled_within_is_compiled() -> None:
     """FlexAttention, in the part that torch.compile leaves out of a block: else it would compute all scores."""
     compiled: list[str] = []

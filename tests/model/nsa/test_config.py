@@ -113,7 +113,7 @@ def test_what_reads_softmax_weights_refuses_it() -> None:
         pass
     with pytest.raises(ValueError, match=twin), evicting(model, SnapKV(4)):
         pass
-    with pytest.raises(ValueError, match="attention kind 'nsa' has no entmax weights"):
+    with pytest.raises(ValueError, match="attention kind 'nsa' chooses keys before it weighs them: it has no support"):
         attention_stats(model, tokens)
 
 
