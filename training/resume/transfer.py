@@ -17,7 +17,7 @@ FREE_KEYS = {"rope_base", "rope_scaling", "window"} | {
     f"attention.{key}"
     for key in (
         "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
-        "temperature_range", "temperature_bias", "backend",
+        "temperature_range", "temperature_bias", "backend", "nsa.select_count", "nsa.select_local", "nsa.window",
     )
 }  # fmt: skip
 # (old, new) attention kinds where the new one uses every weight of the old one.
@@ -35,6 +35,8 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
     differing = [key for key in _differing(saved, wanted) if not FREE_KEYS & {key, key.split(".")[0]}]
     if (saved["attention.kind"], wanted["attention.kind"]) in KIND_CHANGES:
         differing = [key for key in differing if key != "attention.kind"]
+    if "attention.kind" in differing:  # says enough
+        differing = [key for key in differing if not key.startswith("attention.nsa")]
     if differing:
         listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
         raise ValueError(

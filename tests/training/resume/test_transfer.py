@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
-from model.config import AttentionConfig, ModelConfig, RopeScaling
+from model.config import AttentionConfig, ModelConfig, NSAConfig, RopeScaling
 from model.loading import load_model
 from model.transformer import Transformer
 from tests.training.conftest import ROOT, TrainProcess
@@ -131,9 +131,12 @@ def test_what_may_differ_and_what_may_not() -> None:
     check_transfer(info(kind="softmax"), network(kind="asentmax", alpha=1.3, anneal_steps=5))
     check_transfer(info(kind="softmax"), replace(network(kind="entmax"), rope_base=5e5, window=7))
     check_transfer(info(kind="entmax"), network(kind="asentmax", learn_alpha=False))
+    check_transfer(info(kind="nsa"), network(kind="nsa", nsa=NSAConfig(window=1024, select_count=32)))
     for old, new, named in (
         ("asentmax", network(kind="softmax"), "attention.kind 'asentmax' (config: 'softmax')"),
         ("ssmax", network(kind="asentmax"), "attention.kind 'ssmax' (config: 'asentmax')"),
+        ("softmax", network(kind="nsa"), "has attention.kind 'softmax' (config: 'nsa'); only"),
+        ("nsa", network(kind="nsa", nsa=NSAConfig(compress_length=16)), "nsa.compress_length 32 (config: 16)"),
         ("softmax", replace(network(kind="softmax"), vocab_size=64), "vocab_size 32 (config: 64)"),
         ("softmax", replace(network(kind="softmax"), positions="nape"), "positions 'rope' (config: 'nape')"),
     ):
