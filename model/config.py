@@ -172,7 +172,7 @@ class ModelConfig:
     Attributes:
         vocab_size: rows of the embedding; at least the tokenizer's.
         n_layers, d_model, n_heads, n_kv_heads, d_ff: layers L, width C, query heads H, key/value heads G, width of
-            the feed-forward layer.
+            the feed-forward layer (feed_forward_size where attention.nsa.equal_parameters narrows it).
         head_dim: D; None is d_model / n_heads.
         positions: rope (rotary, rope_base), nape (ALiBi on the first half of the heads, none on the rest;
             arXiv:2506.16640) or nope (none).

@@ -46,7 +46,9 @@ class BlockCompression(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x: keys or values (B, G, T, D), tokens: int64 (C, compress_length) -> (B, G, C, D)."""
-        windows = x[:, :, tokens] + self.place.weight  # [B, G, C, length, D]
+        # called, not read: ZeRO 3 gathers the weights of a module that is called
+        code = self.place(torch.arange(tokens.shape[1], device=x.device))
+        windows = x[:, :, tokens] + code  # [B, G, C, length, D]
         out: Tensor = self.w_out(nn.functional.silu(self.w_in(windows.flatten(3))))
         return out
 

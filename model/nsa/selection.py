@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 
 from model.nsa.blocks import Blocks
 
-SCORES_AT_ONCE = 2**22  # float32 scores of one block of rows: 16 MiB, and a few temporaries of their size
+# float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size
+SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 
 
 class Selection(NamedTuple):
@@ -29,7 +30,7 @@ def select_blocks(q: Tensor, compressed: Tensor, blocks: Blocks, slopes: Tensor 
     Args:
         q: (B, H, n, D). compressed: compressed keys (B, G, C, D). slopes: as in AttentionMetadata.
     """
-    rows = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * compressed.shape[2]))
+    rows = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * q.shape[1] * compressed.shape[2]))
     with torch.autocast(q.device.type, enabled=False):
         parts = [
             _choose(block_scores(q[:, :, part], compressed, blocks, part, slopes), blocks, part)

@@ -45,7 +45,7 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         return flex_metadata
     if request.param != "masks":
         monkeypatch.setattr(model.nsa.branches, "MASK_ELEMENTS", 4 * 16)
-        monkeypatch.setattr(model.nsa.selection, "SCORES_AT_ONCE", 1000)
+        monkeypatch.setitem(model.nsa.selection.SCORES_AT_ONCE, "cpu", 1000)
     return metadata
 
 

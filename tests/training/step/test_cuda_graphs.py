@@ -61,12 +61,12 @@ def test_packed_documents_are_refused() -> None:
         module.graphed_loss(batch(0))  # before on_before_batch_transfer, which makes rows of it
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nsa_is_not_captured() -> None:
     with pytest.raises(ValueError, match="needs attention that can be captured, but attention.kind is 'nsa': set it"):
         check_graphs(network("nsa"), device=torch.device("cuda"), world_size=1, accumulation=1, mode="none")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["softmax", "ssmax", "entmax", "asentmax"])
 def test_replayed_steps_equal_eager_ones(kind: str) -> None:
     def train(cuda_graphs: bool) -> list[Tensor]:

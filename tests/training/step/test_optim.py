@@ -138,3 +138,20 @@ def test_restoring_into_other_groups_is_refused() -> None:
     softmax = Transformer(ModelConfig(attention=AttentionConfig(kind="softmax")))
     with pytest.raises(ValueError, match="parameter groups .*alpha.* the config gives"):
         reapply_settings(optimizer, scheduler, parameter_groups(softmax, OptimizerConfig(), fused=False))
+
+
+def test_gates_of_nsa_are_no_matrices_for_muon() -> None:
+    model = Transformer(ModelConfig(attention=AttentionConfig(kind="nsa")))
+    names = {
+        id(p): name.rpartition("attention.sparse.")[2] for name, p in model.named_parameters() if ".sparse." in name
+    }
+    found = {
+        group["name"]: {names[id(p)] for p in group["params"] if id(p) in names}
+        for group in parameter_groups(model, OptimizerConfig(name="muon"), fused=False)
+    }
+    assert found == {
+        "hidden": {f"compress_{part}.{w}.weight" for part in "kv" for w in ("w_in", "w_out")},
+        "matrices": {"gate.weight"},
+        "vectors": {"gate.bias"},
+        "embeddings": {"compress_k.place.weight", "compress_v.place.weight"},
+    }
