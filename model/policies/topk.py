@@ -1,6 +1,6 @@
 """The oracle: which key blocks hold most of the attention, known from the attention itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -19,8 +19,9 @@ class OracleTopK(BlockPolicy):
     """Keeps, for each block of queries, the `blocks` key blocks with most exact attention weight, its own among them.
 
     What every method that estimates block weights aims at (an upper bound of theirs at equal density, though not of
-    methods that choose by key or by head); computing it costs dense attention. Dense where blocks cover all keys. Only
-    attention over the blocks of 64, the default, runs on the kernel (BlockPolicy).
+    methods that choose by key or by head); computing it costs dense attention. Dense where blocks cover all keys, which
+    count from the text's first key. Only attention over the blocks of 64, the default, runs on the kernel
+    (BlockPolicy).
     """
 
     name: ClassVar[str] = "oracle"
@@ -40,14 +41,16 @@ class OracleTopK(BlockPolicy):
         return False  # `select` computes dense attention
 
     def select(self, q: Tensor, k: Tensor, view: SequenceView) -> BlockSelection:
-        sizes, lengths = self.sizes, (q.shape[1], k.shape[1])
-        own = own_blocks(view, sizes, lengths, q.device)
+        sizes, offset = self.sizes, view.key_start % self.block
+        counted = replace(view, query_start=view.query_start + offset)  # from the first key of a block of the text
+        own = own_blocks(counted, sizes, (q.shape[1], k.shape[1] + offset), q.device)
         weights = torch.zeros(len(q), *own.shape, device=q.device)
         for rows in view.row_blocks(q, k.shape[1]):
             n_keys = view.query_start + rows.stop
             p = torch.softmax(view.scores(q, k, rows, n_keys), -1)
-            pad = (0, -n_keys % self.block, 0, -p.shape[1] % self.block)
+            pad = (offset, -(n_keys + offset) % self.block, 0, -p.shape[1] % self.block)
             p = torch.nn.functional.pad(p, pad).unflatten(2, (-1, self.block)).unflatten(1, (-1, self.block))
             first = rows.start // self.block
             weights[:, first : first + p.shape[1], : p.shape[3]] = p.sum((2, 4))
-        return BlockSelection(top_count(weights.masked_fill_(own, torch.inf), self.blocks) | own, *sizes)
+        kept = top_count(weights.masked_fill_(own, torch.inf), self.blocks) | own
+        return BlockSelection(kept, *sizes, key_offset=offset)

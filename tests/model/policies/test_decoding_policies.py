@@ -16,6 +16,7 @@ from model.policies.h2o import H2O
 from model.policies.policy import SparsePolicy, use_policy
 from model.policies.quest import Quest
 from model.policies.snapkv import SnapKV
+from model.policies.topk import OracleTopK
 from model.policies.twilight import Twilight
 from model.policies.vattention import VAttention
 from tests.model.policies.policy_inputs import SLOPES, draw, mask_of, view_of, weights_of
@@ -62,7 +63,7 @@ def test_pages_of_quest_lie_where_the_text_has_them(cut: int) -> None:
 
 @pytest.mark.parametrize("policy", [
     Quest(2, 8, dense_layers=0), Twilight(Quest(2, 8, dense_layers=0), 0.8, dense_layers=0),
-    VAttention(Quest(2, 8, dense_layers=0), 0.7, 0.3, sinks=1, local=1),
+    VAttention(Quest(2, 8, dense_layers=0), 0.7, 0.3, sinks=1, local=1), OracleTopK(2, 8),
 ], ids=lambda policy: policy.name)  # fmt: skip
 def test_a_row_is_decoded_as_it_is_alone(policy: SparsePolicy) -> None:
     """Beside rows of other lengths, which move the start of what a window leaves of the cache."""
