@@ -1,17 +1,21 @@
 """Dual Chunk Attention: no rotary distance beyond those of the trained length, and nothing left out."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kernels.common.visibility import TILE
 from model.config import ModelConfig
 from model.policies.blocks import check_least
-from model.policies.policy import Attended, SequenceView, SparsePolicy, masked_attention
+from model.policies.policy import Attended, SequenceView, SparsePolicy
 from model.policies.selection import Selection, TokenSelection
 from model.policies.window import refuse_dynamic
 from model.rotary import turned
+from model.softmax import HALF
+
+FLASH_CHANNELS = 256  # of a head, at most
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,65 @@ class DualChunk(SparsePolicy):
         return TokenSelection(torch.ones(1, 1, k.shape[1], dtype=torch.bool, device=k.device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, view: SequenceView) -> Attended:
-        facts = {one.name: getattr(view, one.name) for one in fields(view)}
-        view = _ChunkView(**facts, farthest=self.farthest, chunk=self.farthest - self.local)
-        return masked_attention(q, k, v, view, self.select(q, k, view))
+        """One chunk of keys after the other, as they are cached: queries behind it are turned to where they have the
+        wanted distance from it."""
+        position = torch.arange(q.shape[1], device=q.device) + view.query_start
+        out, lse = torch.zeros_like(q, dtype=torch.float32), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        chunk, n_keys = self.farthest - self.local, k.shape[1]
+        for start in range(0, n_keys, chunk):
+            stop = min(start + chunk, n_keys)
+            # queries that stand in this chunk, and those behind it
+            inside, behind = (max(0, edge - view.query_start) for edge in (start, stop))
+            if inside < behind:
+                first = view.query_start + inside  # keys before it are seen by all queries of the chunk
+                merge(out, lse, slice(inside, behind), q[:, inside:behind], k, v, slice(start, first), view.scale)
+                merge(out, lse, slice(inside, behind), q[:, inside:behind], k, v, slice(first, stop), view.scale, True)
+            if behind < q.shape[1]:
+                met_from = start + (position[behind:] - start).clamp(max=self.farthest)
+                part = turned(q[:, behind:], position[behind:], met_from, view.frequencies).to(q.dtype)
+                merge(out, lse, slice(behind, None), part, k, v, slice(start, stop), view.scale)
+        kept, tiles = _all_pairs(position)
+        return Attended(out.to(q.dtype), kept.expand(len(q)), kept, tiles.expand(len(q)), tiles)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ChunkView(SequenceView):
-    """A view whose scores are those of DualChunk. Keys stay as they are cached: queries are turned to where they have
-    the wanted distance from a whole chunk of keys."""
+def merge(
+    out: Tensor, lse: Tensor, rows: slice, q: Tensor, k: Tensor, v: Tensor, keys: slice, scale: float,
+    causal: bool = False,
+) -> None:  # fmt: skip
+    """Takes attention of the queries `rows` over further keys up into what they have already.
 
-    farthest: int
-    chunk: int
+    out: float32 (H, Tq, D), attention over the keys before. lse: float32 (H, Tq), log of the sum of their exp(score).
+    q: (H, rows, D), of `rows`. causal: query i sees key i and those before, for as many keys as queries.
+    """
+    if keys.start == keys.stop:
+        return
+    further, weight = attention_and_lse(q, k[:, keys], v[:, keys], scale, causal)
+    both = torch.logaddexp(lse[:, rows], weight)
+    before, share = (lse[:, rows] - both).exp(), (weight - both).exp()
+    out[:, rows] = before[..., None] * out[:, rows] + share[..., None] * further.float()
+    lse[:, rows] = both
 
-    def scores(self, q: Tensor, k: Tensor, rows: slice, n_keys: int) -> Tensor:
-        scores = q.new_full((len(q), rows.stop - rows.start, n_keys), -torch.inf, dtype=torch.float32)
-        query = torch.arange(rows.start, rows.stop, device=q.device) + self.query_start
-        for start in range(0, n_keys, self.chunk):
-            keys = slice(start, min(start + self.chunk, n_keys))
-            met_from = start + (query - start).clamp(max=self.farthest)
-            part = turned(q[:, rows], query, met_from, self.frequencies).unflatten(0, (len(k), -1))
-            scores[..., keys] = (part @ k[:, None, keys].float().transpose(-1, -2)).flatten(0, 1) * self.scale
-        return scores.masked_fill_(~self.visible(rows, n_keys, q.device), -torch.inf)
+
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Softmax attention (H, Tq, D) and the log of its sums, float32 (H, Tq), by torch's fused kernels, which
+    scaled_dot_product_attention asks without the sums. q: (H, Tq, D), k and v: (G, Tk, D)."""
+    repeat, size = len(q) // len(k), q.shape[2]
+    k, v = (x.repeat_interleave(repeat, 0) for x in (k, v))
+    q, k, v = (torch.nn.functional.pad(x, (0, -size % 8))[None] for x in (q, k, v))  # as the kernels want channels
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    elif q.dtype in HALF and size <= FLASH_CHANNELS:
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    return out[0, ..., :size], lse[0, :, : q.shape[2]].float()  # the last one's sums are padded
+
+
+def _all_pairs(position: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 (): pairs of causal attention of queries at these positions, int64 (Tq,), in a row; 64 x 64 tiles that hold
+    one."""
+    last = (
+        torch.cat([position[TILE - 1 :: TILE], position[-1:]]) if len(position) % TILE else position[TILE - 1 :: TILE]
+    )
+    return (position + 1).sum(), (last // TILE + 1).sum()

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from model.config import AttentionConfig, AttentionKind, ModelConfig, NSAConfig, Positions
 from model.inference.incremental import extend, make_cache, prefill
+from model.policies.dual_chunk import DualChunk
+from model.policies.policy import SequenceView
 from model.softmax import document_block_mask, softmax_attention
 from model.transformer import Transformer
 
@@ -163,3 +166,18 @@ def test_flex_attention_is_compiled_for_every_kind_of_input() -> None:
                 block_mask=mask,
             )  # fmt: skip
             assert torch.cuda.max_memory_allocated() - before < n_tokens**2
+
+
+@pytest.mark.parametrize("size", [64, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dual_chunk_attention_is_that_of_the_cpu(dtype: torch.dtype, size: int) -> None:
+    """Each dtype has a fused kernel of its own that gives the sums; sizes of heads that they do not take are padded."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(h, n, size, generator=generator).to(dtype) for h, n in ((4, 150), (2, 500), (2, 500)))
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    view = SequenceView(0, 1, False, 350, 0, size**-0.5, None, None, {}, frequencies)
+    exact = DualChunk(96, 16).attend(q.double(), k.double(), v.double(), view).out
+    on_cpu = (DualChunk(96, 16).attend(q, k, v, view).out.double() - exact).square().mean().sqrt()
+    on_gpu = replace(view, frequencies=frequencies.cuda())
+    found = DualChunk(96, 16).attend(q.cuda(), k.cuda(), v.cuda(), on_gpu).out.cpu().double()
+    assert (found - exact).square().mean().sqrt() <= 3 * on_cpu

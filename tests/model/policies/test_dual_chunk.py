@@ -1,15 +1,15 @@
 """Dual Chunk Attention, against a loop over pairs of query and key that have not been rotated yet."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import RopeScaling
 from model.inference.incremental import extend, make_cache, prefill
 from model.policies.dual_chunk import DualChunk
-from model.policies.policy import use_policy
+from model.policies.policy import masked_attention, use_policy
 from model.rotary import rotary_frequencies
 from tests.model.policies.policy_inputs import draw, view_of
 from tests.model.policies.test_patterns import FREQUENCIES, turned
@@ -107,11 +107,34 @@ def test_models_that_it_means_nothing_for_are_refused(positions: Any, options: d
         pass
 
 
-def test_keys_far_away_are_met_as_near_ones_in_bfloat16() -> None:
-    """What a cache holds is rounded once it has been rotated: turning queries on adds no more than that."""
-    q, k, v = draw(1, 4000, 3)
-    view = view_of(1, 4000, frequencies=rotary_frequencies(tiny("softmax", "rope", d_model=32), torch.tensor(3999)))
-    given = [turned(x, at).bfloat16() for x, at in ((q, torch.tensor([3999])), (k, torch.arange(4000)))]
-    exact = DualChunk(48, 8).attend(*(x.float() for x in given), v, view)
-    half = DualChunk(48, 8).attend(*given, v.bfloat16(), replace(view))
-    torch.testing.assert_close(half.out.float(), exact.out, atol=2**-8, rtol=2**-7)
+def test_turning_queries_on_costs_no_more_than_bfloat16_does() -> None:
+    """Queries are rounded as they come and once more where they are turned to, plain attention's once."""
+    n, lost, plain_lost = 4000, [], []
+    frequencies = rotary_frequencies(tiny("softmax", "rope", d_model=32), torch.tensor(n - 1))
+    view = view_of(64, n, frequencies=frequencies)
+    for seed in range(6):
+        q, k, v = draw(64, n, seed)
+        given = turned(q, torch.arange(n - 64, n)), turned(k, torch.arange(n)), v
+        half = DualChunk(48, 8).attend(*(x.bfloat16() for x in given), view).out
+        lost.append(half.double() - DualChunk(48, 8).attend(*(x.double() for x in given), view).out)
+        plain_lost.append(plain(torch.bfloat16, *given).double() - plain(torch.float64, *given))
+    ours, theirs = (torch.stack(each).square().mean().sqrt() for each in (lost, plain_lost))
+    assert ours <= 2 * theirs
+
+
+def plain(dtype: torch.dtype, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last queries."""
+    seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+    k, v = (x.to(dtype).repeat_interleave(2, 0) for x in (k, v))
+    return scaled_dot_product_attention(q.to(dtype), k, v, attn_mask=seen)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (64, 64), (65, 65), (130, 400), (1, 129), (64, 100)])
+def test_all_pairs_and_tiles_count(n_queries: int, n_keys: int) -> None:
+    q, k, v = draw(n_queries, n_keys)
+    view = view_of(n_queries, n_keys, frequencies=FREQUENCIES)
+    policy = DualChunk(48, 8)
+    expected = masked_attention(q, k, v, view, policy.select(q, k, view))
+    found = policy.attend(q, k, v, view)
+    for name in ("kept", "visible", "live_tiles", "total_tiles"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
