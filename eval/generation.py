@@ -39,8 +39,8 @@ class GenerationOptions:
         chunk_tokens: Most prompt tokens of one forward pass, which bounds the memory of activations.
         batch_tokens: Most tokens of prompts and texts, with padding, that are cached at once; a longer one has a batch
             of its own.
-        cuda_graphs: Decode by CUDA graphs (model/inference/decoding.py); None: where that is faster, which is entmax
-            on a CUDA device.
+        cuda_graphs: Decode by CUDA graphs (model/inference/decoding.py); None: where that is faster on
+            a CUDA device.
     """
 
     max_new_tokens: int

@@ -5,6 +5,7 @@ needs the same memory and the same kernels each time: rows and the slots that th
 kv_lens says on the device which slots count. A graph is captured once such a size has come up so often that it pays.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from model.transformer import Transformer
 
 FEWEST_KEYS = 256  # slots that a graph sees at least
 STEPS_BEFORE_CAPTURE = 5  # of a size: short texts, and rows that end one by one, would not make up for capturing
+# rows times slots up to which softmax's fixed steps, which need a mask, were faster too (results/decoding)
+SOFTMAX_SLOTS = 2**15
 
 
 class Decoder:
@@ -25,7 +28,10 @@ class Decoder:
 
     cuda_graphs: replays CUDA graphs, one for each power of two of rows and of slots, after some steps of that size by
         the host. Capturing one runs its step three times. Autocast is as it was then. None: where decoding by them was
-        measured to be faster at every length, which is entmax attention by the kernels on a CUDA device.
+        measured to be faster on a CUDA device: of entmax attention by the kernels every step, of softmax those of at
+        most SOFTMAX_SLOTS.
+
+    Attributes: most_slots, rows times slots of the largest step that goes by graphs; 0: none does.
 
     Raises: ValueError for cuda_graphs true on another device, for kind nsa, with an attention backend that waits for
         the host, or with policies of model.policies.
@@ -33,11 +39,12 @@ class Decoder:
 
     def __init__(self, model: Transformer, cache: KVCache, cuda_graphs: bool | None = None) -> None:
         obstacle = obstacle_to_graphs(model, cache.dtype)
-        if cuda_graphs is None:
-            cuda_graphs = obstacle is None and model.config.attention.is_entmax
         if cuda_graphs and obstacle is not None:
             raise ValueError(f"cuda_graphs is true, {obstacle}: set it to false")
-        self.model, self.cache, self.cuda_graphs = model, cache, cuda_graphs
+        self.model, self.cache = model, cache
+        self.most_slots: float = 0 if cuda_graphs is False or obstacle is not None else math.inf
+        if cuda_graphs is None and not model.config.attention.is_entmax:
+            self.most_slots = min(self.most_slots, SOFTMAX_SLOTS)
         self._graphs: dict[tuple[int, int], GraphedStep] = {}
         self._steps: Counter[tuple[int, int]] = Counter()
 
@@ -48,7 +55,7 @@ class Decoder:
         self.cache.check_room(rows, 1)
         if self.cache.reserve(rows, 1):
             self._graphs.clear()  # they read the memory that was
-        graph = self._graph(tokens) if self.cuda_graphs else None
+        graph = self._graph(tokens)
         if graph is None:
             ids = torch.tensor(tokens, device=self.model.embedding.weight.device)
             return extend(self.model, ids[:, None], self.cache)[:, 0]
@@ -58,7 +65,11 @@ class Decoder:
 
     def _graph(self, tokens: Sequence[int]) -> "GraphedStep | None":
         """None while a step of this size goes kernel by kernel."""
+        if not self.most_slots:
+            return None
         size = step_size(self.cache, len(tokens))
+        if math.prod(size) > self.most_slots:
+            return None
         self._steps[size] += 1
         if self._steps[size] > STEPS_BEFORE_CAPTURE and size not in self._graphs:
             self._graphs[size] = GraphedStep(FixedStep(self.model, self.cache, *size), tokens)

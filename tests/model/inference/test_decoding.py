@@ -1,5 +1,6 @@
 """Decoding by fixed steps, and as CUDA graphs, against passes that grow with the rows."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import model.inference.decoding
 from eval.generation import generate
 from kernels.common.backends import INTERPRETED
 from model.config import AttentionKind, Positions
-from model.inference.decoding import Decoder, FixedStep, step_size
+from model.inference.decoding import SOFTMAX_SLOTS, Decoder, FixedStep, step_size
 from model.inference.incremental import make_cache, prefill
 from model.transformer import Transformer
 from tests.kernels import interpreter
@@ -155,15 +156,40 @@ def test_a_size_is_captured_when_it_has_come_up_often(monkeypatch: pytest.Monkey
 @needs_cuda
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_are_chosen_for_entmax_by_the_kernels(kind: AttentionKind, backend: str) -> None:
+def test_graphs_are_chosen_where_they_are_faster(kind: AttentionKind, backend: str) -> None:
     network = make(tiny(kind, "nape", attention=dict(backend=backend))).cuda()
-    expected = kind in ("entmax", "asentmax") and backend == "auto"
-    assert Decoder(network, make_cache(network, 1, 8)).cuda_graphs is expected
+    entmax = math.inf if backend == "auto" else 0
+    expected = {"softmax": SOFTMAX_SLOTS, "ssmax": SOFTMAX_SLOTS, "entmax": entmax, "asentmax": entmax}
+    assert Decoder(network, make_cache(network, 1, 8)).most_slots == expected.get(kind, 0)
 
 
 def test_none_are_chosen_on_a_cpu() -> None:
     network = make(tiny("entmax", "nape"))
-    assert not Decoder(network, make_cache(network, 1, 8)).cuda_graphs
+    assert not Decoder(network, make_cache(network, 1, 8)).most_slots
+
+
+@pytest.mark.usefixtures("uncaptured")
+@pytest.mark.parametrize(("kind", "cuda_graphs", "captured"), [
+    ("softmax", None, [(1, 8), (2, 8), (1, 16)]), ("entmax", None, [(1, 8), (2, 8), (1, 16), (2, 16), (1, 32)]),
+    ("softmax", True, [(1, 8), (2, 8), (1, 16), (2, 16), (1, 32)]), ("softmax", False, []),
+])  # fmt: skip
+def test_softmax_leaves_large_steps_to_the_host(
+    kind: AttentionKind, cuda_graphs: bool | None, captured: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 16 slots of all rows together, and with the same hidden states either way."""
+    monkeypatch.setattr(model.inference.decoding, "SOFTMAX_SLOTS", 16)
+    monkeypatch.setattr(model.inference.decoding, "FEWEST_KEYS", 4)
+    network, found = make(tiny(kind, "nape")), []
+    for given in (cuda_graphs, False):
+        cache = make_cache(network, 2, 40)
+        prefill(network, draw(5, 4), cache, chunk_tokens=8)
+        decoder, seen, hidden = Decoder(network, cache, given), set(), []
+        for rows in [1, 2, 1, 1, 1, 2, *[1] * 10]:
+            hidden.append(decoder([3] * rows))
+            seen |= set(decoder._graphs)
+        found.append((torch.cat(hidden), seen))
+    assert found[0][1] == set(captured)
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("uncaptured")
@@ -200,7 +226,7 @@ def test_graphs_need_kernels_that_do_not_wait_for_the_host() -> None:
     network = make(tiny("entmax", "nape")).double()
     with pytest.raises(ValueError, match="the Triton backend, but that takes float32, .* got torch.float64"):
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
-    assert not Decoder(network, make_cache(network, 1, 8)).cuda_graphs
+    assert not Decoder(network, make_cache(network, 1, 8)).most_slots
     network = make(tiny("softmax", "nape"))
     network.layers()[1].attention.override = lambda *_: None
     with pytest.raises(ValueError, match="attends by a policy"):
