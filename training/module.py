@@ -20,12 +20,11 @@ from training.faults.step_guard import StepGuard
 from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.float8 import Float8, convert_linears
+from training.step.forms import Batch, forms
 from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
 from training.step.recomputation import checkpoint_blocks
 from training.tracking import say
-
-Batch = dict[str, Any]
 
 
 class LanguageModule(LightningModule):
@@ -108,7 +107,7 @@ class LanguageModule(LightningModule):
         tile_feed_forward(self.model.layers(), mlp_tile_tokens)
         if activation_checkpointing != "none":
             checkpoint_blocks(self.model.blocks, activation_checkpointing)
-        self.compiled = compile
+        self.compiled, self.forms_compiled = compile, False
         if compile:
             self.model.compile_blocks()
 
@@ -149,11 +148,24 @@ class LanguageModule(LightningModule):
         self.model.set_step(self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        if self.compiled and not self.forms_compiled:
+            self._compile_forms(batch)
         total, z_sum = (self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)).unbind()
         loss_sum = (total - z_sum).detach()
         if self.guard:
             self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum)
         return {"loss": total / batch["labels"].numel(), "loss_sum": loss_sum}
+
+    def _compile_forms(self, batch: Batch) -> None:
+        """Compile for every form of micro-batch in the first step, on all ranks at once: later one rank's first
+        micro-batch of another form would hold up all of them, and each its own."""
+        self.forms_compiled, data = True, self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.task.name is not None or self.shards is not None:  # one form
+            return
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        for form in forms(batch, data.sequence_length):
+            # not backward, whose gradients strategies exchange
+            torch.autograd.grad(self.loss_sum(form)[0], weights, allow_unused=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
         if self.guard and self.guard.interruption.cuts_validation(self.trainer):
@@ -163,6 +175,8 @@ class LanguageModule(LightningModule):
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of token losses in nats of one micro-batch, with z-loss while the module trains, and the z-loss in it,
         which carries no gradient (2,)."""
+        if self.compiled and batch["cu_seqlens"] is not None:
+            torch._dynamo.maybe_mark_dynamic(batch["cu_seqlens"], 0)  # or the second number of documents compiles again
         with self._activations(batch["tokens"]):
             hidden = self.model(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards)  # (B, T, C)
         sums = linear_cross_entropy(

@@ -1,6 +1,7 @@
 """The module's step: equal gradients for any micro-batch size, checkpointed and compiled blocks, loop counters."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,35 @@ def test_compile_reaches_checkpointed_blocks(mode: str) -> None:
     for name, gradient in accumulated_gradients(module, 2, 2).items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-14, msg=name)
     assert len(graphs) == 1  # whole, and shared by all blocks
+
+
+def test_every_form_of_micro_batch_is_compiled_in_the_first_step() -> None:
+    """Rows of whole documents and packed ones: what comes later compiles nothing, and the first step's gradients are
+    its own."""
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    plain, module = make_module(), make_module()
+    module.compiled = True
+    for block in module.model.blocks:
+        block.compile(backend=backend)
+    data = SimpleNamespace(sequence_length=LENGTH, task=SimpleNamespace(name=None))
+    module.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    whole = {**make_batch(range(2)), "cu_seqlens": torch.tensor([0, LENGTH, 2 * LENGTH], dtype=torch.int32)}
+    packed = {**make_batch(range(2)), "cu_seqlens": torch.tensor([0, 5, 19, 31, 2 * LENGTH], dtype=torch.int32)}
+    packed["max_seqlen"], compiled = 17, []
+    for batch in (whole, packed, whole, make_batch(range(2))):
+        for one in (plain, module):
+            one.zero_grad()
+            one.training_step(one.on_before_batch_transfer(batch, 0), 0)["loss"].backward()
+        for (name, weight), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-9, atol=1e-14, msg=name)
+        compiled.append(len(graphs))
+    assert compiled == [compiled[0]] * 4 and compiled[0] >= 2
 
 
 def test_batches_are_measured_before_they_leave_the_cpu() -> None:
