@@ -159,8 +159,9 @@ class LanguageModule(LightningModule):
     def _compile_forms(self, batch: Batch) -> None:
         """Compile for every form of micro-batch in the first step, on all ranks at once: later one rank's first
         micro-batch of another form would hold up all of them, and each its own."""
-        self.forms_compiled, data = True, self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.task.name is not None or self.shards is not None:  # one form
+        self.forms_compiled = True
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None or data.task.name is not None or self.shards is not None:  # one form
             return
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         for form in forms(batch, data.sequence_length):
