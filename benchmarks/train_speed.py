@@ -41,7 +41,7 @@ from benchmarks.loopback import first_rank
 from common.arguments import PlainParser, a_path
 from common.errors import user_errors
 from model.attention_stats import attention_stats
-from model.config import AttentionConfig, ModelConfig, NSAConfig
+from model.config import TRAINED_SPARSE, AttentionConfig, ModelConfig
 from model.flops import peak_flops
 from training.distributed.engine import PlainEngine
 from training.module import LanguageModule
@@ -51,7 +51,7 @@ from training.step.loss import resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer
 from training.throughput import peak_memory_gib, speed_metrics
 
-KINDS = ("softmax", "ssmax", "entmax", "asentmax", "nsa")
+KINDS = ("softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
@@ -73,8 +73,9 @@ class Row:
 
 def network(model: str, kind: str) -> ModelConfig:
     values = yaml.safe_load((CONFIGS / f"{model}.yaml").read_text())["model"]["network"]
-    nsa = NSAConfig(equal_parameters=True) if kind == "nsa" else None  # as configs/attention/nsa.yaml
-    return ModelConfig(**values, attention=AttentionConfig(kind=kind, nsa=nsa))  # type: ignore[arg-type]
+    # as configs/attention
+    sizes: dict[str, Any] = {kind: TRAINED_SPARSE[kind](equal_parameters=True)} if kind in TRAINED_SPARSE else {}
+    return ModelConfig(**values, attention=AttentionConfig(kind=kind, **sizes))  # type: ignore[arg-type]
 
 
 def random_batch(config: ModelConfig, tokens: int, lengths: Sequence[int], length: int) -> dict[str, Any]:

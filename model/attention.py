@@ -135,7 +135,7 @@ class Attention(nn.Module):
         self.alpha = HeadAlpha(config.attention, heads) if config.attention.is_entmax else None
         self.temperature = self._temperature()
         sparse = trained_sparse(config)
-        self.sparse = None if sparse is None else sparse(config)
+        self.sparse = None if sparse is None else sparse(config, layer)
         self.override: AttentionOverride | None = None  # set by model.override.override_attention for a while
 
     def _temperature(self) -> ScalableTemperature | AdaptiveTemperature | None:
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         extension = None if cache is None else cache.extension
         out = None if self.override is None else self.override(q, k, v, metadata, extension)
         if out is None:
-            out = self._attend(x, q, k, v, metadata, extension)
+            out = self._attend(x, q, k, v, metadata, cache)
         if metadata.exchange is not None:
             out = metadata.exchange.to_tokens(out)
         return self.wo(out.transpose(1, 2).flatten(2))
@@ -187,12 +187,13 @@ class Attention(nn.Module):
         return nn.functional.pad(scaled, (0, 0, self.config.n_alibi_heads, 0), value=1.0)
 
     def _attend(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, cache: LayerCache | None
     ) -> Tensor:
         """(B, H, T, D), of the heads in q."""
+        extension = None if cache is None else cache.extension
         slopes, window, block_mask = metadata.alibi_slopes, self.config.window, metadata.block_mask
         if self.sparse is not None:
-            attended: Tensor = self.sparse(x, q, k, v, metadata.sparse, slopes)
+            attended: Tensor = self.sparse(x, q, k, v, metadata.sparse, slopes, cache)
             return attended
         if self.alpha is not None:
             out = entmax_attention(

@@ -45,13 +45,12 @@ def layer_profiles(
         sink_tokens: how many of the document's first tokens count as the sink, at least 1.
 
     Returns: one WeightShape a layer, and one LayerStats a layer (none for softmax kinds, which have all weights).
-    Raises ValueError for several rows, for positions outside 0 ... T - 1, and for kind nsa, whose branches weigh
-    different keys.
+    Raises ValueError for several rows, for positions outside 0 ... T - 1, and for kinds of
+    model.trained_sparse.
     """
-    if model.config.attention.nsa is not None:
-        raise ValueError(
-            "attention kind 'nsa' has weights of three branches, over keys of their own: it has no profile"
-        )
+    if model.config.attention.is_trained_sparse:
+        kind = model.config.attention.kind
+        raise ValueError(f"attention kind {kind!r} chooses keys before it weighs them: it has no profile")
     if tokens.shape[0] != 1:
         raise ValueError(f"tokens must be one document (1, T), got {tuple(tokens.shape)}")
     if not 0 <= int(queries.min()) <= int(queries.max()) < tokens.shape[1]:

@@ -4,13 +4,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from common.checks import check_number
+from model.dsa.config import DSAConfig
 from model.nsa.config import BRANCHES, NSAConfig
 
-AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa"]
+AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa"]
 Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
 RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
 
+TRAINED_SPARSE: dict[str, type[NSAConfig] | type[DSAConfig]] = {"nsa": NSAConfig, "dsa": DSAConfig}  # kinds, sizes
 BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
 NEAREST_TO_SOFTMAX = 1.0001  # nearer, float32 spoils the weights: kernels/common/arguments.py
 # Far above any model that trains: a number beyond is a slip.
@@ -32,7 +34,8 @@ class AttentionConfig:
         kind: softmax; ssmax (scalable softmax, arXiv:2501.19399: queries scaled by a learnable scalar per head times
             log(2 + position)); entmax (alpha-entmax); asentmax (alpha-entmax with the adaptive temperature of
             arXiv:2506.16640); nsa (Native Sparse Attention, arXiv:2502.11089: softmax over compressed keys, selected
-            blocks and a window).
+            blocks and a window); dsa (DeepSeek Sparse Attention of DeepSeek-V3.2-Exp: softmax over the tokens that an
+            indexer chooses).
         alpha: start value of every head; entmax kinds only.
         learn_alpha: one alpha per head is a parameter, kept inside (alpha_min, alpha_max).
         alpha_min, alpha_max: bounds of a learnable alpha.
@@ -44,7 +47,7 @@ class AttentionConfig:
             delta + 0.69. Clearly negative: it starts near delta (-5: delta + 0.007), which with delta = 1 is the scale
             of softmax, for weights that were trained with that.
         backend: of kernels.entmax_attention.
-        nsa: sizes of kind nsa, None for others.
+        nsa, dsa: sizes of the kind of that name, None for others.
     """
 
     kind: AttentionKind = "asentmax"
@@ -59,6 +62,7 @@ class AttentionConfig:
     temperature_bias: float = 0.0
     backend: str = "auto"
     nsa: NSAConfig | None = None
+    dsa: DSAConfig | None = None
 
     def __post_init__(self) -> None:
         _expect(self.backend in BACKENDS, "attention.backend", self.backend, f"one of {BACKENDS}")
@@ -100,8 +104,11 @@ class AttentionConfig:
             f"0 for kind {self.kind}, which has no alpha",
         )
         _expect(self.nsa is None or self.kind == "nsa", "attention.nsa", self.nsa, f"none for kind {self.kind}")
+        _expect(self.dsa is None or self.kind == "dsa", "attention.dsa", self.dsa, f"none for kind {self.kind}")
         if self.kind == "nsa" and self.nsa is None:
             self.nsa = NSAConfig()
+        if self.kind == "dsa" and self.dsa is None:
+            self.dsa = DSAConfig()
 
     @property
     def is_entmax(self) -> bool:
@@ -111,6 +118,16 @@ class AttentionConfig:
     def is_softmax(self) -> bool:
         """Softmax over every key: what policies prune."""
         return self.kind in ("softmax", "ssmax")
+
+    @property
+    def is_trained_sparse(self) -> bool:
+        """Chooses keys before it weighs them: model.trained_sparse."""
+        return self.kind in TRAINED_SPARSE
+
+    @property
+    def freezes(self) -> bool:
+        """Whether only what model.trained_sparse adds to layers is trained."""
+        return self.dsa is not None and self.dsa.freezes
 
     def annealed(self, step: int) -> float:
         """The share of the way from anneal_from to alpha that `step` optimizer steps have moved."""
@@ -247,13 +264,16 @@ class ModelConfig:
             _expect(
                 self.n_heads % 2 == 0, "n_heads", self.n_heads, "an even number: nape gives ALiBi to half of the heads"
             )
-        if self.attention.nsa is not None:
-            _expect(self.window is None, "window", self.window, "none for attention.kind nsa: set attention.nsa.window")
+        if self.attention.is_trained_sparse:
+            kind = self.attention.kind
+            instead = ": set attention.nsa.window" if kind == "nsa" else ""
+            _expect(self.window is None, "window", self.window, f"none for attention.kind {kind}{instead}")
             _expect(
                 self.feed_forward_size > 0,
-                "attention.nsa.equal_parameters",
+                f"attention.{kind}.equal_parameters",
                 True,
-                f"false: a layer's branches add more parameters than feed-forward layers of d_ff = {self.d_ff} have",
+                f"false: what {kind} adds to a layer has more parameters than feed-forward layers of d_ff = "
+                f"{self.d_ff} have",
             )
 
     @property
@@ -266,13 +286,20 @@ class ModelConfig:
         return self.n_kv_heads * (1 if self.attention.nsa is None else BRANCHES)
 
     @property
+    def n_cached_extra(self) -> int:
+        """Numbers that a layer caches of each token besides its keys and values: the index key of dsa."""
+        return 0 if self.attention.dsa is None else self.attention.dsa.index_dim
+
+    @property
     def feed_forward_size(self) -> int:
-        """d_ff, or what attention.nsa.equal_parameters leaves of it: a multiple of 16, which FP8 needs."""
-        nsa = self.attention.nsa
-        if nsa is None or not nsa.equal_parameters:
-            return self.d_ff
-        sizes = self.d_model, self.n_heads, self.n_kv_heads, self.head_size
-        return round((self.d_ff - nsa.extra_parameters(*sizes, self.qkv_bias) / (3 * self.d_model)) / 16) * 16
+        """d_ff, or what equal_parameters of nsa and dsa leaves of it: a multiple of 16, which FP8 needs."""
+        nsa, dsa, extra = self.attention.nsa, self.attention.dsa, 0
+        if nsa is not None and nsa.equal_parameters:
+            sizes = self.d_model, self.n_heads, self.n_kv_heads, self.head_size
+            extra = nsa.extra_parameters(*sizes, self.qkv_bias)
+        if dsa is not None and dsa.equal_parameters:
+            extra = dsa.extra_parameters(self.d_model)
+        return round((self.d_ff - extra / (3 * self.d_model)) / 16) * 16 if extra else self.d_ff
 
     @property
     def n_alibi_heads(self) -> int:
@@ -285,13 +312,15 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     unknown = sorted(set(values) - {f.name for f in fields(ModelConfig)})
     attention, scaling = dict(values.get("attention", {})), values.get("rope_scaling")
     unknown += sorted(f"attention.{k}" for k in set(attention) - {f.name for f in fields(AttentionConfig)})
-    nsa = attention.get("nsa")
-    unknown += sorted(f"attention.nsa.{k}" for k in set(nsa or {}) - {f.name for f in fields(NSAConfig)})
+    for name, sizes in TRAINED_SPARSE.items():
+        given = attention.get(name)
+        unknown += sorted(f"attention.{name}.{k}" for k in set(given or {}) - {f.name for f in fields(sizes)})
     unknown += sorted(f"rope_scaling.{k}" for k in set(scaling or {}) - {f.name for f in fields(RopeScaling)})
     if unknown:
         raise ValueError(f"unknown model configuration keys {unknown}: written by another version of this code?")
+    made = {name: sizes(**attention[name]) for name, sizes in TRAINED_SPARSE.items() if attention.get(name) is not None}
     parts = {
-        "attention": AttentionConfig(**{**attention, "nsa": None if nsa is None else NSAConfig(**nsa)}),
+        "attention": AttentionConfig(**{**attention, **made}),
         "rope_scaling": None if scaling is None else RopeScaling(**scaling),
     }
     return ModelConfig(**{**values, **parts})

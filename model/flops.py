@@ -72,6 +72,8 @@ def matmul_parameters(config: ModelConfig) -> int:
         attention += 2 * config.d_model * (config.n_heads - config.n_alibi_heads)
     if config.attention.nsa is not None:
         attention += _nsa_parameters(config, config.attention.nsa)
+    if config.attention.dsa is not None:
+        attention += config.attention.dsa.matrix_parameters(config.d_model)
     layer = attention + 3 * config.d_model * config.feed_forward_size
     return config.n_layers * layer + config.vocab_size * config.d_model
 
@@ -85,11 +87,20 @@ def _nsa_parameters(config: ModelConfig, nsa: NSAConfig) -> int:
 
 
 def sequence_cost(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
-    """How long a sequence takes beside others, in FLOPs of `train_flops` at softmax's speed; of NSA's scores those of
-    the keys that it reads."""
+    """How long a sequence takes beside others, in FLOPs of `train_flops` at softmax's speed; of kinds of
+    model.trained_sparse by their density."""
+    share = ENTMAX_ATTENTION if config.attention.is_entmax else density(config, document_lengths)
+    return _flops(config, document_lengths, share)
+
+
+def density(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
+    """What attention reads of one document after another, lengths in tokens, as a share of dense attention's: as
+    NSAConfig and DSAConfig say; 1 for kinds that weigh every key."""
     if config.attention.nsa is not None:
-        return _flops(config, document_lengths, config.attention.nsa.density(document_lengths))
-    return _flops(config, document_lengths, ENTMAX_ATTENTION if config.attention.is_entmax else 1.0)
+        return config.attention.nsa.density(document_lengths)
+    if config.attention.dsa is not None:
+        return config.attention.dsa.density(document_lengths, config.n_heads, config.head_size)
+    return 1.0
 
 
 def _flops(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64], attention: float) -> float:
@@ -105,6 +116,6 @@ def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
 
     6 per weight and token, plus 6 * L * H * D * n ** 2 for causal attention at half within each document of n
     tokens: two products of 2 * H * D * n ** 2 / 2 in the forward pass and twice that in the backward pass. Sparsity,
-    NSA's branches, a sliding window and recomputation change what is executed, not this count.
+    NSA's branches, DSA's indexer, a sliding window and recomputation change what is executed, not this count.
     """
     return _flops(config, document_lengths, 1.0)

@@ -64,8 +64,8 @@ class InitialWeights(Mapping[str, Tensor]):
 
 
 def _mean_and_std(prefix: str, module: nn.Module, name: str, config: ModelConfig) -> tuple[float, float]:
-    if isinstance(module, nn.RMSNorm):
-        return 1.0, 0.0
+    if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+        return (1.0 if name == "weight" else 0.0), 0.0
     if isinstance(module, HeadAlpha):
         return 0.0, 0.0
     if isinstance(module, ScalableTemperature):

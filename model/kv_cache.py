@@ -40,10 +40,12 @@ class Extension:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer during one forward pass: (b, G, slots, D), views of the cache's memory."""
+    """Keys and values of one layer during one forward pass, (b, G, slots, D), and what else it keeps of each token,
+    (b, 1, slots, ModelConfig.n_cached_extra): views of the cache's memory."""
 
     keys: Tensor
     values: Tensor
+    extra: Tensor
     extension: Extension
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,14 +58,19 @@ class LayerCache:
                 f"the cache holds {self.keys.dtype}, but the model now gives keys of {k.dtype}: make the cache under "
                 "the autocast that it is used in"
             )
-        slots, seen = self.extension.slots, self.extension.keys
-        for memory, new in ((self.keys, k), (self.values, v)):
-            if slots is not None:
-                memory[:, :, slots] = new
-            else:
-                row = torch.arange(len(new), device=new.device)[:, None]
-                memory[row, :, self.extension.position] = new.transpose(1, 2)  # [b, n, G, D]
-        return self.keys[:, :, seen], self.values[:, :, seen]
+        return self._stored(self.keys, k), self._stored(self.values, v)
+
+    def append_extra(self, x: Tensor) -> Tensor:
+        """Stores x, (b, n, n_cached_extra), and returns that of all tokens that the n may see, (b, keys, ...)."""
+        return self._stored(self.extra, x[:, None])[:, 0]
+
+    def _stored(self, memory: Tensor, new: Tensor) -> Tensor:
+        if self.extension.slots is not None:
+            memory[:, :, self.extension.slots] = new
+        else:
+            row = torch.arange(len(new), device=new.device)[:, None]
+            memory[row, :, self.extension.position] = new.transpose(1, 2)  # [b, n, G, D]
+        return memory[:, :, self.extension.keys]
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -84,8 +91,9 @@ class KVCache:
     Memory: 2 * L * G * D * (bytes of dtype) for each slot of each row: 36 KiB a token for configs/models/125m.yaml in
     bfloat16 (4.5 GiB at 131,072 tokens), 128 KiB for 8b.yaml. Three times that for attention.kind nsa, whose branches
     have keys and values of their own: compressed keys are computed again in each pass, and the window's are kept for
-    all tokens, where a ring of `window` tokens would do. `reserved` slots are allocated when it is made, twice as many
-    whenever they are full; None: all max_tokens at once, which never moves.
+    all tokens, where a ring of `window` tokens would do. Kind dsa has index_dim numbers a layer besides. `reserved`
+    slots are allocated when it is made, twice as many whenever they are full; None: all max_tokens at once, which never
+    moves.
 
     Attributes: lengths (list of int), tokens held of each row. max_tokens (int).
 
@@ -106,6 +114,7 @@ class KVCache:
         slots = max_tokens if reserved is None else min(reserved, max_tokens)
         shape = (config.n_layers, 2, rows, config.n_cached_heads, slots, config.head_size)
         self._memory = _zeros(shape, dtype, device)
+        self._extra = _zeros((config.n_layers, 1, rows, 1, slots, config.n_cached_extra), dtype, device)
         self.window, self.max_tokens, self.dtype = config.window, max_tokens, dtype
         self.lengths = [0] * rows
 
@@ -136,22 +145,27 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of its memory, room for further tokens included."""
-        return self._memory.nbytes
+        return self._memory.nbytes + self._extra.nbytes
 
     def reserve(self, rows: int, n_tokens: int) -> bool:
         """Make memory for n_tokens more of each of the first `rows` rows; true where that has moved all of it."""
         needed = max(self.lengths[:rows]) + n_tokens
         if needed <= self.slots:
             return False
-        before, slots = self._memory, min(self.max_tokens, max(needed, 2 * self.slots))
-        shape = (*before.shape[:4], slots, before.shape[5])
-        self._memory = _zeros(shape, self.dtype, before.device)
-        self._memory[:, :, :, :, : before.shape[4]] = before
+        slots = min(self.max_tokens, max(needed, 2 * self.slots))
+        self._memory, self._extra = (self._moved(before, slots) for before in (self._memory, self._extra))
         return True
+
+    def _moved(self, before: Tensor, slots: int) -> Tensor:
+        """A copy with room for more tokens."""
+        memory = _zeros((*before.shape[:4], slots, before.shape[5]), self.dtype, before.device)
+        memory[:, :, :, :, : before.shape[4]] = before
+        return memory
 
     def layers(self, rows: int, extension: Extension) -> list[LayerCache]:
         """What each layer reads and writes in a forward pass over the first `rows` rows."""
-        return [LayerCache(layer[0, :rows], layer[1, :rows], extension) for layer in self._memory]
+        memory = zip(self._memory, self._extra, strict=True)
+        return [LayerCache(both[0, :rows], both[1, :rows], extra[0, :rows], extension) for both, extra in memory]
 
     def _extension(self, before: Sequence[int], n_tokens: int) -> Extension:
         device, after = self._memory.device, max(before) + n_tokens
@@ -177,5 +191,6 @@ class KVCache:
     def copy_row(self, source: int, target: int) -> None:
         """Replaces a row by a copy of another one."""
         held = self.lengths[source]
-        self._memory[:, :, target, :, :held] = self._memory[:, :, source, :, :held]
+        for memory in (self._memory, self._extra):
+            memory[:, :, target, :, :held] = memory[:, :, source, :, :held]
         self.lengths[target] = held

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.checkpoint import CHECKSUM, WEIGHT, CheckpointInfo, check_marker, readable, resolve_checkpoint, way_out
 from model.checksums import Verify, file_checksum, is_finite, tensor_checksum
-from model.config import ModelConfig
+from model.config import TRAINED_SPARSE, ModelConfig
 from model.transformer import Transformer
 
 FINGERPRINT_VALUES = 4096
@@ -117,8 +117,9 @@ def model_fingerprint(model: Transformer) -> str:
     """Identity of a model, wherever it lies: sha256 over its architecture and the first FINGERPRINT_VALUES values of
     each parameter, which every optimizer step and every change of dtype moves."""
     architecture = {name: value for name, value in asdict(model.config).items() if ADDED.get(name, ...) != value}
-    if model.config.attention.nsa is None:  # as for those in ADDED
-        del architecture["attention"]["nsa"]
+    for kind in TRAINED_SPARSE:  # as for those in ADDED
+        if architecture["attention"][kind] is None:
+            del architecture["attention"][kind]
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         part = weight.detach().flatten()[:FINGERPRINT_VALUES].contiguous().view(torch.uint8)

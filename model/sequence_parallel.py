@@ -109,10 +109,10 @@ class HeadExchange:
 
 def check_heads(config: ModelConfig, size: int) -> None:
     """Raises ValueError if the heads of a model cannot be divided among `size` ranks."""
-    if size > 1 and config.attention.nsa is not None:
+    if size > 1 and config.attention.is_trained_sparse:
         raise ValueError(
-            f"parallel.sequence_parallel is {size}: expected 1, since attention.kind nsa does not run where ranks "
-            "share sequences"
+            f"parallel.sequence_parallel is {size}: expected 1, since attention.kind {config.attention.kind} does not "
+            "run where ranks share sequences"
         )
     if config.n_heads % size:
         raise ValueError(

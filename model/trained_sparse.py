@@ -1,17 +1,13 @@
-"""Attention kinds that are trained sparse, each a module of its own beside a layer's projections.
-
-What `model.attention` asks of such a class: `KIND(config)`, a module made of the ModelConfig; the static
-`metadata(config, n_tokens, cu_seqlens, max_seqlen, device)` and `cached_metadata(config, extension)`, what the layers
-of one forward pass share; and forward(x, q, k, v, metadata, slopes) -> (B, H, n, D), with x the layer's normalised
-input (B, n, C), and k and v of `ModelConfig.n_cached_heads` heads.
-"""
+"""Attention kinds that are trained sparse: what `model.attention` makes a layer's SparseAttention of."""
 
 from model.config import ModelConfig
+from model.dsa.attention import DeepSeekSparseAttention
 from model.nsa.attention import NativeSparseAttention
+from model.sparse_attention import SparseAttention
 
-KINDS: dict[str, type[NativeSparseAttention]] = {"nsa": NativeSparseAttention}
+KINDS: dict[str, type[SparseAttention]] = {"nsa": NativeSparseAttention, "dsa": DeepSeekSparseAttention}
 
 
-def trained_sparse(config: ModelConfig) -> type[NativeSparseAttention] | None:
+def trained_sparse(config: ModelConfig) -> type[SparseAttention] | None:
     """The class of a kind's module; None for kinds that weigh every key."""
     return KINDS.get(config.attention.kind)

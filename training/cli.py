@@ -227,7 +227,10 @@ class TrainingCLI(LightningCLI):
         # signals.py handles them: Lightning's SIGTERM handler would wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         model = self.config.model
-        check_combinations(parallel, precision=trainer.precision, compile=model.compile, optimizer=model.optimizer.name)
+        check_combinations(
+            parallel, precision=trainer.precision, compile=model.compile, optimizer=model.optimizer.name,
+            freezes=self.model.network_config.attention.freezes,
+        )  # fmt: skip
         check_products(
             model.float8, precision=trainer.precision, tokens=tokens // parallel.sequence_parallel,
             tile_tokens=model.mlp_tile_tokens,

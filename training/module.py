@@ -13,6 +13,7 @@ from model.compiling import share_cores
 from model.config import ModelConfig
 from model.flops import train_flops
 from model.sequence_parallel import SequenceShards
+from model.sparse_attention import collected_auxiliary, freeze_dense
 from model.transformer import Transformer
 from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
@@ -37,6 +38,8 @@ class LanguageModule(LightningModule):
 
     Where ranks share sequences, each computes the losses of its own slice, and the same holds: slices are equally long.
     A rank's backward pass also carries the gradients that the others' losses send through the exchange in attention.
+
+    What layers learn from besides (model.sparse_attention) is added, divided by the tokens likewise.
 
     Args:
         network: architecture.
@@ -94,6 +97,8 @@ class LanguageModule(LightningModule):
         if cuda_graphs:
             self.loss_backend = "chunked"  # liger waits for the device
         self.model, self.float8 = Transformer(network, deferred), float8
+        if network.attention.freezes:
+            freeze_dense(self.model)
         self.converted = None if float8 == "none" else convert_linears(self.model.layers(), float8)
         self.taken_over: dict[str, Tensor] = {}  # weights of another run by name, where the model has no memory yet
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
@@ -150,11 +155,14 @@ class LanguageModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         if self.compiled and not self.forms_compiled:
             self._compile_forms(batch)
-        total, z_sum = (self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)).unbind()
-        loss_sum = (total - z_sum).detach()
+        sums = self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)
+        total, z_sum, auxiliary = sums.unbind()
+        loss_sum, tokens = (total - z_sum).detach(), batch["labels"].numel()
         if self.guard:
-            self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum)
-        return {"loss": total / batch["labels"].numel(), "loss_sum": loss_sum}
+            self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum, auxiliary / tokens)
+        dsa = self.network_config.attention.dsa
+        weight = 1.0 if dsa is None else dsa.loss_weight
+        return {"loss": (total + weight * auxiliary) / tokens, "loss_sum": loss_sum}
 
     def _compile_forms(self, batch: Batch) -> None:
         """Compile for every form of micro-batch in the first step, on all ranks at once: later one rank's first
@@ -166,7 +174,8 @@ class LanguageModule(LightningModule):
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         for form in forms(batch, data.sequence_length):
             # not backward, whose gradients strategies exchange
-            torch.autograd.grad(self.loss_sum(form)[0], weights, allow_unused=True)
+            total, _, auxiliary = self.loss_sum(form).unbind()
+            torch.autograd.grad(total + auxiliary, weights, allow_unused=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
         if self.guard and self.guard.interruption.cuts_validation(self.trainer):
@@ -174,18 +183,20 @@ class LanguageModule(LightningModule):
         return {"loss_sum": self.loss_sum(batch)[0]}
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of token losses in nats of one micro-batch, with z-loss while the module trains, and the z-loss in it,
-        which carries no gradient (2,)."""
+        """Of one micro-batch (3,): the sum of token losses in nats, with z-loss while the module trains; the z-loss in
+        it, which carries no gradient; and the sum of what layers learn from besides, over tokens and layers, likewise
+        in training alone."""
         if self.compiled and batch["cu_seqlens"] is not None:
             torch._dynamo.maybe_mark_dynamic(batch["cu_seqlens"], 0)  # or the second number of documents compiles again
-        with self._activations(batch["tokens"]):
+        with self._activations(batch["tokens"]), collected_auxiliary(self.model) as auxiliary:
             hidden = self.model(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards)  # (B, T, C)
         sums = linear_cross_entropy(
             hidden.flatten(0, 1), self.model.head_weight, batch["labels"].flatten(),
             backend=self.loss_backend, chunk_tokens=self.loss_chunk_tokens,
             z_loss=self.z_loss if self.training else 0.0,
         )  # fmt: skip
-        return torch.stack(sums)
+        besides = torch.stack(auxiliary).sum().to(sums[0].dtype) if auxiliary else torch.zeros_like(sums[1])
+        return torch.stack([*sums, besides])
 
     def _activations(self, tokens: Tensor) -> AbstractContextManager[Any]:
         offload = self.checkpointing == "offload"

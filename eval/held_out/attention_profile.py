@@ -63,9 +63,9 @@ def measure_attention(
     runtime: Runtime,
     label: str,
 ) -> list[LayerProfile]:
-    """Profiles the first multiple * base_length tokens of each document, one context each. Nothing for kind nsa,
-    which has no one weight of a query and a key."""
-    if model.config.attention.nsa is not None:
+    """Profiles the first multiple * base_length tokens of each document, one context each. Nothing for kinds of
+    model.trained_sparse, which choose keys before they weigh them."""
+    if model.config.attention.is_trained_sparse:
         return []
     profiles: list[LayerProfile] = []
     total = sum(multiples) * base_length * len(documents)

@@ -11,7 +11,8 @@ from eval.held_out.config import EvalConfig
 from eval.held_out.measurement import Measurement
 from eval.reporting.document import Block, Details, Heading, Paragraph, Picture, Table
 from eval.reporting.formatting import count
-from model.nsa.config import NSAConfig
+from model.config import config_from_dict
+from model.flops import density
 
 
 def head_mean(layers: Sequence[LayerProfile], multiple: int, name: str) -> float:
@@ -52,13 +53,20 @@ def attention_blocks(
     ]
 
 
+# What is read, by kind
+READS = {
+    "nsa": "What its branches read together (compressed keys, those of selected blocks and the window's)",
+    "dsa": "What it reads (the chosen keys, and the products of the indexer beside those of dense attention)",
+}
+
+
 def _left_out(measurements: Sequence[Measurement], base_length: int) -> list[Block]:
-    """What is said of runs without profiles, those of kind nsa."""
+    """What is said of runs without profiles, those of model.trained_sparse."""
     return [
         Paragraph(
-            f"{one.label} is not in this part: its three branches weigh different keys, so that a query and a key have "
-            "no one weight. What the branches read together (compressed keys, those of selected blocks and the "
-            f"window's), as a share of the visible keys of one document: {_densities(one, base_length)}."
+            f"{one.label} is not in this part: {one.model['attention']['kind']} chooses keys before it weighs them. "
+            f"{READS[one.model['attention']['kind']]}, as a share of the visible keys of one document: "
+            f"{_densities(one, base_length)}."
         )
         for one in measurements
         if not one.attention
@@ -66,9 +74,9 @@ def _left_out(measurements: Sequence[Measurement], base_length: int) -> list[Blo
 
 
 def _densities(one: Measurement, base_length: int) -> str:
-    nsa = NSAConfig(**one.model["attention"]["nsa"])
+    config = config_from_dict(one.model)
     lengths = [multiple * base_length for multiple in one.plan.multiples]
-    return ", ".join(f"{100 * nsa.density([length]):.1f} % at {length:,} tokens" for length in lengths)
+    return ", ".join(f"{100 * density(config, [length]):.1f} % at {length:,} tokens" for length in lengths)
 
 
 def _pictures(measurements: Sequence[Measurement], base_length: int, folder: Path) -> list[Block]:

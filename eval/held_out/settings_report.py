@@ -7,6 +7,7 @@ from typing import Any
 from eval.held_out.analysis import attention_kind
 from eval.held_out.measurement import Measurement
 from eval.reporting.document import Block, Details, Heading, Paragraph, Table
+from model.config import TRAINED_SPARSE
 
 MATTERING = {  # key of the resolved configuration -> what it is, with its unit
     "model.network.n_layers": "layers",
@@ -24,7 +25,7 @@ MATTERING = {  # key of the resolved configuration -> what it is, with its unit
     "seed_everything": "seed",
 }
 ENTMAX_KINDS, ADAPTIVE_KINDS = ("entmax", "asentmax"), ("asentmax",)
-OF_NSA = "model.network.attention.nsa"
+OF_SPARSE = {f"model.network.attention.{kind}": kind for kind in TRAINED_SPARSE}
 OF_ENTMAX = ("alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "backend")
 OF_ADAPTIVE = ("temperature_offset", "temperature_range", "temperature_bias")
 ONLY_FOR = {
@@ -57,7 +58,7 @@ def run_blocks(measurements: Sequence[Measurement], settings: Mapping[str, Mappi
         differences = [
             [key, *(_its(key, value, kind) for value, kind in zip(values, kinds.values(), strict=True))]
             for key, *values in config_differences(settings)
-            if key != OF_NSA  # null for other kinds; what it holds has rows of its own
+            if key not in OF_SPARSE  # null for other kinds; what it holds has rows of its own
         ]
         blocks.append(Heading("What differs between the runs", 3))
         if differences:
@@ -78,7 +79,8 @@ def _its(key: str, value: str, kind: str) -> str:
     """The value where a model with this kind of attention has such a setting: softmax has no alpha."""
     if key == "data.sources":  # corpora as they are flattened to text; their paths say enough
         value = ", ".join(SOURCE.findall(value)) or value
-    kinds = ("nsa",) if key.startswith(f"{OF_NSA}.") else ONLY_FOR.get(key, (kind,))
+    parent = key.rpartition(".")[0]
+    kinds = (OF_SPARSE[parent],) if parent in OF_SPARSE else ONLY_FOR.get(key, (kind,))
     return value if kind in kinds else NOT_ITS
 
 

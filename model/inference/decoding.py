@@ -33,8 +33,8 @@ class Decoder:
 
     Attributes: most_slots, rows times slots of the largest step that goes by graphs; 0: none does.
 
-    Raises: ValueError for cuda_graphs true on another device, for kind nsa, with an attention backend that waits for
-        the host, or with policies of model.policies.
+    Raises: ValueError for cuda_graphs true on another device, for a kind of model.trained_sparse, with an attention
+        backend that waits for the host, or with policies of model.policies.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, cuda_graphs: bool | None = None) -> None:
@@ -79,8 +79,8 @@ class Decoder:
 def obstacle_to_graphs(model: Transformer, dtype: torch.dtype) -> str | None:
     """Why steps of this model with queries of this dtype cannot be captured; None where they can."""
     device, attention = model.embedding.weight.device, model.config.attention
-    if attention.nsa is not None:
-        return "but attention.kind nsa decodes kernel by kernel"
+    if attention.is_trained_sparse:
+        return f"but attention.kind {attention.kind} decodes kernel by kernel"
     if attention.is_entmax and attention.backend not in ("auto", "triton"):
         return f"which needs attention.backend auto or triton, but it is {attention.backend!r}"
     unsupported = unsupported_by_triton(dtype, model.config.head_size, device) if attention.is_entmax else None

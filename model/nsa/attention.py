@@ -7,20 +7,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from model.config import ModelConfig
-from model.kv_cache import Extension
+from model.kv_cache import Extension, LayerCache
 from model.nsa.blocks import Blocks, cached_blocks, packed_blocks
-from model.nsa.branches import (
-    attend_flex,
-    attend_masked,
-    compression_branch,
-    selected_block_mask,
-    selection_branch,
-    shared_block_mask,
-    uses_flex,
-    window_branch,
-)
+from model.nsa.branches import compression_branch, selected_block_mask, selection_branch, window_branch
 from model.nsa.config import BRANCHES, NSAConfig
 from model.nsa.selection import select_blocks
+from model.sparse_attention import SparseAttention
+from model.visible_attention import attend_flex, attend_masked, shared_block_mask, uses_flex
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class BlockCompression(nn.Module):
         return out
 
 
-class NativeSparseAttention(nn.Module):
+class NativeSparseAttention(SparseAttention):
     """What attends in the layers of kind "nsa": sum over the branches of gate times attention (equation 5).
 
     Keys and values come as 3 G heads, those of compression, selection and window behind each other: separate
@@ -68,8 +61,8 @@ class NativeSparseAttention(nn.Module):
     Selecting has no gradient: phi learns from the compression branch's output alone.
     """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
         assert config.attention.nsa is not None
         self.sizes, self.n_kv_heads = config.attention.nsa, config.n_kv_heads
         self.gate = nn.Linear(config.d_model, BRANCHES * config.n_heads)
@@ -80,22 +73,26 @@ class NativeSparseAttention(nn.Module):
     def metadata(
         config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
     ) -> NSAMetadata:
-        """Arguments as of `packed_blocks`."""
         assert config.attention.nsa is not None
         return _with_masks(packed_blocks(config.attention.nsa, n_tokens, cu_seqlens, max_seqlen, device))
 
     @staticmethod
     def cached_metadata(config: ModelConfig, extension: Extension) -> NSAMetadata:
-        """For tokens that continue the rows of a cache."""
         assert config.attention.nsa is not None
         return _with_masks(cached_blocks(config.attention.nsa, extension))
 
     @torch.compiler.disable  # what is selected decides on masks; FlexAttention is compiled by itself
     def forward(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, metadata: NSAMetadata, slopes: Tensor | None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        metadata: NSAMetadata,
+        slopes: Tensor | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """x: the layer's normalised input (B, n, C), q: (B, H, n, D), k and v: (B, 3 G, keys, D) of the metadata's
-        keys, all in one dtype. slopes: as in AttentionMetadata. Returns (B, H, n, D)."""
+        """k and v: (B, 3 G, keys, D)."""
         gates = self.gate(x).sigmoid().to(q.dtype).unflatten(-1, (BRANCHES, -1)).permute(2, 0, 3, 1)  # [3, B, H, n]
         compression, selection, window = self.attend(q, k, v, metadata, slopes)
         return gates[0, ..., None] * compression + gates[1, ..., None] * selection + gates[2, ..., None] * window

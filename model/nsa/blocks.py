@@ -18,8 +18,7 @@ from torch import Tensor
 
 from model.kv_cache import Extension
 from model.nsa.config import NSAConfig
-
-Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from model.visible_attention import Visible
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class NSAConfig:
         documents' lengths in tokens."""
         n = np.asarray(lengths, np.int64)
         compressed = _steps(np.maximum(n - self.compress_length + 1, 0), self.compress_stride)
-        return (compressed + self._selected(n) + _band(n, self.window)).astype(np.float64)
+        return (compressed + self._selected(n) + banded(n, self.window)).astype(np.float64)
 
     def density(self, lengths: Counts) -> float:
         """keys_read over the number of pairs of a query and a key that it may see: above 1 for short documents, where
@@ -84,10 +84,10 @@ class NSAConfig:
         block = self.select_block
         blocks, rest = np.divmod(np.maximum(n - full, 0), block)
         own = blocks * (block * (block + 1) // 2) + rest * (rest + 1) // 2
-        return _band(np.minimum(n, full), full) + (full - block) * np.maximum(n - full, 0) + own
+        return banded(np.minimum(n, full), full) + (full - block) * np.maximum(n - full, 0) + own
 
 
-def _band(n: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+def banded(n: NDArray[np.int64], width: int) -> NDArray[np.int64]:
     """Sum over t < n of min(t + 1, width)."""
     short = np.minimum(n, width)
     return short * (short + 1) // 2 + (n - short) * width

@@ -76,7 +76,7 @@ def test_nsa_has_a_density_in_place_of_a_profile(
         output = tmp_path / f"report-{len(compared)}"
         assert main([*compared, *options(corpus, output)]) == 0
         text, found = (output / "report.md").read_text(), json.loads((output / "report.json").read_text())
-        assert "nsa is not in this part: its three branches weigh different keys" in text and read in text
+        assert "nsa is not in this part: nsa chooses keys before it weighs them" in text and read in text
         assert [one["label"] for one in found["measurements"] if one["attention"]] == profiled
         assert "attention.nsa.window" not in text or "| model.network.attention.nsa.window | – | 512 |" in text
 

@@ -16,7 +16,7 @@ from model.transformer import Transformer
 
 N_TOKENS = 70
 
-KINDS = [kind for kind in get_args(AttentionKind) if kind != "nsa"]  # whose branches weigh different keys
+KINDS = [kind for kind in get_args(AttentionKind) if not AttentionConfig(kind=kind).is_trained_sparse]
 
 
 def build(kind: AttentionKind, positions: str = "nape", window: int | None = None, **attention: float) -> Transformer:
@@ -112,7 +112,7 @@ def test_equal_scores_have_the_entropy_of_all_visible_keys(kind: AttentionKind) 
 
 
 def test_three_branches_have_no_weights_of_one_kind() -> None:
-    with pytest.raises(ValueError, match="'nsa' has weights of three branches"):
+    with pytest.raises(ValueError, match="'nsa' chooses keys before it weighs them: it has no profile"):
         layer_profiles(build("nsa"), torch.zeros(1, 8, dtype=torch.int64), torch.arange(8), 4)
 
 

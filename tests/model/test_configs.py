@@ -47,13 +47,15 @@ def test_builds_on_the_meta_device(size: str, attention: Path) -> None:
     }
     kind = attention.stem.removesuffix("_dense")
     assert config.attention.kind == kind
-    if kind == "nsa":  # feed-forward layers make up for its branches, in steps of 16 units
+    if config.attention.is_trained_sparse:  # feed-forward layers make up for what it adds, in steps of 16 units
         assert abs(count - PARAMETERS[size]) <= config.n_layers * 3 * config.d_model * 8 < 0.02 * PARAMETERS[size]
     else:
         assert count == PARAMETERS[size] + extra[kind]
 
 
-def test_widths_that_the_nsa_yaml_names() -> None:
-    nsa = CONFIGS / "attention" / "nsa.yaml"
-    config = config_from_dict(network(CONFIGS / "models" / "30m.yaml", nsa))
-    assert (config.d_ff, config.feed_forward_size) == (1376, 848) and "848 instead of 1,376" in nsa.read_text()
+@pytest.mark.parametrize(("kind", "width"), [("nsa", 848), ("dsa", 1328)])
+def test_widths_that_the_yaml_names(kind: str, width: int) -> None:
+    file = CONFIGS / "attention" / f"{kind}.yaml"
+    config = config_from_dict(network(CONFIGS / "models" / "30m.yaml", file))
+    assert (config.d_ff, config.feed_forward_size) == (1376, width)
+    assert f"{width:,} instead of 1,376" in file.read_text()

@@ -9,22 +9,24 @@ from torch.nn import functional as F
 
 from model.attention import make_metadata
 from model.attention_stats import attention_stats
-from model.config import AttentionConfig, AttentionKind, ModelConfig, NSAConfig, Positions, config_from_dict
+from model.config import AttentionConfig, AttentionKind, DSAConfig, ModelConfig, NSAConfig, Positions, config_from_dict
 from model.initial_weights import take_memory
 from model.layers import HeadAlpha
 from model.rotary import rotary_tables, rotate
+from model.sparse_attention import collected_auxiliary
 from model.transformer import Transformer
 
 DOCUMENTS = torch.tensor([0, 30, 30, 31, 100, 128], dtype=torch.int32)
 NSA = NSAConfig(compress_length=8, compress_stride=4, select_block=8, select_count=4, window=10)
+SPARSE = {"nsa": {"nsa": NSA}, "dsa": {"dsa": DSAConfig(index_dim=8, select_tokens=9)}}
 KINDS, POSITIONS = get_args(AttentionKind), get_args(Positions)
 
 
 def tiny(kind: AttentionKind = "asentmax", positions: Positions = "nape", **options) -> ModelConfig:
-    if kind == "nsa":
+    if kind in SPARSE:
         if options.get("window"):
-            pytest.skip("NSA has a window of its own")
-        options.setdefault("attention", {"nsa": NSA})
+            pytest.skip("it is sparse without a window, or has one of its own")
+        options.setdefault("attention", SPARSE[kind])
     attention = AttentionConfig(kind=kind, **options.pop("attention", {}))
     sizes = dict(vocab_size=97, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
     return ModelConfig(**{**sizes, **options}, positions=positions, attention=attention)
@@ -60,7 +62,9 @@ def test_causal_and_trainable(kind: AttentionKind) -> None:
     changed = tokens().clone()
     changed[0, 64:] = 0
     torch.testing.assert_close(model(tokens())[:, :64], model(changed)[:, :64], atol=2e-5, rtol=1e-4)
-    model.logits(model(tokens(), DOCUMENTS)).logsumexp(-1).mean().backward()
+    with collected_auxiliary(model) as losses:
+        hidden = model(tokens(), DOCUMENTS)
+    (model.logits(hidden).logsumexp(-1).mean() + sum(losses)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
 
 

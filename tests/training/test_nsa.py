@@ -27,11 +27,9 @@ def test_the_loss_falls_and_a_run_goes_on_where_it_stopped(train: TrainProcess, 
     assert network.attention.nsa is not None and network.attention.nsa.window == 16
     assert network.feed_forward_size == network.d_ff == 32
     shutil.copytree(whole, parts)
-    for folder in parts.glob("checkpoints/step-*"):
-        if folder.name > "step-00000010":
-            shutil.rmtree(folder)
+    shutil.rmtree(parts / "checkpoints" / "step-00000020")
     again = train("--run_dir", parts, "--resume", "auto", *OPTIONS, configs=(NSA,))
-    assert again.returncode == 0 and "step 10" in again.stderr, again.stderr
+    assert again.returncode == 0 and "from step 15 to 20" in again.stderr + again.stdout, again.stderr
     assert_same_weights(whole, parts)
 
 
@@ -42,5 +40,5 @@ def test_evaluation_during_training_has_no_profile(train: TrainProcess, tmp_path
     ended = train("--run_dir", tmp_path, *steps, *OPTIONS, *callback, configs=(NSA, HELD_OUT))
     assert ended.returncode == 0, ended.stderr
     columns = {name for path in tmp_path.glob("metrics/*/metrics.csv") for name in next(csv.reader(path.open()))}
-    assert {"eval/perplexity_1x", "grad_norm/branches"} <= columns
+    assert {"eval/perplexity_1x", "grad_norm/sparse"} <= columns
     assert not {name for name in columns if name.startswith(("eval/support", "eval/entropy", "support/"))}

@@ -73,7 +73,8 @@ class MetricsLogger(Callback):
     """Logs loss and speed every trainer.log_every_n_steps optimizer steps.
 
     train/loss is the mean over the valid tokens of the steps since the last line; skipped ones do not count, and if all
-    were skipped it is NaN. train/z_loss, where there is one, is no part of it.
+    were skipped it is NaN. train/z_loss and train/index_kl, where there is one, are no part of it; the latter is
+    the loss of DSA's indexer, in nats, the mean over tokens and layers.
 
     Args:
         clock: shared with whoever interrupts training.
@@ -99,6 +100,7 @@ class MetricsLogger(Callback):
 
     def _reset(self) -> None:
         self.work, self.loss_sum, self.z_loss_sum, self.valid_tokens = Work(), 0.0, 0.0, 0.0
+        self.auxiliary, self.taken = 0.0, 0
         self.clock.reset()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -112,6 +114,8 @@ class MetricsLogger(Callback):
             self.loss_sum += self.guard.outcome.loss_sum
             self.z_loss_sum += self.guard.outcome.z_loss_sum
             self.valid_tokens += self.guard.outcome.valid_tokens
+            self.auxiliary += self.guard.outcome.auxiliary
+            self.taken += 1
         if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
             self._log_window(trainer, pl_module)
             self._reset()
@@ -131,6 +135,7 @@ class MetricsLogger(Callback):
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
             **({"train/z_loss": z_loss} if module.z_loss else {}),
+            **self._index_kl(module),
             "train/lr": module.step_lr,
             "train/grad_norm": float(module.step_gradient_norm),
             "train/tokens": self.tokens,
@@ -145,6 +150,12 @@ class MetricsLogger(Callback):
             **head_metrics("ssmax", module.model.temperature_scalars(), module.network_config.n_alibi_heads),
         }  # fmt: skip
         log(trainer, self.latest)
+
+    def _index_kl(self, module: LanguageModule) -> dict[str, float]:
+        network = module.network_config
+        if network.attention.dsa is None:
+            return {}
+        return {"train/index_kl": self.auxiliary / network.n_layers / self.taken if self.taken else math.nan}
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.clock.pause()
@@ -234,7 +245,7 @@ class AttentionStats(Callback):
 PARTS = {
     "alpha_raw": "alpha", "temperature": "temperature", "wq": "query_key", "wk": "query_key", "q_norm": "query_key",
     "k_norm": "query_key", "wv": "value_output", "wo": "value_output", "feed_forward": "feed_forward",
-    "embedding": "embedding", "head": "embedding", "sparse": "branches",
+    "embedding": "embedding", "head": "embedding", "sparse": "sparse",
 }  # fmt: skip
 
 

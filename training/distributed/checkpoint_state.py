@@ -86,15 +86,18 @@ def muon_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """The state of a module whose parameters and optimizer are whole on each rank: one device, or DDP."""
+    """The state of a module whose parameters and optimizer are whole on each rank: one device, or DDP. Weights that are
+    not trained have no more than their values."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     shapes: dict[str, tuple[int, ...]] = {}
     fragments, steps = [], {}
     for name, parameter in module.named_parameters():
-        group = groups[id(parameter)]
-        if is_muon(group):
+        group = groups.get(id(parameter))
+        moments: tuple[str, ...] = ()
+        state: dict[str, Any] = {}
+        if group is not None and is_muon(group):
             moments, state = MUON_MOMENTS, muon_state(optimizer, parameter)
-        else:
+        elif group is not None:
             moments, state = MOMENTS, adam_state(optimizer, parameter, bool(group["fused"]))
             steps[name] = int(state["step"])
         tensors = {WEIGHT: parameter.detach(), **{f"{moment}/": state[moment] for moment in moments}}

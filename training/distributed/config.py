@@ -87,7 +87,7 @@ class ElasticCheckpoints(Strategy):
     def state_restored(self, steps: Mapping[str, int]) -> None:
         """Take over what was written into the fragments of training_state; steps: by parameter name."""
         for name, parameter in self._network().named_parameters():
-            if "step" in (state := self.optimizers[0].state[parameter]):  # Muon counts none
+            if "step" in (state := self.optimizers[0].state.get(parameter, {})):  # Muon counts none
                 state["step"].fill_(steps[name])
 
     def _network(self) -> nn.Module:
@@ -163,9 +163,16 @@ def check_optimizer(zero_stage: int, optimizer: str) -> None:
         )
 
 
-def check_combinations(config: ParallelConfig, *, precision: str, compile: bool, optimizer: str = "adamw") -> None:
-    """Raises ValueError for options that cannot work with ZeRO."""
+def check_combinations(
+    config: ParallelConfig, *, precision: str, compile: bool, optimizer: str = "adamw", freezes: bool = False
+) -> None:
+    """Raises ValueError for options that cannot work with ZeRO. freezes: some weights are not trained."""
     check_optimizer(config.zero_stage, optimizer)
+    if config.zero_stage and freezes:
+        raise ValueError(
+            f"parallel.zero_stage is {config.zero_stage}: expected 0, since model.network.attention.dsa.freeze leaves "
+            "weights without gradients, whose saving ZeRO's engines do not know; use stage 0, or freeze false"
+        )
     if config.zero_stage and precision not in ZERO_PRECISIONS:
         raise ValueError(
             f"trainer.precision is {precision!r}: expected {' or '.join(ZERO_PRECISIONS)} with parallel.zero_stage "

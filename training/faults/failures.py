@@ -19,13 +19,14 @@ LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel", "torchao")  # t
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of this rank: global samples, summed loss in nats (scalar), labelled tokens, and summed
-    z-loss in nats (scalar), which is not part of the loss."""
+    """One micro-batch of this rank: global samples, summed loss in nats (scalar), labelled tokens, summed z-loss
+    in nats (scalar), which is not part of the loss, and what layers learn from besides, a token (scalar)."""
 
     sample_ids: list[int]
     loss_sum: Tensor
     valid_tokens: int
     z_loss_sum: Tensor
+    auxiliary: Tensor
 
 
 def write_dump(

@@ -1,7 +1,7 @@
 """What Native Sparse Attention keeps for backward, besides a layer's projections."""
 
-from model.nsa.branches import MASK_ELEMENTS, TILE
 from model.nsa.config import BRANCHES, NSAConfig
+from model.visible_attention import MASK_ELEMENTS, TILE
 from training.memory.setup import FLOAT32, Setup
 
 INT64 = 8  # bytes

@@ -7,7 +7,7 @@ from torch import Tensor
 from common.nested import flatten
 from model.checkpoint import CheckpointInfo
 from model.checksums import Verify
-from model.config import ModelConfig
+from model.config import TRAINED_SPARSE, ModelConfig
 from model.loading import load_model
 from model.transformer import Transformer
 from training.tracking import say
@@ -18,6 +18,7 @@ FREE_KEYS = {"rope_base", "rope_scaling", "window"} | {
     for key in (
         "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
         "temperature_range", "temperature_bias", "backend", "nsa.select_count", "nsa.select_local", "nsa.window",
+        "dsa.select_tokens", "dsa.stage", "dsa.freeze", "dsa.loss_weight",
     )
 }  # fmt: skip
 # (old, new) attention kinds where the new one uses every weight of the old one.
@@ -25,8 +26,11 @@ KIND_CHANGES = {
     ("softmax", "ssmax"),
     ("softmax", "entmax"),
     ("softmax", "asentmax"),
+    ("softmax", "dsa"),
     ("entmax", "asentmax"),
 }
+
+SIZES = tuple(f"attention.{kind}" for kind in TRAINED_SPARSE)
 
 
 def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
@@ -34,15 +38,17 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
     saved, wanted = _architectures(checkpoint, network)
     differing = [key for key in _differing(saved, wanted) if not FREE_KEYS & {key, key.split(".")[0]}]
     if (saved["attention.kind"], wanted["attention.kind"]) in KIND_CHANGES:
-        differing = [key for key in differing if key != "attention.kind"]
+        differing = [key for key in differing if key != "attention.kind" and not key.startswith(SIZES)]
+        if checkpoint.architecture.feed_forward_size != network.feed_forward_size:
+            differing.append("attention.dsa.equal_parameters")
     if "attention.kind" in differing:  # says enough
-        differing = [key for key in differing if not key.startswith("attention.nsa")]
+        differing = [key for key in differing if not key.startswith(SIZES)]
     if differing:
         listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
         raise ValueError(
             f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}; only "
-            f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to ssmax or "
-            "an entmax kind or from entmax to asentmax"
+            f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to ssmax, "
+            "dsa or an entmax kind or from entmax to asentmax"
         )
 
 

@@ -31,8 +31,9 @@ def check_graphs(network: ModelConfig, *, device: torch.device, world_size: int,
         )
     if mode != "none":
         raise ValueError(f"{told} model.activation_checkpointing none, but it is {mode!r}")
-    if network.attention.nsa is not None:
-        raise ValueError(f"{told} attention that can be captured, but attention.kind is 'nsa': set it to false")
+    if network.attention.is_trained_sparse:
+        kind = network.attention.kind
+        raise ValueError(f"{told} attention that can be captured, but attention.kind is {kind!r}: set it to false")
     if network.attention.anneal_steps:
         raise ValueError(
             f"{told} the same work every step, but attention.anneal_steps is {network.attention.anneal_steps}"

@@ -95,8 +95,8 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool)
         else:
             # DeepSpeed's stage 3 leaves shape (0,) here and keeps the true one in ds_shape.
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            # a row of the head is a token's, one of a temperature or gate a head's: none maps hidden states to others
-            hidden = config.name == "muon" and not {"head", "temperature", "gate"} & set(name.split("."))
+            # a row of the head is a token's, of a temperature, gate or index weight a head's: no map of hidden states
+            hidden = config.name == "muon" and not {"head", "temperature", "gate", "head_weight"} & set(name.split("."))
             members["vectors" if dimensions < 2 else "hidden" if hidden else "matrices"].append(parameter)
     decay = {
         "hidden": config.weight_decay,

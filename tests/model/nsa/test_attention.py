@@ -10,10 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 import model.nsa.attention
 import model.nsa.branches
 import model.nsa.selection
+import model.visible_attention
 from model.config import ModelConfig, NSAConfig
 from model.nsa.attention import NativeSparseAttention, NSAMetadata, block_masks
-from model.nsa.branches import mask_and_bias, selected_block_mask, selection_branch
+from model.nsa.branches import selected_block_mask, selection_branch
 from model.nsa.selection import block_scores, select_blocks
+from model.visible_attention import mask_and_bias
 from tests.model.nsa.looped import SIZES, branches, draw, module, network
 
 CPU = torch.device("cpu")
@@ -40,11 +42,11 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """What makes the metadata of a path."""
     if request.param == "flex":  # computes all scores, under the same mask and with the same tiles left out
         monkeypatch.setattr(
-            model.nsa.branches, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention
+            model.visible_attention, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention
         )
         return flex_metadata
     if request.param != "masks":
-        monkeypatch.setattr(model.nsa.branches, "MASK_ELEMENTS", 4 * 16)
+        monkeypatch.setattr(model.visible_attention, "MASK_ELEMENTS", 4 * 16)
         monkeypatch.setitem(model.nsa.selection.SCORES_AT_ONCE, "cpu", 1000)
     return metadata
 
@@ -132,7 +134,8 @@ def test_scores_are_the_compression_branchs_weights() -> None:
 
 
 def test_tiles_of_the_block_mask_are_those_with_selected_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.nsa.branches, "TILE", 16)
+    for module_with_tiles in (model.nsa.branches, model.visible_attention):
+        monkeypatch.setattr(module_with_tiles, "TILE", 16)
     config = network()
     sparse, (_, q, k, _) = module(config), draw(110, config)
     blocks = metadata(config, 110, DOCUMENTS).blocks
@@ -155,7 +158,7 @@ def test_rows_in_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
         return torch.autograd.grad((out * cotangent).sum(), [*inputs, *sparse.parameters()])
 
     whole = gradients()
-    monkeypatch.setattr(model.nsa.branches, "MASK_ELEMENTS", 8 * 75 * 20)
+    monkeypatch.setattr(model.visible_attention, "MASK_ELEMENTS", 8 * 75 * 20)
     for ours, expected in zip(gradients(), whole, strict=True):
         torch.testing.assert_close(ours, expected, **EXACT)
 
@@ -253,7 +256,7 @@ def test_flex_attention_is_compiled_once_a_branch(monkeypatch: pytest.MonkeyPatc
 
     torch._dynamo.reset()
     compiled = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend=backend, fullgraph=True)
-    monkeypatch.setattr(model.nsa.branches, "compiled_flex", lambda: compiled)
+    monkeypatch.setattr(model.visible_attention, "compiled_flex", lambda: compiled)
     config = network()
     sparse = module(config)
     for seed, ends in enumerate(([40, 110], [7, 110], [20, 30, 110])):

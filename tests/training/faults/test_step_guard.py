@@ -84,7 +84,7 @@ def make_guard(tmp_path: Path, config: GuardConfig) -> tuple[StepGuard, Trainer,
 def admitted(parts: tuple[StepGuard, Trainer, PlainEngine], loss: float, norm: float = 1.0) -> bool:
     guard, trainer, engine = parts
     for share in (0.25, 0.75):  # two micro-batches
-        guard.observe(torch.tensor(100 * share * loss), 50, [0], torch.tensor(0.0))
+        guard.observe(torch.tensor(100 * share * loss), 50, [0], torch.tensor(0.0), torch.tensor(0.5))
     took = guard.admits(trainer, engine, torch.tensor(norm))
     assert took is not guard.skipped and not guard.micro_batches
     assert guard.outcome.loss == pytest.approx(loss, nan_ok=True)

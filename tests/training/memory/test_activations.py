@@ -185,7 +185,7 @@ def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_branches_in_blocks_of_rows_keep_no_masks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for a bit a selected block, which no graph of autograd shows."""
-    for module_name in ("model.nsa.branches", "training.memory.nsa"):
+    for module_name in ("model.visible_attention", "training.memory.nsa"):
         monkeypatch.setattr(f"{module_name}.MASK_ELEMENTS", 2**16)
     module, setup = make(MODELS["nsa-nape"], precision)
     found = measured_activations(module, setup) + 3 * TOKENS * 2 * 32

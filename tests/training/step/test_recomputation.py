@@ -104,7 +104,7 @@ class TestThresholds:
 def test_branches_of_nsa(mode: str, compiler: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of rows are recomputed by themselves, within blocks that are."""
     if rows == "in blocks":
-        monkeypatch.setattr("model.nsa.branches.MASK_ELEMENTS", 2 * LENGTH * 40)
+        monkeypatch.setattr("model.visible_attention.MASK_ELEMENTS", 2 * LENGTH * 40)
     attention = AttentionConfig(kind="nsa", nsa=NSAConfig(8, 4, None, 8, 4, 2, 20))
     expected = gradients(make_module("none", "eager", attention, positions="nape"), documents=True)
     found = gradients(make_module(mode, compiler, attention, positions="nape"), documents=True)

@@ -1,0 +1,111 @@
+"""Softmax attention over what a function lets each query see: FlexAttention on CUDA, else torch's attention with masks,
+for as many queries at a time as keep these small. Of kinds of attention that are trained sparse."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from model.softmax import FLEX_SCORES, MASK_ELEMENTS, compiled_flex
+
+TILE = 128  # of FlexAttention's block masks, queries and keys
+# (b, h, i, j) -> bool tensor of batch row, query head, query and key, as FlexAttention takes it
+Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """What queries see, and its ALiBi.
+
+    visible: (b, h, i, j) -> bool. distance: (b, i, j) -> tokens between query i and key j. slopes: float32 (H,) or
+    None. first_key, last_key: int64 (b or 1, n), the keys from and up to which each query may see some.
+    """
+
+    visible: Visible
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor]
+    slopes: Tensor | None
+    first_key: Tensor
+    last_key: Tensor
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    """Softmax attention over what is visible; 0 for queries that see nothing. q: (B, H, n, D), k and v:
+    (B, G, keys, D). Where gradients are wanted and one block of rows does not hold all, backward computes each block's
+    weights again."""
+    rows = max(16, MASK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = [slice(start, min(start + rows, q.shape[2])) for start in range(0, q.shape[2], rows)]
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([_attend_rows(q, k, v, view, part) for part in parts], dim=2)
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_attend_rows, q, k, v, view, part, **again) for part in parts], dim=2)
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, view: View, rows: slice) -> Tensor:
+    """rows: of the queries that are attended with."""
+    keys = keys_of(view, rows, k)
+    query, key = (torch.arange(one.start, one.stop, device=q.device) for one in (rows, keys))
+    mask, bias = mask_and_bias(view, (q.shape[0], q.shape[1]), query, key)
+    seen = mask.any(-1, keepdim=True)
+    mask = mask | ~seen  # weights of no key would be 0 / 0
+    if bias is not None:
+        mask = bias.masked_fill(~mask, -torch.inf).to(q.dtype)
+    out = scaled_dot_product_attention(
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out * seen
+
+
+def keys_of(view: View, rows: slice, k: Tensor) -> slice:
+    """Those of k (B, G, keys, D) that the queries `rows` may see; on CUDA, where asking would wait, all."""
+    if k.is_cuda:
+        return slice(0, k.shape[2])
+    return slice(int(view.first_key[:, rows].min()), int(view.last_key[:, rows].max()) + 1)
+
+
+def mask_and_bias(view: View, heads: tuple[int, int], rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is visible, bool, and what ALiBi adds to scores, float32 or None; both (B or 1, H or 1, rows, keys). heads:
+    B and H. rows, keys: int64, indices."""
+    b, h = (torch.arange(size, device=rows.device) for size in heads)
+    b, h, i = b[:, None, None, None], h[:, None, None], rows[:, None]
+    mask = view.visible(b, h, i, keys)
+    mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
+    if view.slopes is None:
+        return mask, None
+    return mask, -view.slopes[h] * view.distance(b, i, keys)
+
+
+def uses_flex(device: torch.device, n_queries: int, n_keys: int) -> bool:
+    """Whether queries are attended with by `attend_flex`: fewer scores take less than compiling it."""
+    return device.type == "cuda" and n_queries > 1 and n_queries * n_keys > FLEX_SCORES
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, view: View, block_mask: BlockMask) -> Tensor:
+    """As attend_masked, by FlexAttention, which skips tiles that block_mask leaves out."""
+    slopes, distance = view.slopes, view.distance
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert slopes is not None
+        return score - slopes[h] * distance(b, i, j)
+
+    out: Tensor = compiled_flex()(
+        q, k, v, score_mod=None if slopes is None else score_mod, block_mask=block_mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out
+
+
+def shared_block_mask(visible: Visible, rows: int, n_queries: int, n_keys: int, device: torch.device) -> BlockMask:
+    """Of what is alike in all heads and layers. rows: B where queries stand elsewhere in each row, else 1."""
+    compiled = device.type == "cuda"
+    return create_block_mask(visible, rows, None, n_queries, n_keys, device=device, BLOCK_SIZE=TILE, _compile=compiled)
+
+
+def block_mask_of_tiles(live: Tensor, visible: Visible, n_queries: int, n_keys: int) -> BlockMask:
+    """live: bool (B, H or 1, tiles of queries, tiles of keys), those that hold a key which a query of theirs sees."""
+    numbers, order = live.sum(-1, dtype=torch.int32), live.int().argsort(dim=-1, descending=True, stable=True).int()
+    return BlockMask.from_kv_blocks(numbers, order, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(n_queries, n_keys))

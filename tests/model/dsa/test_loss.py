@@ -1,0 +1,193 @@
+"""What the indexer learns from: the loss against loops, whom it reaches, and that the indexer learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.dsa.loss
+from model.config import DSAConfig
+from model.dsa.attention import DeepSeekSparseAttention
+from model.dsa.indexer import IndexInputs, index_scores, wide
+from model.dsa.loss import index_loss
+from model.dsa.tokens import Tokens, packed_tokens
+from model.sparse_attention import collected_auxiliary
+from model.transformer import Transformer
+from tests.model.dsa.looped import SIZES, WARMUP, attended, draw, module, network, scores
+from tests.model.dsa.test_attention import CPU, DOCUMENTS, EXACT, SLOPES, metadata
+
+DOCUMENT_TOKENS = packed_tokens(110, DOCUMENTS, CPU)
+
+
+def loss_of(sparse: DeepSeekSparseAttention, *inputs: Tensor, slopes: Tensor | None = None, documents=None) -> Tensor:
+    """Sum of a layer's losses in a forward pass that is trained with."""
+    config = network(sparse.config)
+    sparse.train()
+    with collected_auxiliary(sparse) as losses:
+        sparse(*inputs, metadata(config, inputs[0].shape[1], documents), slopes)
+    (found,) = losses
+    return found
+
+
+@pytest.mark.parametrize("at_once", [2**24, 2000])
+@pytest.mark.parametrize("sizes", [SIZES, WARMUP], ids=["sparse", "warmup"])
+def test_the_loss_equals_loops(sizes: DSAConfig, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.dsa.loss, "SCORES_AT_ONCE", at_once)
+    sparse, inputs = module(network(sizes)), draw(110, network(sizes))
+    found = loss_of(sparse, *inputs, slopes=SLOPES, documents=DOCUMENTS)
+    expected, bounds = 0.0, DOCUMENTS.tolist()
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        x, q, k, v = (one[0][..., a:b, :] for one in inputs)
+        count = sizes.select_tokens if sizes.is_sparse else 110
+        expected += attended(q, k, v, scores(sparse, x), count, SLOPES)[1]
+    torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def drawn_index(n: int = 30, rows: int = 2) -> tuple[IndexInputs, Tensor, Tensor]:
+    """Inputs of the scores, and q and k of attention."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    index = IndexInputs(normal(rows, 3, n, 8), normal(rows, n, 8), normal(rows, 3, n))
+    return index, normal(rows, 4, n, 8), normal(rows, 2, n, 8)
+
+
+@pytest.mark.parametrize("at_once", [2**24, 900])
+def test_gradients_are_those_of_autograd(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same loss with whole matrices, times what comes from above."""
+    monkeypatch.setattr(model.dsa.loss, "SCORES_AT_ONCE", at_once)
+    index, q, k = drawn_index()
+    index = IndexInputs(*(x.requires_grad_() for x in index))
+    view = packed_tokens(30, None, CPU).dense_view(SLOPES)
+    ours = torch.autograd.grad(index_loss(index, q, k, view) * 3, index)
+    token = torch.arange(30)
+    hidden = token > token[:, None]
+    bias = -SLOPES[:, None, None] * (token[:, None] - token)
+    raw = q @ k.repeat_interleave(2, 1).mT * 8**-0.5 + bias
+    p = raw.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+    by_head = (index.q @ index.k[:, None].mT).relu()
+    log_q = (by_head * index.weights[..., None]).sum(1).masked_fill(hidden, -torch.inf).log_softmax(-1)
+    loss = torch.nn.functional.kl_div(log_q.masked_fill(hidden, 0), p, reduction="sum")
+    torch.testing.assert_close(index_loss(index, q, k, view), loss, **EXACT)
+    for found, expected in zip(ours, torch.autograd.grad(loss * 3, index), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_a_planted_indexer_has_no_loss() -> None:
+    """Positive products in one head, of the scale of attention's: both are the same softmax."""
+    index, _, _ = drawn_index()
+    index = IndexInputs(index.q[:, :1].abs(), index.k.abs(), torch.full((2, 1, 30), 8**-0.5, dtype=torch.float64))
+    tokens = packed_tokens(30, None, CPU)
+    alike = index_loss(index, index.q.expand(-1, 4, -1, -1), index.k[:, None], tokens.dense_view(None))
+    torch.testing.assert_close(alike, torch.zeros((), dtype=torch.float64), **EXACT)
+    other = index_loss(index._replace(weights=-index.weights), index.q, index.k[:, None], tokens.dense_view(None))
+    assert float(other) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_what_rounding_loses(dtype: torch.dtype) -> None:
+    """Scores are float32: the loss is that of the rounded inputs."""
+    index, q, k = drawn_index()
+    view = packed_tokens(30, None, CPU).dense_view(None)
+    rounded = IndexInputs(*(x.to(dtype) for x in index))
+    found = index_loss(rounded, q.to(dtype), k.to(dtype), view)
+    expected = index_loss(IndexInputs(*(x.double() for x in rounded)), q.to(dtype).double(), k.to(dtype).double(), view)
+    assert found.dtype == torch.float32
+    # 1,860 terms of up to a few nats, each rounded a few times
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["rope", "nape", "nope"])
+@pytest.mark.parametrize("sizes", [SIZES, WARMUP], ids=["sparse", "warmup"])
+def test_neither_loss_reaches_the_others_weights(sizes: DSAConfig, positions: str) -> None:
+    torch.manual_seed(0)
+    whole = Transformer(network(sizes, positions, n_layers=2)).train()
+    names = [name for name, _ in whole.named_parameters()]
+    with collected_auxiliary(whole) as losses:
+        hidden = whole(torch.randint(61, (2, 40)))
+    assert len(losses) == 2
+    for loss, ours in ((whole.logits(hidden).logsumexp(-1).sum(), False), (torch.stack(losses).sum(), True)):
+        found = torch.autograd.grad(loss, list(whole.parameters()), allow_unused=True)
+        for name, gradient in zip(names, found, strict=True):
+            if (".indexer." in name) == ours:
+                assert gradient is not None and gradient.abs().max() > 0, name
+            else:
+                assert gradient is None, name
+
+
+def test_a_sequence_of_one_token_gives_zeros() -> None:
+    """Not none, which data-parallel training would wait for."""
+    sparse = module(network())
+    loss = loss_of(sparse, *draw(1, network()))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in sparse.parameters())
+
+
+def test_there_is_no_loss_where_nothing_is_trained() -> None:
+    whole, tokens = Transformer(network()), torch.randint(61, (1, 20))
+    with collected_auxiliary(whole) as losses:
+        whole.eval()(tokens)
+        with torch.no_grad():
+            whole.train()(tokens)
+        assert losses == []
+        whole(tokens)
+        assert len(losses) == 1
+    whole(tokens)
+    assert len(losses) == 1 and whole.layers()[0].attention.sparse.collected is None  # type: ignore[union-attr]
+
+
+def recall(sparse: DeepSeekSparseAttention, x: Tensor, q: Tensor, k: Tensor, count: int) -> float:
+    """Share of the `count` keys of most weight that are among the `count` of the highest scores, in later queries."""
+    n = x.shape[1]
+    hidden = torch.ones(n, n).triu(1).bool()
+    raw = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    p = raw.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+    index = wide(sparse.indexer(x, metadata(network(sparse.config), n).rotary, torch.float64))
+    ours = index_scores(index, slice(0, n), slice(0, n)).masked_fill(hidden, -torch.inf)
+    later = slice(n // 2, n)
+    wanted, found = (one[:, later].topk(count).indices for one in (p, ours))
+    return float((wanted[..., None] == found[..., None, :]).any(-1).double().mean())
+
+
+def test_recall_rises_in_warmup() -> None:
+    """Of attention whose queries and keys follow from the layer's input, as in a model, alike in all heads."""
+    config = network(replace(WARMUP, index_heads=4))
+    sparse, generator = module(config), torch.Generator().manual_seed(3)
+    w_q, w_k = (torch.randn(24, 8, generator=generator, dtype=torch.float64) * 0.3 for _ in range(2))
+
+    def inputs(seed: int) -> list[Tensor]:
+        x = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        q, k = ((x @ w)[:, None].expand(-1, heads, -1, -1) for w, heads in ((w_q, 4), (w_k, 2)))
+        return [x, q, k, k]
+
+    held_out = inputs(10**6)[:3]
+    before = recall(sparse, *held_out, 9)
+    optimizer = torch.optim.Adam(sparse.parameters(), lr=2e-2)
+    losses = []
+    for step in range(250):
+        loss = loss_of(sparse, *inputs(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert recall(sparse, *held_out, 9) > before + 0.3
+
+
+def test_rows_of_several_lengths_see_their_own_keys() -> None:
+    """Of a cache, whose rows stand at other places."""
+    tokens = Tokens(torch.tensor([[3, 4], [7, 8]]), torch.zeros(2, 2, dtype=torch.int64), 9)
+    index, q, k = drawn_index(9)
+    parts = IndexInputs(index.q[:, :, :2], index.k, index.weights[:, :, :2])
+    both = index_loss(parts, q[:, :, :2], k, tokens.dense_view(SLOPES))
+    each = []
+    for row in range(2):
+        one = Tokens(tokens.own_key[row : row + 1], tokens.first_key[row : row + 1], 9)
+        row_slice = slice(row, row + 1)
+        alone = IndexInputs(*(x[row_slice] for x in parts))
+        each.append(index_loss(alone, q[row_slice, :, :2], k[row_slice], one.dense_view(SLOPES)))
+    torch.testing.assert_close(both, sum(each), **EXACT)
