@@ -60,7 +60,7 @@ def _add_rows(index: IndexInputs, q: Tensor, k: Tensor, view: View, rows: slice,
     loss = (p.xlogy(p) - p * log_q.masked_fill(~mask[:, 0], 0.0)).sum()
     d_scores = (log_q.exp() - p)[:, None]  # [B, 1, rows, keys]
     gradients.weights[:, :, rows] = (by_head * d_scores).sum(-1)
-    d_products = by_head.gt(0) * (d_scores * w)  # [B, index_heads, rows, keys]
+    d_products = (d_scores * w).mul_(by_head.gt(0))  # [B, index_heads, rows, keys]
     gradients.q[:, :, rows] = d_products @ index.k[:, None, keys]
     gradients.k[:, keys] += (d_products.mT @ index.q[:, :, rows]).sum(1)
     return loss
@@ -72,5 +72,5 @@ def _mean_weights(q: Tensor, k: Tensor, mask: Tensor, bias: Tensor | None) -> Te
     grouped = q.to(dtype).unflatten(1, (groups, -1)) * q.shape[-1] ** -0.5
     scores = (grouped @ k.to(dtype)[:, :, None].mT).flatten(1, 2)  # [B, H, rows, keys]
     if bias is not None:
-        scores = scores + bias
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+        scores += bias
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).mean(1)

@@ -1,6 +1,7 @@
 """What the forward pass keeps for backward."""
 
 from model.attention import kept_bits
+from training.memory.dsa import chosen_activations, index_tables, kept_output
 from training.memory.nsa import branch_activations, kept_outputs
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
@@ -15,8 +16,8 @@ def block_activations(setup: Setup) -> dict[str, float]:
     norm = norm_activations(setup, network.d_model)
     attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     feed_forward = setup.residual_bytes * network.d_model if setup.tiled else feed_forward_activations(setup)
-    # wq, wk, wv; beta and gamma; gates
-    readers = 3 + 2 * (network.attention.kind == "asentmax") + (network.attention.nsa is not None)
+    # wq, wk, wv; what the kind reads besides: beta and gamma; gates; the indexer's three
+    readers = 3 + {"asentmax": 2, "nsa": 1, "dsa": 3}.get(network.attention.kind, 0)
     parts = {
         "norms": 2 * n * norm,
         "attention's input": n * _product_input(setup, readers),
@@ -45,7 +46,8 @@ def _compiled_block(setup: Setup) -> dict[str, float]:
     out = w * heads * head_dim
     parts = {
         "norms": n * (setup.residual_bytes * width + w * width + 2 * FLOAT32),  # the block's input, wo's output
-        "attention's input": n * w * width,
+        # the indexer, which is not compiled, casts it three times
+        "attention's input": n * w * width * (1 + 3 * setup.casts * (network.attention.dsa is not None)),
         "queries, temperatures": n * queries,
         "attention": _attention(setup) + (n * out if network.attention.is_softmax else 0),  # in FlashAttention's layout
         "attention's output": n * out,
@@ -113,6 +115,8 @@ def _attention(setup: Setup) -> float:
     heads, head_dim = network.n_heads, network.head_size
     if network.attention.nsa is not None:
         return branch_activations(setup, network.attention.nsa)
+    if network.attention.dsa is not None:
+        return chosen_activations(setup, network.attention.dsa)
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)  # KV heads that several ranks need are repeated
     size = float(n * w * head_dim * (heads + 2 * kv_heads))
     if setup.cuda and setup.sequence_parallel > 1:
@@ -148,6 +152,8 @@ def kept_of_attention(setup: Setup) -> float:
         size = _where_weight_is(setup) + (0 if selective and setup.compiled else 3 * n * FLOAT32 * heads)
     if network.attention.nsa is not None:
         return kept_outputs(setup) if selective else 0.0
+    if network.attention.dsa is not None:
+        return kept_output(setup) if selective else 0.0
     biased = not network.attention.is_entmax and (network.positions == "nape" or network.window is not None)
     if not selective or (biased and not setup.cuda):  # that is no single operation on CPUs
         return size
@@ -167,4 +173,5 @@ def outside_blocks(setup: Setup) -> float:
     """The last norm, token ids, labels, and what layers share: rotary tables or positions' logarithms."""
     network, n = setup.network, setup.local_tokens
     shared = FLOAT32 + (FLOAT32 * network.head_size if network.positions == "rope" else 0)
-    return n * (norm_activations(setup, network.d_model) + 2 * 8 + shared)
+    tables = 0.0 if network.attention.dsa is None else index_tables(setup, network.attention.dsa)
+    return n * (norm_activations(setup, network.d_model) + 2 * 8 + shared) + tables

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
+from model.sparse_attention import freeze_dense
 from model.transformer import Block, Transformer
 from training.distributed.checkpoint_state import SAVED_BYTES
 from training.distributed.config import BUCKET_ELEMENTS
@@ -28,10 +29,22 @@ def parameter_count(network: ModelConfig) -> int:
         return sum(p.numel() for p in Transformer(network).parameters())
 
 
+def trained_count(network: ModelConfig) -> int:
+    """Those that have gradients."""
+    with torch.device("meta"):
+        model = Transformer(network)
+    if network.attention.freezes:
+        freeze_dense(model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def muon_elements(network: ModelConfig) -> int:
     """Elements of all matrices that Muon steps."""
     with torch.device("meta"):
-        groups = parameter_groups(Transformer(network), OptimizerConfig(name="muon"), fused=False)
+        model = Transformer(network)
+    if network.attention.freezes:
+        freeze_dense(model)
+    groups = parameter_groups(model, OptimizerConfig(name="muon"), fused=False)
     return sum(p.numel() for group in groups if is_muon(group) for p in group["params"])
 
 
@@ -54,8 +67,12 @@ def states(setup: Setup) -> tuple[dict[str, Part], dict[str, Part]]:
     divided among the ranks anyway."""
     count, ranks, stage = parameter_count(setup.network), setup.ranks, setup.zero_stage
     width = setup.product_bytes if stage else FLOAT32
-    parameters, gradients = Part(width * count, f"{width} P"), Part(FLOAT32 * count, "4 P")
-    moments = Part((SAVED_BYTES - FLOAT32) * count, "8 P")
+    trained, those = (
+        trained_count(setup.network),
+        " of those that are trained" if setup.network.attention.freezes else "",
+    )
+    parameters, gradients = Part(width * count, f"{width} P"), Part(FLOAT32 * trained, f"4 P{those}")
+    moments = Part((SAVED_BYTES - FLOAT32) * trained, f"8 P{those}")
     if setup.optimizer == "muon":
         less = "4 less an element of the blocks' matrices"
         moments = Part(moments.bytes - FLOAT32 * muon_elements(setup.network), f"8 P, {less}")

@@ -1,6 +1,7 @@
 """What a phase of the step has beside states and what forward keeps."""
 
 from training.memory.activations import feed_forward_activations, norm_activations, uses_triton
+from training.memory.dsa import chosen_workspace
 from training.memory.nsa import branch_workspace
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
@@ -49,6 +50,8 @@ def backward_workspace(setup: Setup) -> float:
         attention += BLOCKWISE_BYTES[setup.cuda] + setup.casts * 2 * FLOAT32 * n * head_dim * kv_heads
     if network.attention.nsa is not None:
         attention += branch_workspace(setup, network.attention.nsa)
+    if network.attention.dsa is not None:
+        attention += chosen_workspace(setup)
     freed = setup.residual_bytes * width if setup.tiled else feed_forward_activations(setup)
     attention -= n * (norm_activations(setup, width) + freed)
     return n * setup.residual_bytes * width + max(inner, attention + matrix)

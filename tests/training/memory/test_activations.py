@@ -73,7 +73,8 @@ def measured_activations(module: LanguageModule, setup: Setup) -> int:
 
     def recorded(*args: Any, **kwargs: Any) -> Any:  # blocks that are checkpointed hold what all layers share
         metadata = make_metadata(*args, **kwargs)
-        for x in (metadata.log_position, *(metadata.rotary or ())):
+        index_tables = getattr(metadata.sparse, "rotary", None)
+        for x in (metadata.log_position, *(metadata.rotary or ()), *(index_tables or ())):
             saved.pack(x)
         return metadata
 
@@ -98,7 +99,8 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(
-    ("name", "mode"), [*(("asentmax-nape", mode) for mode in ("none", "tiled", "selective")), ("nsa-rope", "none")]
+    ("name", "mode"),
+    [*(("asentmax-nape", mode) for mode in ("none", "tiled", "selective")), ("nsa-rope", "none"), ("dsa-rope", "none")],
 )
 def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
     module, setup = make(MODELS[name], precision, **MODES[mode])
@@ -182,13 +184,16 @@ def test_softmax_with_a_bias_on_cpu_keeps_its_weights() -> None:
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("nsa-nape", 2 * 32), ("dsa-nape", TOKENS // 8), ("dsa-rope", TOKENS // 8)]
+)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_branches_in_blocks_of_rows_keep_no_masks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for a bit a selected block, which no graph of autograd shows."""
+def test_blocks_of_rows_keep_no_masks(precision: str, name: str, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what is chosen, `chosen` bytes a query, which no graph of autograd shows."""
     for module_name in ("model.visible_attention", "training.memory.nsa"):
         monkeypatch.setattr(f"{module_name}.MASK_ELEMENTS", 2**16)
-    module, setup = make(MODELS["nsa-nape"], precision)
-    found = measured_activations(module, setup) + 3 * TOKENS * 2 * 32
+    module, setup = make(MODELS[name], precision)
+    found = measured_activations(module, setup) + 3 * TOKENS * chosen
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
 
 

@@ -1,0 +1,58 @@
+"""What DeepSeek Sparse Attention keeps for backward, besides a layer's projections."""
+
+from model.dsa.config import DSAConfig
+from model.dsa.indexer import SCORES_AT_ONCE
+from model.visible_attention import MASK_ELEMENTS, TILE
+from training.memory.nsa import in_blocks_of_rows
+from training.memory.setup import FLOAT32, Setup
+
+
+def chosen_activations(setup: Setup, dsa: DSAConfig) -> float:
+    """Bytes of n tokens: q, k, v, what attention gives, the bits of what is chosen, the indexer's key before its norm,
+    and the gradients that its loss has computed."""
+    network, n, w = setup.network, setup.local_tokens, setup.product_bytes
+    heads, head_dim = network.n_heads, network.head_size
+    token = operands(setup) / n
+    token += w * dsa.index_dim + 2 * FLOAT32  # mean and deviation
+    token += FLOAT32 * (dsa.index_heads * dsa.index_dim + dsa.index_dim + dsa.index_heads)
+    bits = setup.tokens / 8 if dsa.is_sparse else 0
+    if setup.cuda:
+        tiles = 2 * FLOAT32 * setup.tokens / TILE**2  # FlexAttention's lists of them; its output is wo's operand
+        return n * (token + FLOAT32 * heads + bits + tiles)
+    if in_blocks_of_rows(setup):
+        return n * (token + bits)
+    alike = heads if network.positions == "nape" else 1  # masks are alike in all heads, but for ALiBi
+    return n * (token + w * heads * head_dim + FLOAT32 * heads + w * setup.tokens * alike)
+
+
+def operands(setup: Setup) -> float:
+    """Bytes of q, k and v."""
+    network = setup.network
+    heads = network.n_heads + 2 * network.n_kv_heads
+    return float(setup.local_tokens * setup.product_bytes * network.head_size * heads)
+
+
+def kept_output(setup: Setup) -> float:
+    """Bytes of attention's output and log-sum-exp, which "selective" keeps."""
+    heads = setup.network.n_heads
+    return float(setup.local_tokens * heads * (setup.product_bytes * setup.network.head_size + FLOAT32))
+
+
+def index_tables(setup: Setup, dsa: DSAConfig) -> float:
+    """Bytes of the indexer's rotary tables, which layers share."""
+    return FLOAT32 * setup.local_tokens * dsa.index_dim / 2 if setup.network.positions == "rope" else 0.0
+
+
+def chosen_workspace(setup: Setup) -> float:
+    """Bytes in attention's backward beside the gradients of q, k and v: where the CPU's path takes queries in several
+    parts, the mask of one, as numbers, and as it is made of them."""
+    return 0.0 if setup.cuda or not in_blocks_of_rows(setup) else 2.0 * FLOAT32 * MASK_ELEMENTS
+
+
+def index_loss_workspace(setup: Setup, dsa: DSAConfig) -> float:
+    """Bytes of one block of rows of the indexer's loss: either attention's scores and their softmax, or what leads from
+    scores of the indexer to gradients of its products; the mask, and what ALiBi adds."""
+    heads, index_heads = setup.network.n_heads, dsa.index_heads
+    pairs = min(setup.local_tokens * setup.tokens, SCORES_AT_ONCE // max(heads, index_heads))
+    alibi = heads if setup.network.positions == "nape" else 0
+    return FLOAT32 * pairs * (max(2 * heads, 4 + 2.25 * index_heads) + 0.25 + alibi)
