@@ -16,6 +16,7 @@ import eval.generate
 from data.tokenizer import load_tokenizer
 from eval.generate import main
 from eval.generation import Piece, generate
+from model.config import AttentionKind
 from model.export import export
 from model.loading import load_model
 from tests.eval.conftest import MakeRun, failing_line
@@ -70,11 +71,12 @@ def test_an_exported_model_in_bfloat16(run: Path, tmp_path: Path, capsys: pytest
         assert "after 5 tokens" in capsys.readouterr().err
 
 
-def test_nsa_writes_what_full_passes_give(
-    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["nsa", "dsa"])
+def test_what_is_trained_sparse_writes_what_full_passes_give(
+    kind: AttentionKind, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Greedily, through edges of blocks."""
-    run = make_run(tmp_path / "nsa", "nsa", init_std=0.2)
+    """Greedily, through edges of blocks, and where more tokens stand than are chosen."""
+    run = make_run(tmp_path / kind, kind, init_std=0.2)
     prompt = "def index(path): " * 3
     arguments = ["--checkpoint", str(run), "--prompt", prompt, "--max_new_tokens", "40", "--device", "cpu"]
     assert main([*arguments, "--temperature", "0", "--chunk_tokens", "17"]) == 0

@@ -19,8 +19,9 @@ from eval.reporting.document import Heading
 from eval.reporting.html_page import write_page
 from eval.run import main
 from model.checkpoint import resolve_checkpoint
+from model.config import AttentionKind
+from model.flops import density
 from model.loading import load_model
-from model.nsa.config import NSAConfig
 from tests.eval.conftest import BASE_LENGTH, MakeRun, failing_line
 
 QUICK = ["--headline_tokens", "600", "--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2"]
@@ -67,18 +68,21 @@ def test_twins_are_compared_and_a_second_run_reuses_every_result(
         main([*runs, *options(corpus, tmp_path), "--seed", "1"])
 
 
-def test_nsa_has_a_density_in_place_of_a_profile(
-    corpus: Path, make_run: MakeRun, runs: list[str], tmp_path: Path
+@pytest.mark.parametrize("kind", ["nsa", "dsa"])
+def test_a_density_in_place_of_a_profile(
+    kind: AttentionKind, corpus: Path, make_run: MakeRun, runs: list[str], tmp_path: Path
 ) -> None:
-    run = str(make_run(tmp_path / "nsa", "nsa"))
-    read = ", ".join(f"{100 * NSAConfig().density([n]):.1f} % at {n} tokens" for n in (BASE_LENGTH, 2 * BASE_LENGTH))
+    run = str(make_run(tmp_path / kind, kind))
+    network = load_model(run).config
+    read = ", ".join(f"{100 * density(network, [n]):.1f} % at {n} tokens" for n in (BASE_LENGTH, 2 * BASE_LENGTH))
+    size, value = {"nsa": ("nsa.window", 512), "dsa": ("dsa.index_heads", 4)}[kind]
     for compared, profiled in (([runs[1], run], ["softmax"]), ([run], [])):
         output = tmp_path / f"report-{len(compared)}"
         assert main([*compared, *options(corpus, output)]) == 0
         text, found = (output / "report.md").read_text(), json.loads((output / "report.json").read_text())
-        assert "nsa is not in this part: nsa chooses keys before it weighs them" in text and read in text
+        assert f"{kind} is not in this part: {kind} chooses keys before it weighs them" in text and read in text
         assert [one["label"] for one in found["measurements"] if one["attention"]] == profiled
-        assert "attention.nsa.window" not in text or "| model.network.attention.nsa.window | – | 512 |" in text
+        assert f"attention.{size}" not in text or f"| model.network.attention.{size} | – | {value} |" in text
 
 
 def test_a_changed_checkpoint_is_measured_again_and_the_same_one_gives_the_same_numbers(

@@ -21,11 +21,11 @@ DOCUMENTS = torch.tensor([0, 300, 300, 301, 1000, 1536], dtype=torch.int32)
 
 
 def build(kind: AttentionKind, positions: Positions, window: int | None = None) -> Transformer:
-    if kind == "nsa" and window:
-        pytest.skip("NSA has a window of its own")
+    if AttentionConfig(kind=kind).is_trained_sparse and window:
+        pytest.skip("it is sparse without a window, or has one of its own")
     torch.manual_seed(0)
     sizes = dict(vocab_size=512, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, d_ff=256)
-    # all blocks: which ones are best turns on rounding (tests/model/nsa/test_cuda.py selects)
+    # all blocks, and all tokens: which ones are best turns on rounding (test_cuda.py of nsa and dsa selects)
     nsa = NSAConfig(select_count=24) if kind == "nsa" else None
     attention = AttentionConfig(kind=kind, nsa=nsa)
     return Transformer(ModelConfig(**sizes, positions=positions, window=window, attention=attention))

@@ -60,6 +60,24 @@ def test_micro_batches_and_recomputation_change_nothing(train: TrainProcess, tmp
         assert index_kl == pytest.approx(found[0][0], rel=1e-4) and norm == pytest.approx(found[0][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["sparse", "warmup"])
+def test_ranks_take_the_steps_of_one(stage: str, train: TrainProcess, tmp_path: Path) -> None:
+    """Data-parallel ranks wait for gradients of each weight that is trained."""
+    found = []
+    two = ("--trainer.devices", 2, "--data.micro_batch_size", 1)
+    ways = {"one": (), "two": two}
+    if stage == "sparse":  # ZeRO divides weights that are all trained; its stage 3 gathers those of the indexer
+        ways |= {f"stage {number}": (*two, "--parallel.zero_stage", number) for number in (1, 3)}
+    for name, more in ways.items():
+        ended = train(
+            "--run_dir", tmp_path / name, "--trainer.max_steps", 4, *more, *options(stage=stage), configs=(DSA,)
+        )
+        assert ended.returncode == 0, ended.stderr
+        found.append((metric(tmp_path / name, "train/index_kl"), metric(tmp_path / name, "train/grad_norm")))
+    for index_kl, norm in found[1:]:  # float32 sums in another order
+        assert index_kl == pytest.approx(found[0][0], rel=1e-4) and norm == pytest.approx(found[0][1], rel=1e-3)
+
+
 def test_from_a_softmax_model_by_warmup_to_sparse(train: TrainProcess, tmp_path: Path) -> None:
     """The paper's stages: the indexer alone learns, all other weights stay, a frozen run resumes, and sparse training
     starts from there."""

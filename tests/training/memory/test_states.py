@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from model.config import ModelConfig
+from model.config import AttentionConfig, DSAConfig, ModelConfig
 from tests.training.memory.helpers import BASE, MODELS, batch, make
 from training.distributed.config import BUCKET_ELEMENTS
 from training.memory.activations import block_activations
@@ -29,6 +29,26 @@ def test_states_are_exact(model: str, name: Literal["adamw", "muon"]) -> None:
     assert found["parameters"].bytes == sum(p.nbytes for p in parameters)
     assert found["gradients"].bytes == sum(p.grad.nbytes for p in parameters if p.grad is not None)
     assert found["optimizer state"].bytes == sum(x.nbytes for x in moments)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_weights_have_no_gradients_and_no_state(name: Literal["adamw", "muon"]) -> None:
+    attention = AttentionConfig(kind="dsa", dsa=DSAConfig(index_dim=16, stage="warmup"))
+    module, setup = make(ModelConfig(**BASE, attention=attention))
+    setup = replace(setup, optimizer=name)
+    optimizer, _ = build_optimizer(module.model, OptimizerConfig(name=name), total_steps=10, fused=False)
+    module.training_step(batch(), 0)["loss"].backward()
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
+    found = estimate(setup).lasting
+    assert found["parameters"].bytes == sum(p.nbytes for p in module.parameters())
+    assert found["gradients"].bytes == sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+    assert found["gradients"].bytes < 0.2 * found["parameters"].bytes
+    assert found["optimizer state"].bytes == sum(x.nbytes for x in moments)
+    of_heads = {id(layer.attention.sparse.indexer.head_weight.weight) for layer in module.model.layers()}  # type: ignore
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    assert of_heads <= groups["matrices"]  # rows of heads, which Muon leaves to AdamW
+    assert ("hidden" in groups) == (name == "muon")
 
 
 def test_zero_divides_states_by_stage() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import training.step.float8
 from model.checkpoint import checkpoint_folder, read_complete
-from model.config import AttentionConfig, ModelConfig
+from model.config import AttentionConfig, DSAConfig, ModelConfig
 from model.loading import StoredTensors, load_model
 from model.transformer import Transformer
 from tests.training.conftest import TrainProcess, callbacks, logged
@@ -51,6 +51,15 @@ def batch(seed: int = 0) -> dict[str, Any]:
     tokens = (starts.repeat_interleave(TOKENS // 2) + torch.arange(TOKENS))[None] % 64
     bounds = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
     return {"tokens": tokens, "labels": (tokens + 1) % 64, "cu_seqlens": bounds, "max_seqlen": TOKENS // 2}
+
+
+def test_the_indexer_of_dsa_stays_as_it_is() -> None:
+    sizes = dict(n_heads=16, n_kv_heads=16, d_model=128, head_dim=16)
+    dsa = DSAConfig(index_heads=16)  # 16 divides all of them
+    model = Transformer(network(attention=AttentionConfig(kind="dsa", dsa=dsa), **sizes))
+    convert_linears(model.layers(), "rowwise")
+    kept = {name for name, one in model.layers()[0].named_modules() if type(one) is nn.Linear}
+    assert kept == {f"attention.sparse.indexer.{name}" for name in ("wq", "wk", "head_weight")}
 
 
 def test_gates_and_phi_of_nsa_stay_as_they_are() -> None:

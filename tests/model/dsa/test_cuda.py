@@ -1,0 +1,63 @@
+"""What is chosen, attended to by FlexAttention, compiled, against masks; needs a CUDA device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.dsa.attention
+from model.config import DSAConfig
+from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
+from model.sparse_attention import collected_auxiliary
+from tests.model.dsa.looped import draw, module, network
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DOCUMENTS = torch.tensor([0, 300, 300, 301, 1000, 1536], dtype=torch.int32)
+SLOPES = torch.tensor([1.0, 0.25, 0.0, 0.0])
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stage", ["sparse", "warmup"])
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+def test_outputs_and_gradients(
+    documents: Tensor | None, slopes: Tensor | None, stage: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention's error against float64 is at most twice (of gradients three times) that of masks in its dtype, as
+    flash-attention's tests have it. The tokens are those that float64 chooses: which are best turns on rounding."""
+    config = network(DSAConfig(3, 8, 60, stage=stage), head_dim=32)  # type: ignore[arg-type]
+    layer, device = module(config).cuda().train(), torch.device("cuda")
+    x, *inputs = (x.cuda() for x in draw(1536, config))
+    cotangent = torch.randn(1, 4, 1536, 32, dtype=torch.float64, device=device)
+    bounds, slopes = (None if one is None else one.cuda() for one in (documents, slopes))
+    flex = DeepSeekSparseAttention.metadata(config, 1536, bounds, 1536, device)
+    assert flex.flex and (flex.dense is None) == (stage == "sparse")
+    chosen: list[Tensor] = []
+
+    def selected(*arguments: object) -> Tensor:
+        if not chosen:
+            chosen.append(model_selection(*arguments))  # type: ignore[arg-type]
+        return chosen[0]
+
+    model_selection = model.dsa.attention.select_tokens
+    monkeypatch.setattr(model.dsa.attention, "select_tokens", selected)
+
+    def run(metadata: DSAMetadata, dtype: torch.dtype) -> list[Tensor]:
+        layer.to(dtype)
+        leaves = [one.to(dtype).requires_grad_() for one in inputs]
+        with collected_auxiliary(layer) as losses:
+            out = layer(x.to(dtype), *leaves, metadata, slopes)
+        found = torch.autograd.grad(out, leaves, cotangent.to(dtype))
+        return [out.detach(), *found, losses[0].detach(), *torch.autograd.grad(losses[0], list(layer.parameters()))]
+
+    masked = replace(flex, flex=False, dense=None)
+    truth = run(masked, torch.float64)
+    for i, (ours, plain, exact) in enumerate(zip(run(flex, dtype), run(masked, dtype), truth, strict=True)):
+        limit = max((3 if i else 2) * relative(plain, exact), 4 * torch.finfo(dtype).eps)
+        assert relative(ours, exact) <= limit, i
