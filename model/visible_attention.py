@@ -14,39 +14,57 @@ from torch.utils.checkpoint import checkpoint
 from model.softmax import FLEX_SCORES, MASK_ELEMENTS, compiled_flex
 
 TILE = 128  # of FlexAttention's block masks, queries and keys
+# float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size, where blocks are rated
+SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
+AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint
 # (b, h, i, j) -> bool tensor of batch row, query head, query and key, as FlexAttention takes it
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Distance = Callable[[Tensor, Tensor, Tensor], Tensor]  # (b, i, j) -> tokens between query i and key j
 
 
 @dataclass(frozen=True)
 class View:
-    """What queries see, and its ALiBi.
+    """What queries see.
 
-    visible: (b, h, i, j) -> bool. distance: (b, i, j) -> tokens between query i and key j. slopes: float32 (H,) or
-    None. first_key, last_key: int64 (b or 1, n), the keys from and up to which each query may see some.
+    visible: (b, h, i, j) -> bool. bias: (b, h, i, j) -> what is added to scores, float, or None; it may hold a tensor
+    that requires grad. first_key, last_key: int64 (b or 1, n), the keys from and up to which each query may see some.
     """
 
     visible: Visible
-    distance: Callable[[Tensor, Tensor, Tensor], Tensor]
-    slopes: Tensor | None
+    bias: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
     first_key: Tensor
     last_key: Tensor
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def alibi(slopes: Tensor | None, distance: Distance) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """A View's bias. slopes: float32 (H,) or None."""
+    if slopes is None:
+        return None
+    return lambda b, h, i, j: -slopes[h] * distance(b, i, j)
+
+
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, view: View | Callable[[Tensor], View], learned: Tensor | None = None
+) -> Tensor:
     """Softmax attention over what is visible; 0 for queries that see nothing. q: (B, H, n, D), k and v:
     (B, G, keys, D). Where gradients are wanted and one block of rows does not hold all, backward computes each block's
-    weights again."""
+    weights again. learned: what `view` makes a View of whose bias has a gradient; then backward always does, since
+    torch keeps several times the weights under such a bias."""
     rows = max(16, MASK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [slice(start, min(start + rows, q.shape[2])) for start in range(0, q.shape[2], rows)]
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_attend_rows(q, k, v, view, part) for part in parts], dim=2)
-    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(_attend_rows, q, k, v, view, part, **again) for part in parts], dim=2)
+    if not torch.is_grad_enabled() or (len(parts) == 1 and learned is None):
+        return torch.cat([_attend_rows(q, k, v, view, learned, part) for part in parts], dim=2)
+    # an argument by itself: what a function holds would outlive the recomputation of whole layers
+    return torch.cat([checkpoint(_attend_rows, q, k, v, view, learned, part, **AGAIN) for part in parts], dim=2)
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, view: View, rows: slice) -> Tensor:
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, view: View | Callable[[Tensor], View], learned: Tensor | None, rows: slice
+) -> Tensor:
     """rows: of the queries that are attended with."""
+    if not isinstance(view, View):
+        assert learned is not None
+        view = view(learned)
     keys = keys_of(view, rows, k)
     query, key = (torch.arange(one.start, one.stop, device=q.device) for one in (rows, keys))
     mask, bias = mask_and_bias(view, (q.shape[0], q.shape[1]), query, key)
@@ -68,15 +86,13 @@ def keys_of(view: View, rows: slice, k: Tensor) -> slice:
 
 
 def mask_and_bias(view: View, heads: tuple[int, int], rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is visible, bool, and what ALiBi adds to scores, float32 or None; both (B or 1, H or 1, rows, keys). heads:
-    B and H. rows, keys: int64, indices."""
+    """What is visible, bool, and what is added to scores, or None; both (B or 1, H or 1, rows, keys). heads: B and H.
+    rows, keys: int64, indices."""
     b, h = (torch.arange(size, device=rows.device) for size in heads)
     b, h, i = b[:, None, None, None], h[:, None, None], rows[:, None]
     mask = view.visible(b, h, i, keys)
     mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
-    if view.slopes is None:
-        return mask, None
-    return mask, -view.slopes[h] * view.distance(b, i, keys)
+    return mask, None if view.bias is None else view.bias(b, h, i, keys)
 
 
 def uses_flex(device: torch.device, n_queries: int, n_keys: int) -> bool:
@@ -86,14 +102,14 @@ def uses_flex(device: torch.device, n_queries: int, n_keys: int) -> bool:
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, view: View, block_mask: BlockMask) -> Tensor:
     """As attend_masked, by FlexAttention, which skips tiles that block_mask leaves out."""
-    slopes, distance = view.slopes, view.distance
+    bias = view.bias
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        assert slopes is not None
-        return score - slopes[h] * distance(b, i, j)
+        assert bias is not None
+        return score + bias(b, h, i, j)
 
     out: Tensor = compiled_flex()(
-        q, k, v, score_mod=None if slopes is None else score_mod, block_mask=block_mask,
+        q, k, v, score_mod=None if bias is None else score_mod, block_mask=block_mask,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return out

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import Extension
-from model.visible_attention import View, Visible
+from model.token_positions import TokenPositions, cached_positions, packed_positions
+from model.visible_attention import Distance, View, Visible, alibi
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Tokens:
 
         return visible
 
-    def distance(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def distance(self) -> Distance:
         """(b, i, j) -> tokens between query i and key j."""
         own = self._by_query(self.own_key)
         return lambda b, i, j: own(b, i) - j
@@ -48,7 +49,7 @@ class Tokens:
 
     def dense_view(self, slopes: Tensor | None) -> View:
         """All that is visible."""
-        return View(self.visible(), self.distance(), slopes, self.first_key, self.own_key)
+        return View(self.visible(), alibi(slopes, self.distance()), self.first_key, self.own_key)
 
     def chosen_view(self, slopes: Tensor | None, chosen: Tensor) -> View:
         """What is chosen. chosen: uint8 (B, n, keys / 8), bits, as `select_tokens` gives them."""
@@ -56,19 +57,18 @@ class Tokens:
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (chosen[b, i, j >> 3] >> (j & 7)) & 1 != 0
 
-        return View(visible, self.distance(), slopes, self.first_key, self.own_key)
+        return View(visible, alibi(slopes, self.distance()), self.first_key, self.own_key)
 
 
 def packed_tokens(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tokens:
-    """Of a forward pass without a cache. cu_seqlens: int32 (documents + 1,), or None for one document a row."""
-    token = torch.arange(n_tokens, device=device)
-    first = torch.zeros_like(token)
-    if cu_seqlens is not None:
-        first = cu_seqlens.long()[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-    return Tokens(token[None], first[None], n_tokens)
+    """Of a forward pass without a cache. cu_seqlens: as in `packed_positions`."""
+    return _tokens(packed_positions(n_tokens, cu_seqlens, device))
 
 
 def cached_tokens(extension: Extension) -> Tokens:
-    """Of tokens that continue the rows of a cache, each row one document whose token t is key t."""
-    own = extension.key_index
-    return Tokens(own, torch.zeros_like(own), extension.keys.stop - extension.keys.start)
+    """Of tokens that continue the rows of a cache."""
+    return _tokens(cached_positions(extension))
+
+
+def _tokens(positions: TokenPositions) -> Tokens:
+    return Tokens(positions.own_key, positions.own_key - positions.position, positions.n_keys)

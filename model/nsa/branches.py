@@ -6,23 +6,23 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from model.nsa.blocks import Blocks
 from model.nsa.selection import Selection
-from model.visible_attention import TILE, View, Visible, block_mask_of_tiles
+from model.visible_attention import TILE, View, Visible, alibi, block_mask_of_tiles
 
 
 def compression_branch(blocks: Blocks, slopes: Tensor | None) -> View:
     first = blocks.first_block.expand_as(blocks.position)
     last = (first + blocks.position // blocks.config.compress_stride).clamp(max=len(blocks.first_key) - 1)
-    return View(blocks.sees_compressed(), blocks.distance(blocks.last_position), slopes, first, last)
+    return View(blocks.sees_compressed(), alibi(slopes, blocks.distance(blocks.last_position)), first, last)
 
 
 def selection_branch(blocks: Blocks, slopes: Tensor | None, selected: Tensor, heads_per_group: int) -> View:
     first, visible = blocks.own_key - blocks.position, blocks.sees_selected(selected, heads_per_group)
-    return View(visible, blocks.distance(blocks.key_position), slopes, first, blocks.own_key)
+    return View(visible, alibi(slopes, blocks.distance(blocks.key_position)), first, blocks.own_key)
 
 
 def window_branch(blocks: Blocks, slopes: Tensor | None) -> View:
     first = blocks.own_key - blocks.position.clamp(max=blocks.config.window - 1)
-    return View(blocks.sees_window(), blocks.distance(blocks.key_position), slopes, first, blocks.own_key)
+    return View(blocks.sees_window(), alibi(slopes, blocks.distance(blocks.key_position)), first, blocks.own_key)
 
 
 def selected_block_mask(visible: Visible, selection: Selection, blocks: Blocks, heads_per_group: int) -> BlockMask:

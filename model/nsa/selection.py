@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from model.nsa.blocks import Blocks
-
-# float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size
-SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
+from model.visible_attention import SCORES_AT_ONCE
 
 
 class Selection(NamedTuple):
