@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(heads * head_dim, width, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
-        self.alpha = HeadAlpha(config.attention, heads) if config.attention.is_entmax else None
+        self.alpha = HeadAlpha(config.attention, heads) if config.attention.has_alpha else None
         self.temperature = self._temperature()
         sparse = trained_sparse(config)
         self.sparse = None if sparse is None else sparse(config, layer)
@@ -143,7 +143,7 @@ class Attention(nn.Module):
         n_scaled = self.config.n_heads - self.config.n_alibi_heads
         if self.config.attention.kind == "ssmax":
             return ScalableTemperature(n_scaled)
-        return AdaptiveTemperature(self.config, n_scaled) if self.config.attention.kind == "asentmax" else None
+        return AdaptiveTemperature(self.config, n_scaled) if self.config.attention.has_adaptive_temperature else None
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, cache: LayerCache | None = None) -> Tensor:
         """x: normalised input (B, T, C) -> (B, T, C), T of this rank. With a cache (and no exchange), x continues its
@@ -193,7 +193,8 @@ class Attention(nn.Module):
         extension = None if cache is None else cache.extension
         slopes, window, block_mask = metadata.alibi_slopes, self.config.window, metadata.block_mask
         if self.sparse is not None:
-            attended: Tensor = self.sparse(x, q, k, v, metadata.sparse, slopes, cache)
+            alpha = None if self.alpha is None else self.alpha(q.device, metadata.alpha_progress)
+            attended: Tensor = self.sparse(x, q, k, v, metadata.sparse, slopes, cache, alpha)
             return attended
         if self.alpha is not None:
             out = entmax_attention(

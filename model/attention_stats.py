@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels import entmax_attention
+from kernels.common.visibility import TILE
 from model.attention import Attention, AttentionMetadata, make_metadata
+from model.hierarchical.attention import HierarchicalEntmax
 from model.kv_cache import Extension
 from model.layers import HeadAlpha
 from model.override import override_attention
@@ -20,19 +22,21 @@ from model.transformer import Transformer
 class LayerStats:
     """Statistics of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of
     live 64 x 64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one;
-    None for kinds without one)."""
+    None for kinds without one); of kind hierarchical the mean number of live blocks per query, and the share of pairs
+    of a query and a key that it may see which is read (None for other kinds)."""
 
     support_mean: Tensor
     live_share: Tensor
     alpha: Tensor | None
     temperature: Tensor | None
     temperature_max: Tensor | None
+    live_blocks: Tensor | None = None
+    pairs_read: Tensor | None = None
 
 
 @torch.no_grad()
 def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
-    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for kinds that are
-    not entmax."""
+    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for kinds without alpha."""
     progress = model.alpha_progress()
     metadata = make_metadata(model.config, tokens.shape[1], cu_seqlens, None, tokens.device, alpha_progress=progress)
     with record_stats(model) as stats:
@@ -46,7 +50,7 @@ def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | Non
 def record_stats(model: Transformer) -> Iterator[list[LayerStats]]:
     """Inside, each layer's attention appends its LayerStats, of whole sequences on one rank.
 
-    Raises: ValueError for kinds that are not entmax, and where the model's attention is overridden already.
+    Raises: ValueError for kinds without alpha, and where the model's attention is overridden already.
     """
     stats: list[LayerStats] = []
     recorders, hooks = [], []
@@ -82,6 +86,8 @@ class _LayerRecorder:
         self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
     ) -> Tensor:
         assert metadata.exchange is None and extension is None
+        if isinstance(self.attention.sparse, HierarchicalEntmax):
+            return self._by_blocks(self.attention.sparse, q, k, v, metadata)
         config = self.attention.config
         out, measured = entmax_attention(
             q, k, v, alpha=self.attention.kernel_alpha(self.alpha, q.device, metadata), cu_seqlens=metadata.cu_seqlens,
@@ -99,6 +105,29 @@ class _LayerRecorder:
             )
         )
         return out
+
+    def _by_blocks(
+        self, sparse: HierarchicalEntmax, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        blocks, slopes = metadata.sparse, metadata.alibi_slopes
+        alpha = self.alpha(q.device, metadata.alpha_progress)
+        log_p = sparse.choose(q, k, blocks, slopes, alpha)
+        live, visible = log_p != -torch.inf, blocks.visible(torch.arange(q.shape[2], device=q.device))[:, None]
+        support = blocks.tokens_read(live).float().mean((0, 2))
+        tiles, total = (blocks.tiles(one, TILE).sum((2, 3)).float().mean(0) for one in (live, visible))
+        mean, largest = self._temperatures()
+        self.stats.append(
+            LayerStats(
+                support_mean=support,
+                live_share=tiles / total,
+                alpha=alpha,
+                temperature=mean,
+                temperature_max=largest,
+                live_blocks=live.sum(-1).float().mean((0, 2)),
+                pairs_read=support / blocks.tokens_read(visible).float().mean(),
+            )
+        )
+        return sparse.attend(q, k, v, log_p, blocks, slopes)
 
     def _temperatures(self) -> tuple[Tensor | None, Tensor | None]:
         """Mean and largest of each head, float32 (H,)."""

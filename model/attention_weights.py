@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import entmax
 from model.attention import Attention, AttentionMetadata, make_metadata
 from model.attention_stats import LayerStats, record_stats
+from model.hierarchical.attention import HierarchicalEntmax
 from model.transformer import Transformer
 
 WEIGHTS_AT_ONCE = 2**23  # float32 scores of one block of rows: 32 MiB, and a few temporaries of their size
@@ -45,10 +46,10 @@ def layer_profiles(
         sink_tokens: how many of the document's first tokens count as the sink, at least 1.
 
     Returns: one WeightShape a layer, and one LayerStats a layer (none for softmax kinds, which have all weights).
-    Raises ValueError for several rows, for positions outside 0 ... T - 1, and for kinds of
-    model.trained_sparse.
+    Raises ValueError for several rows, for positions outside 0 ... T - 1, and for kinds
+    without profile (AttentionConfig.has_profile).
     """
-    if model.config.attention.is_trained_sparse:
+    if not model.config.attention.has_profile:
         kind = model.config.attention.kind
         raise ValueError(f"attention kind {kind!r} chooses keys before it weighs them: it has no profile")
     if tokens.shape[0] != 1:
@@ -59,7 +60,7 @@ def layer_profiles(
     metadata = make_metadata(model.config, tokens.shape[1], None, None, tokens.device, alpha_progress=progress)
     shapes: list[WeightShape] = []
     none: list[LayerStats] = []
-    with record_stats(model) if model.config.attention.is_entmax else nullcontext(none) as stats:
+    with record_stats(model) if model.config.attention.has_alpha else nullcontext(none) as stats:
         x = model.embedding(tokens)
         for block in model.layers():
             shapes.append(weight_shape(block.attention, block.attention_norm(x), metadata, queries, sink_tokens))
@@ -108,4 +109,8 @@ def attention_weights(
     if attention.alpha is None:
         return scores.softmax(-1), visible.sum(-1)
     alpha = attention.alpha(q.device, metadata.alpha_progress)
+    if isinstance(attention.sparse, HierarchicalEntmax):
+        blocks = metadata.sparse
+        log_p = attention.sparse.choose(q[None], k[None], blocks, metadata.alibi_slopes, alpha, rows)[0]
+        return (scores + log_p[..., blocks.key_block]).softmax(-1), visible.sum(-1)
     return entmax(scores, alpha[:, None, None], dim=-1), visible.sum(-1)

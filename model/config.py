@@ -5,14 +5,20 @@ from typing import Any, Literal, get_args
 
 from common.checks import check_number
 from model.dsa.config import DSAConfig
+from model.hierarchical.config import HierarchicalConfig
 from model.nsa.config import BRANCHES, NSAConfig
 
-AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa"]
+AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa", "hierarchical"]
 Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
 RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
 
-TRAINED_SPARSE: dict[str, type[NSAConfig] | type[DSAConfig]] = {"nsa": NSAConfig, "dsa": DSAConfig}  # kinds, sizes
+# kinds that choose what to read, each with sizes of its own in the field of AttentionConfig of its name
+TRAINED_SPARSE: dict[str, type[NSAConfig] | type[DSAConfig] | type[HierarchicalConfig]] = {
+    "nsa": NSAConfig,
+    "dsa": DSAConfig,
+    "hierarchical": HierarchicalConfig,
+}
 BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
 NEAREST_TO_SOFTMAX = 1.0001  # nearer, float32 spoils the weights: kernels/common/arguments.py
 # Far above any model that trains: a number beyond is a slip.
@@ -35,8 +41,9 @@ class AttentionConfig:
             log(2 + position)); entmax (alpha-entmax); asentmax (alpha-entmax with the adaptive temperature of
             arXiv:2506.16640); nsa (Native Sparse Attention, arXiv:2502.11089: softmax over compressed keys, selected
             blocks and a window); dsa (DeepSeek Sparse Attention of DeepSeek-V3.2-Exp: softmax over the tokens that an
-            indexer chooses).
-        alpha: start value of every head; entmax kinds only.
+            indexer chooses); hierarchical (entmax over summaries of blocks, softmax over the tokens of those with
+            weight).
+        alpha: start value of every head; entmax kinds and hierarchical only.
         learn_alpha: one alpha per head is a parameter, kept inside (alpha_min, alpha_max).
         alpha_min, alpha_max: bounds of a learnable alpha.
         anneal_steps, anneal_from: alpha moves linearly from anneal_from to each head's own alpha over the first
@@ -47,7 +54,7 @@ class AttentionConfig:
             delta + 0.69. Clearly negative: it starts near delta (-5: delta + 0.007), which with delta = 1 is the scale
             of softmax, for weights that were trained with that.
         backend: of kernels.entmax_attention.
-        nsa, dsa: sizes of the kind of that name, None for others.
+        nsa, dsa, hierarchical: sizes of the kind of that name, None for others.
     """
 
     kind: AttentionKind = "asentmax"
@@ -63,6 +70,7 @@ class AttentionConfig:
     backend: str = "auto"
     nsa: NSAConfig | None = None
     dsa: DSAConfig | None = None
+    hierarchical: HierarchicalConfig | None = None
 
     def __post_init__(self) -> None:
         _expect(self.backend in BACKENDS, "attention.backend", self.backend, f"one of {BACKENDS}")
@@ -98,21 +106,41 @@ class AttentionConfig:
             f"a number in [{NEAREST_TO_SOFTMAX}, 2]",
         )
         _expect(
-            not self.anneal_steps or self.is_entmax,
+            not self.anneal_steps or self.has_alpha,
             "attention.anneal_steps",
             self.anneal_steps,
             f"0 for kind {self.kind}, which has no alpha",
         )
-        _expect(self.nsa is None or self.kind == "nsa", "attention.nsa", self.nsa, f"none for kind {self.kind}")
-        _expect(self.dsa is None or self.kind == "dsa", "attention.dsa", self.dsa, f"none for kind {self.kind}")
-        if self.kind == "nsa" and self.nsa is None:
-            self.nsa = NSAConfig()
-        if self.kind == "dsa" and self.dsa is None:
-            self.dsa = DSAConfig()
+        for kind, sizes in TRAINED_SPARSE.items():
+            found = getattr(self, kind)
+            _expect(found is None or self.kind == kind, f"attention.{kind}", found, f"none for kind {self.kind}")
+            if self.kind == kind and found is None:
+                setattr(self, kind, sizes())
 
     @property
     def is_entmax(self) -> bool:
+        """Entmax over every key: what kernels.entmax_attention computes."""
         return self.kind in ("entmax", "asentmax")
+
+    @property
+    def is_trained_sparse(self) -> bool:
+        """Chooses keys before it weighs them: model.trained_sparse."""
+        return self.kind in TRAINED_SPARSE
+
+    @property
+    def has_profile(self) -> bool:
+        """model.attention_weights knows the weights of a query."""
+        return not self.is_trained_sparse or self.kind == "hierarchical"
+
+    @property
+    def has_alpha(self) -> bool:
+        """Each head has an alpha."""
+        return self.is_entmax or self.kind == "hierarchical"
+
+    @property
+    def has_adaptive_temperature(self) -> bool:
+        """Queries are scaled as arXiv:2506.16640 does."""
+        return self.kind == "asentmax" or (self.hierarchical is not None and self.hierarchical.adaptive_temperature)
 
     @property
     def is_softmax(self) -> bool:
@@ -120,9 +148,9 @@ class AttentionConfig:
         return self.kind in ("softmax", "ssmax")
 
     @property
-    def is_trained_sparse(self) -> bool:
-        """Chooses keys before it weighs them: model.trained_sparse."""
-        return self.kind in TRAINED_SPARSE
+    def scales_queries(self) -> bool:
+        """Queries are multiplied by a temperature."""
+        return self.kind == "ssmax" or self.has_adaptive_temperature
 
     @property
     def freezes(self) -> bool:

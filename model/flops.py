@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
+from model.hierarchical.config import HierarchicalConfig
 from model.nsa.config import BRANCHES, NSAConfig
 
 # Dense bfloat16 tensor-core peaks in FLOP/s with float32 accumulation, from the vendor's datasheets (never the figures
@@ -68,7 +69,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     """Weights that every token is multiplied with: all matrices and the output head, the embedding table not."""
     head = config.head_size
     attention = config.d_model * head * (2 * config.n_heads + 2 * config.n_cached_heads)
-    if config.attention.kind == "asentmax":
+    if config.attention.has_adaptive_temperature:
         attention += 2 * config.d_model * (config.n_heads - config.n_alibi_heads)
     if config.attention.nsa is not None:
         attention += _nsa_parameters(config, config.attention.nsa)
@@ -95,12 +96,21 @@ def sequence_cost(config: ModelConfig, document_lengths: Sequence[int] | NDArray
 
 def density(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
     """What attention reads of one document after another, lengths in tokens, as a share of dense attention's: as
-    NSAConfig and DSAConfig say; 1 for kinds that weigh every key."""
+    NSAConfig and DSAConfig say; of hierarchical entmax all, since which blocks are dead is known to the weights alone,
+    and the scores of summaries; 1 for kinds that weigh every key."""
     if config.attention.nsa is not None:
         return config.attention.nsa.density(document_lengths)
     if config.attention.dsa is not None:
         return config.attention.dsa.density(document_lengths, config.n_heads, config.head_size)
+    if config.attention.hierarchical is not None:
+        return 1 + _summaries(config.attention.hierarchical, document_lengths)
     return 1.0
+
+
+def _summaries(sizes: HierarchicalConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
+    """The scores of summaries beside dense attention, whose keys have a second product, with values."""
+    lengths = np.asarray(document_lengths, np.float64)
+    return 0.5 * sizes.summaries_read(document_lengths) / float((lengths * (lengths + 1) / 2).sum())
 
 
 def _flops(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64], attention: float) -> float:
@@ -116,6 +126,7 @@ def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
 
     6 per weight and token, plus 6 * L * H * D * n ** 2 for causal attention at half within each document of n
     tokens: two products of 2 * H * D * n ** 2 / 2 in the forward pass and twice that in the backward pass. Sparsity,
-    NSA's branches, DSA's indexer, a sliding window and recomputation change what is executed, not this count.
+    NSA's branches, DSA's indexer, summaries of blocks, a sliding window and recomputation change what is executed, not
+    this count.
     """
     return _flops(config, document_lengths, 1.0)

@@ -76,7 +76,7 @@ class HeadAlpha(nn.Module):
 
     def _target(self, device: torch.device) -> Tensor:
         if self.alpha_raw is None:
-            return torch.full((self.n_heads,), self.start, device=device)
+            return torch.full((self.n_heads,), float(self.start), device=device)
         return self.lo + (self.hi - self.lo) * torch.sigmoid(self.alpha_raw.float() + self._offset)
 
 

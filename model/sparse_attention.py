@@ -48,10 +48,11 @@ class SparseAttention(nn.Module):
         metadata: Any,
         slopes: Tensor | None,
         cache: LayerCache | None = None,
+        alpha: Tensor | None = None,
     ) -> Tensor:
         """x: the layer's normalised input (B, n, C), q: (B, H, n, D), k and v: (B, G, keys, D) of the metadata's keys
         (ModelConfig.n_cached_heads for G), all in one dtype. slopes: as in AttentionMetadata. cache: has taken k and v
-        of the n tokens already. Returns (B, H, n, D)."""
+        of the n tokens already. alpha: float32 (H,), of kinds that have one. Returns (B, H, n, D)."""
         raise NotImplementedError
 
     @property

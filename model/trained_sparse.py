@@ -2,10 +2,15 @@
 
 from model.config import ModelConfig
 from model.dsa.attention import DeepSeekSparseAttention
+from model.hierarchical.attention import HierarchicalEntmax
 from model.nsa.attention import NativeSparseAttention
 from model.sparse_attention import SparseAttention
 
-KINDS: dict[str, type[SparseAttention]] = {"nsa": NativeSparseAttention, "dsa": DeepSeekSparseAttention}
+KINDS: dict[str, type[SparseAttention]] = {
+    "nsa": NativeSparseAttention,
+    "dsa": DeepSeekSparseAttention,
+    "hierarchical": HierarchicalEntmax,
+}
 
 
 def trained_sparse(config: ModelConfig) -> type[SparseAttention] | None:

@@ -63,9 +63,9 @@ def measure_attention(
     runtime: Runtime,
     label: str,
 ) -> list[LayerProfile]:
-    """Profiles the first multiple * base_length tokens of each document, one context each. Nothing for kinds of
-    model.trained_sparse, which choose keys before they weigh them."""
-    if model.config.attention.is_trained_sparse:
+    """Profiles the first multiple * base_length tokens of each document, one context each. Nothing for kinds
+    without weights of a query (AttentionConfig.has_profile)."""
+    if not model.config.attention.has_profile:
         return []
     profiles: list[LayerProfile] = []
     total = sum(multiples) * base_length * len(documents)

@@ -143,7 +143,7 @@ class HeldOutEvaluation(Callback):
             raise ValueError("data of HeldOutEvaluation is null and the run has no data.sources: name a corpus")
         folder = Path(self.data or source.sources[0].path)
         self.held_out = open_held_out_set(folder, source.tokenizer_fingerprint, source.sequence_length, self.config)
-        if pl_module.network_config.attention.is_trained_sparse:  # whose attention has no profile
+        if not pl_module.network_config.attention.has_profile:
             self.held_out = replace(self.held_out, profiled=[])
         for note in self.held_out.plan.notes if trainer.is_global_zero else []:
             tqdm.write(f"HeldOutEvaluation: {note}", file=sys.stderr)

@@ -24,14 +24,15 @@ MATTERING = {  # key of the resolved configuration -> what it is, with its unit
     "trainer.precision": "precision",
     "seed_everything": "seed",
 }
-ENTMAX_KINDS, ADAPTIVE_KINDS = ("entmax", "asentmax"), ("asentmax",)
+ALPHA_KINDS, ADAPTIVE_KINDS = ("entmax", "asentmax", "hierarchical"), ("asentmax", "hierarchical")
 OF_SPARSE = {f"model.network.attention.{kind}": kind for kind in TRAINED_SPARSE}
-OF_ENTMAX = ("alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "backend")
+OF_ALPHA = ("alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from")
 OF_ADAPTIVE = ("temperature_offset", "temperature_range", "temperature_bias")
 ONLY_FOR = {
-    **{f"model.network.attention.{name}": ENTMAX_KINDS for name in OF_ENTMAX},
+    **{f"model.network.attention.{name}": ALPHA_KINDS for name in OF_ALPHA},
     **{f"model.network.attention.{name}": ADAPTIVE_KINDS for name in OF_ADAPTIVE},
-    "model.optimizer.alpha_lr_factor": ENTMAX_KINDS,
+    "model.network.attention.backend": ("entmax", "asentmax"),
+    "model.optimizer.alpha_lr_factor": ALPHA_KINDS,
 }
 SOURCE = re.compile(r"'path': '([^']*)'")
 NOT_ITS = "–"  # of a setting that a run does not have

@@ -60,6 +60,7 @@ class DeepSeekSparseAttention(SparseAttention):
         metadata: DSAMetadata,
         slopes: Tensor | None,
         cache: LayerCache | None = None,
+        alpha: Tensor | None = None,
     ) -> Tensor:
         tokens = metadata.tokens
         index = self.indexer(x, metadata.rotary, v.dtype)

@@ -91,6 +91,7 @@ class NativeSparseAttention(SparseAttention):
         metadata: NSAMetadata,
         slopes: Tensor | None,
         cache: LayerCache | None = None,
+        alpha: Tensor | None = None,
     ) -> Tensor:
         """k and v: (B, 3 G, keys, D)."""
         gates = self.gate(x).sigmoid().to(q.dtype).unflatten(-1, (BRANCHES, -1)).permute(2, 0, 3, 1)  # [3, B, H, n]

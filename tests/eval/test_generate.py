@@ -16,7 +16,7 @@ import eval.generate
 from data.tokenizer import load_tokenizer
 from eval.generate import main
 from eval.generation import Piece, generate
-from model.config import AttentionKind
+from model.config import TRAINED_SPARSE, AttentionKind
 from model.export import export
 from model.loading import load_model
 from tests.eval.conftest import MakeRun, failing_line
@@ -71,7 +71,7 @@ def test_an_exported_model_in_bfloat16(run: Path, tmp_path: Path, capsys: pytest
         assert "after 5 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["nsa", "dsa"])
+@pytest.mark.parametrize("kind", TRAINED_SPARSE)
 def test_what_is_trained_sparse_writes_what_full_passes_give(
     kind: AttentionKind, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,19 @@ def test_a_density_in_place_of_a_profile(
         assert f"attention.{size}" not in text or f"| model.network.attention.{size} | – | {value} |" in text
 
 
+def test_hierarchical_entmax_has_a_profile(corpus: Path, make_run: MakeRun, runs: list[str], tmp_path: Path) -> None:
+    run = str(make_run(tmp_path / "hierarchical", "hierarchical", init_std=0.5))
+    assert main([run, runs[1], *options(corpus, tmp_path / "report")]) == 0
+    text, found = (tmp_path / "report/report.md").read_text(), json.loads((tmp_path / "report/report.json").read_text())
+    assert "is not in this part" not in text and "Alpha of every head by layer." in text
+    ours, softmax = (one["attention"] for one in found["measurements"])
+    for layer, dense in zip(ours, softmax, strict=True):
+        assert all(abs(alpha - 1.5) < 1e-6 for alpha in layer["alpha"])
+        pairs = list(zip(layer["support"], dense["support"], strict=True))
+        assert all(1 <= own <= every for own, every in pairs)
+    assert min(min(layer["live_share"]) for layer in ours) < 1
+
+
 def test_a_changed_checkpoint_is_measured_again_and_the_same_one_gives_the_same_numbers(
     corpus: Path, make_run: MakeRun, tmp_path: Path
 ) -> None:

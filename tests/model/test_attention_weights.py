@@ -11,19 +11,21 @@ import model.attention_weights
 from kernels.alpha_entmax.reference import entmax_reference
 from model.attention import Attention, make_metadata
 from model.attention_weights import layer_profiles
-from model.config import AttentionConfig, AttentionKind, ModelConfig
+from model.config import TRAINED_SPARSE, AttentionConfig, AttentionKind, HierarchicalConfig, ModelConfig
 from model.transformer import Transformer
+from tests.model.hierarchical.looped import block_weights
 
 N_TOKENS = 70
 
-KINDS = [kind for kind in get_args(AttentionKind) if not AttentionConfig(kind=kind).is_trained_sparse]
+KINDS = [kind for kind in get_args(AttentionKind) if AttentionConfig(kind=kind).has_profile]
 
 
 def build(kind: AttentionKind, positions: str = "nape", window: int | None = None, **attention: float) -> Transformer:
     torch.manual_seed(0)
+    sizes = {"hierarchical": HierarchicalConfig(block=8)} if kind == "hierarchical" else {}
     config = ModelConfig(
         vocab_size=50, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.3, positions=positions,  # type: ignore[arg-type]
-        window=window, attention=AttentionConfig(kind=kind, **attention),  # type: ignore[arg-type]
+        window=window, attention=AttentionConfig(kind=kind, **sizes, **attention),  # type: ignore[arg-type]
     )  # fmt: skip
     model = Transformer(config).double()
     for block in model.layers():
@@ -59,7 +61,21 @@ def dense_weights(attention: Attention, x: Tensor) -> Tensor:
     scores = scores.masked_fill(hidden, -torch.inf)
     if attention.alpha is None:
         return scores.softmax(-1)
+    if config.attention.hierarchical is not None:
+        return (scores + _log_p(attention, q, k, n)).softmax(-1)
     return entmax_reference(scores, attention.alpha(x.device).double()[:, None, None])
+
+
+def _log_p(attention: Attention, q: Tensor, k: Tensor, n: int) -> Tensor:
+    """(H, T, T), of each key's block."""
+    assert attention.alpha is not None
+    found = torch.full((len(q), n, n), -torch.inf, dtype=torch.float64)
+    alibi = [1.0, 0.5, 0.0, 0.0] if attention.config.positions == "nape" else [0.0] * 4
+    for h, alpha in enumerate(attention.alpha(q.device).tolist()):
+        for t in range(n):
+            p = torch.tensor(block_weights(q[h, t], k[h // 2, : t + 1], alpha, alibi[h], 8), dtype=torch.float64)
+            found[h, t, : t + 1] = p.log().repeat_interleave(8)[: t + 1]
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,12 +83,14 @@ def dense_weights(attention: Attention, x: Tensor) -> Tensor:
 def test_measures_are_those_of_dense_attention(
     kind: AttentionKind, positions: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind in TRAINED_SPARSE:
+        window = None
     monkeypatch.setattr(model.attention_weights, "WEIGHTS_AT_ONCE", 3 * 4 * N_TOKENS)  # three rows at a time
     decoder = build(kind, positions, window)
     tokens = torch.randint(50, (1, N_TOKENS))
     queries = torch.tensor([0, 1, 2, 5, 13, 40, 68, 69])
     shapes, stats = layer_profiles(decoder, tokens, queries, 3)
-    assert len(shapes) == 2 and len(stats) == (2 if kind in ("entmax", "asentmax") else 0)
+    assert len(shapes) == 2 and len(stats) == (2 if kind in ("entmax", "asentmax", "hierarchical") else 0)
     x = decoder.embedding(tokens)
     for layer, block in enumerate(decoder.layers()):
         weights = dense_weights(block.attention, block.attention_norm(x))
@@ -92,6 +110,15 @@ def test_measures_are_those_of_dense_attention(
             torch.testing.assert_close(
                 stats[layer].support_mean.double(), (weights > 0).sum(-1).double().mean(1), atol=0.1, rtol=0
             )
+        if kind == "hierarchical":
+            read = (weights > 0).sum((1, 2)).double()
+            live = torch.nn.functional.pad(weights > 0, (0, 2)).unflatten(2, (9, 8)).any(3).sum(2).double().mean(1)
+            for found, expected in (
+                (stats[layer].pairs_read, read / (N_TOKENS * (N_TOKENS + 1) / 2)),
+                (stats[layer].live_blocks, live),
+            ):
+                torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=1e-2)
+            assert 0.05 < stats[layer].pairs_read.mean() < 0.95 and (stats[layer].live_share == 1).any()
         x = block(x, make_metadata(decoder.config, N_TOKENS, None, None, x.device))
 
 

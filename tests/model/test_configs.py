@@ -41,16 +41,17 @@ def test_builds_on_the_meta_device(size: str, attention: Path) -> None:
     scaled = config.n_layers * (config.n_heads - config.n_alibi_heads)
     extra = {
         "softmax": 0,
+        "hierarchical": config.n_layers * config.n_heads,
         "ssmax": scaled,
         "entmax": config.n_layers * config.n_heads * config.attention.learn_alpha,
         "asentmax": config.n_layers * config.n_heads * config.attention.learn_alpha + 2 * scaled * (config.d_model + 1),
     }
     kind = attention.stem.removesuffix("_dense")
     assert config.attention.kind == kind
-    if config.attention.is_trained_sparse:  # feed-forward layers make up for what it adds, in steps of 16 units
-        assert abs(count - PARAMETERS[size]) <= config.n_layers * 3 * config.d_model * 8 < 0.02 * PARAMETERS[size]
-    else:
+    if kind in extra:
         assert count == PARAMETERS[size] + extra[kind]
+    else:  # feed-forward layers make up for what it adds, in steps of 16 units
+        assert abs(count - PARAMETERS[size]) <= config.n_layers * 3 * config.d_model * 8 < 0.02 * PARAMETERS[size]
 
 
 @pytest.mark.parametrize(("kind", "width"), [("nsa", 848), ("dsa", 1328)])

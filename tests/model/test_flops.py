@@ -6,7 +6,7 @@ from model.flops import matmul_parameters, peak_flops, sequence_cost, train_flop
 from model.transformer import Transformer
 
 
-@pytest.mark.parametrize("kind", ["softmax", "asentmax"])
+@pytest.mark.parametrize("kind", ["softmax", "asentmax", "hierarchical"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_those_of_the_model(kind, tied: bool) -> None:
     config = ModelConfig(tie_embeddings=tied, attention=AttentionConfig(kind=kind))
@@ -33,6 +33,18 @@ def test_a_long_sequence_costs_nsa_less_than_softmax() -> None:
     read = NSAConfig().density([8192, 32768])
     assert attention("nsa", [8192, 32768]) == pytest.approx(read * attention("softmax", [8192, 32768]), rel=1e-9)
     assert attention("nsa", [32768]) < 0.25 * attention("softmax", [32768])
+
+
+def test_hierarchical_entmax_costs_softmax_and_the_scores_of_summaries() -> None:
+    """Counted query by query; a score is half of what dense attention has a pair, its weight times a value the rest."""
+
+    def attention(kind: str) -> float:
+        config = ModelConfig(attention=AttentionConfig(kind=kind))  # type: ignore[arg-type]
+        return sequence_cost(config, [700, 64, 1]) - 6 * matmul_parameters(config) * 765
+
+    summaries = sum(t // 64 + 1 for n in (700, 64, 1) for t in range(n))
+    pairs = sum(t + 1 for n in (700, 64, 1) for t in range(n))
+    assert attention("hierarchical") == pytest.approx((1 + summaries / pairs / 2) * attention("softmax"), rel=1e-9)
 
 
 def test_formula_by_hand() -> None:

@@ -9,7 +9,16 @@ from torch.nn import functional as F
 
 from model.attention import make_metadata
 from model.attention_stats import attention_stats
-from model.config import AttentionConfig, AttentionKind, DSAConfig, ModelConfig, NSAConfig, Positions, config_from_dict
+from model.config import (
+    AttentionConfig,
+    AttentionKind,
+    DSAConfig,
+    HierarchicalConfig,
+    ModelConfig,
+    NSAConfig,
+    Positions,
+    config_from_dict,
+)
 from model.initial_weights import take_memory
 from model.layers import HeadAlpha
 from model.rotary import rotary_tables, rotate
@@ -18,7 +27,11 @@ from model.transformer import Transformer
 
 DOCUMENTS = torch.tensor([0, 30, 30, 31, 100, 128], dtype=torch.int32)
 NSA = NSAConfig(compress_length=8, compress_stride=4, select_block=8, select_count=4, window=10)
-SPARSE = {"nsa": {"nsa": NSA}, "dsa": {"dsa": DSAConfig(index_dim=8, select_tokens=9)}}
+SPARSE = {
+    "nsa": {"nsa": NSA},
+    "dsa": {"dsa": DSAConfig(index_dim=8, select_tokens=9)},
+    "hierarchical": {"hierarchical": HierarchicalConfig(block=8)},
+}
 KINDS, POSITIONS = get_args(AttentionKind), get_args(Positions)
 
 

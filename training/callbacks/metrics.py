@@ -218,7 +218,7 @@ class AttentionStats(Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        if every and (first or self.step % every == 0) and pl_module.network_config.attention.is_entmax:
+        if every and (first or self.step % every == 0) and pl_module.network_config.attention.has_alpha:
             with self.clock.paused(), trainer.precision_plugin.forward_context():
                 log(trainer, self.measure(pl_module, batch))
 
@@ -234,6 +234,10 @@ class AttentionStats(Callback):
         for layer in spread(len(stats), self.config.layers):
             metrics[f"support/layer_{layer:02d}"] = float(stats[layer].support_mean.mean())
             metrics[f"live_tiles/layer_{layer:02d}"] = float(stats[layer].live_share.mean())
+            blocks, pairs = stats[layer].live_blocks, stats[layer].pairs_read
+            if blocks is not None and pairs is not None:
+                metrics[f"live_blocks/layer_{layer:02d}"] = float(blocks.mean())
+                metrics[f"pairs_read/layer_{layer:02d}"] = float(pairs.mean())
             mean, largest = stats[layer].temperature, stats[layer].temperature_max
             if mean is not None and largest is not None:
                 metrics[f"temperature/layer_{layer:02d}"] = float(mean.mean())

@@ -2,6 +2,7 @@
 
 from model.attention import kept_bits
 from training.memory.dsa import chosen_activations, index_tables, kept_output
+from training.memory.hierarchical import block_choice_activations
 from training.memory.nsa import branch_activations, kept_outputs
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
@@ -17,7 +18,8 @@ def block_activations(setup: Setup) -> dict[str, float]:
     attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     feed_forward = setup.residual_bytes * network.d_model if setup.tiled else feed_forward_activations(setup)
     # wq, wk, wv; what the kind reads besides: beta and gamma; gates; the indexer's three
-    readers = 3 + {"asentmax": 2, "nsa": 1, "dsa": 3}.get(network.attention.kind, 0)
+    attention = network.attention
+    readers = 3 + 2 * attention.has_adaptive_temperature + {"nsa": 1, "dsa": 3}.get(attention.kind, 0)
     parts = {
         "norms": 2 * n * norm,
         "attention's input": n * _product_input(setup, readers),
@@ -37,9 +39,9 @@ def _compiled_block(setup: Setup) -> dict[str, float]:
     width, heads, head_dim = network.d_model, network.n_heads, network.head_size
     attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     queries = 0
-    if network.attention.kind in ("ssmax", "asentmax"):  # rotated queries are float32, others what wq gives
+    if network.attention.scales_queries:  # rotated queries are float32, others what wq gives
         queries += heads * (head_dim * (FLOAT32 if network.positions == "rope" else w) + FLOAT32)
-    if network.attention.kind == "asentmax":
+    if network.attention.has_adaptive_temperature:
         queries += 2 * w * (heads - network.n_alibi_heads)  # beta(x), gamma(x)
     if network.qk_norm:
         queries += (heads + network.n_kv_heads) * (w * head_dim + FLOAT32)
@@ -67,7 +69,7 @@ def _operands_in_float8(setup: Setup) -> dict[str, float]:
     or computed again, where nothing else reads it."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     width, out = network.d_model, network.n_heads * network.head_size
-    temperatures_read = network.attention.kind == "asentmax"
+    temperatures_read = network.attention.has_adaptive_temperature
     # in its backward, the output that wo rounds; where ranks exchange it, `_attention` has it
     kernel_reads = network.attention.is_entmax and uses_triton(setup) and setup.sequence_parallel == 1
     return {
@@ -100,9 +102,9 @@ def _scaling(setup: Setup) -> int:
     network = setup.network
     heads, kv_heads, head_dim = network.n_heads, network.n_cached_heads, network.head_size
     size = 0
-    if network.attention.kind in ("ssmax", "asentmax"):
+    if network.attention.scales_queries:
         size += FLOAT32 * heads * (head_dim + 1)
-    if network.attention.kind == "asentmax":
+    if network.attention.has_adaptive_temperature:
         size += 5 * FLOAT32 * (heads - network.n_alibi_heads)
     if network.qk_norm:
         size += (heads + kv_heads) * norm_activations(setup, head_dim, mixed=setup.casts)
@@ -117,6 +119,8 @@ def _attention(setup: Setup) -> float:
         return branch_activations(setup, network.attention.nsa)
     if network.attention.dsa is not None:
         return chosen_activations(setup, network.attention.dsa)
+    if network.attention.hierarchical is not None:
+        return block_choice_activations(setup, network.attention.hierarchical)
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)  # KV heads that several ranks need are repeated
     size = float(n * w * head_dim * (heads + 2 * kv_heads))
     if setup.cuda and setup.sequence_parallel > 1:
@@ -154,6 +158,8 @@ def kept_of_attention(setup: Setup) -> float:
         return kept_outputs(setup) if selective else 0.0
     if network.attention.dsa is not None:
         return kept_output(setup) if selective else 0.0
+    if network.attention.hierarchical is not None:  # no single operation on CPUs, where the bias learns
+        return kept_output(setup) if selective and setup.cuda else 0.0
     biased = not network.attention.is_entmax and (network.positions == "nape" or network.window is not None)
     if not selective or (biased and not setup.cuda):  # that is no single operation on CPUs
         return size

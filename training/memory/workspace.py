@@ -2,6 +2,7 @@
 
 from training.memory.activations import feed_forward_activations, norm_activations, uses_triton
 from training.memory.dsa import chosen_workspace
+from training.memory.hierarchical import block_choice_workspace
 from training.memory.nsa import branch_workspace
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
@@ -44,7 +45,7 @@ def backward_workspace(setup: Setup) -> float:
     if setup.tiled:  # what the tile has computed again; the gradients of all tiles' inputs
         inner += tile * feed_forward_activations(setup) + n * setup.residual_bytes * width
     kv_heads = max(network.n_cached_heads, setup.sequence_parallel)
-    scaled = network.attention.kind in ("ssmax", "asentmax")  # queries are float32 before they are scaled
+    scaled = network.attention.scales_queries  # queries are float32 before they are scaled
     attention = float(n * head_dim * (heads * (2 * w + 2 * FLOAT32 * scaled) + 2 * kv_heads * w))
     if network.attention.is_entmax and not uses_triton(setup):
         attention += BLOCKWISE_BYTES[setup.cuda] + setup.casts * 2 * FLOAT32 * n * head_dim * kv_heads
@@ -52,6 +53,8 @@ def backward_workspace(setup: Setup) -> float:
         attention += branch_workspace(setup, network.attention.nsa)
     if network.attention.dsa is not None:
         attention += chosen_workspace(setup)
+    if network.attention.hierarchical is not None:
+        attention += block_choice_workspace(setup, network.attention.hierarchical)
     freed = setup.residual_bytes * width if setup.tiled else feed_forward_activations(setup)
     attention -= n * (norm_activations(setup, width) + freed)
     return n * setup.residual_bytes * width + max(inner, attention + matrix)
@@ -68,7 +71,7 @@ def compiled_backward(setup: Setup) -> float:
     # output, wo's output and its gradient
     size = (3 * setup.residual_bytes + FLOAT32 + 3 * w) * width
     size += w * (5 * queries + 4 * keys)  # attention's output, wo's operand, two gradients; q, k, v; dk, dv
-    if network.attention.kind in ("ssmax", "asentmax"):
+    if network.attention.scales_queries:
         size += 2 * FLOAT32 * queries  # before they are scaled, and their gradient
     if network.attention.is_softmax and network.positions != "nape":
         size += (FLOAT32 + 2 * w) * queries  # FlashAttention: dq in float32; dk, dv for each query head

@@ -18,7 +18,7 @@ FREE_KEYS = {"rope_base", "rope_scaling", "window"} | {
     for key in (
         "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
         "temperature_range", "temperature_bias", "backend", "nsa.select_count", "nsa.select_local", "nsa.window",
-        "dsa.select_tokens", "dsa.stage", "dsa.freeze", "dsa.loss_weight",
+        "dsa.select_tokens", "dsa.stage", "dsa.freeze", "dsa.loss_weight", "hierarchical.block",
     )
 }  # fmt: skip
 # (old, new) attention kinds where the new one uses every weight of the old one.

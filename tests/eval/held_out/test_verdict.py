@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from eval.held_out.analysis import pair, summarise
 from eval.held_out.needle import NeedleCell
 from eval.held_out.needle_report import needle_blocks
@@ -11,6 +13,7 @@ from eval.held_out.verdict import above_chance, needle_verdict, verdict
 from eval.reporting.document import Details, Table
 from eval.reporting.statistics import Interval
 from eval.reporting.verdict import above, listed, standing
+from model.config import TRAINED_SPARSE
 from tests.eval.held_out.made_up import CONFIG, PLAN, TWINS, measurement
 
 SPARSE, DENSE = TWINS
@@ -74,3 +77,15 @@ def test_only_settings_that_a_run_has_are_shown() -> None:
     assert rows["alpha, at the start"] == ["1.25", "–"] and rows["learning rate, at its peak"] == ["0.001", "0.002"]
     assert rows["training data"] == ["prepared/x, prepared/y"] * 2 and "layers" not in rows
     assert tables[1].rows == [[alpha, "1.25", "–"], [rate, "0.001", "0.002"]]
+
+
+@pytest.mark.parametrize("kind", TRAINED_SPARSE)
+def test_sizes_of_a_kind_are_its_own(kind: str) -> None:
+    prefix = "model.network.attention."
+    own = {f"{prefix}{kind}.block": "64", f"{prefix}alpha": "1.5", f"{prefix}backend": "auto"}
+    other = {f"{prefix}{kind}": "None", f"{prefix}alpha": "1.25", f"{prefix}backend": "torch"}
+    runs = [replace(TWINS[0], label="own", model={"attention": {"kind": kind}}), replace(TWINS[1], label="other")]
+    tables = [block for block in run_blocks(runs, {"own": own, "other": other}) if isinstance(block, Table)]
+    rows = {row[0].removeprefix(prefix): row[1:] for row in tables[1].rows}
+    assert rows[f"{kind}.block"] == ["64", "–"] and kind not in rows and rows["backend"] == ["–", "–"]
+    assert rows["alpha"] == ["1.5" if kind == "hierarchical" else "–", "–"]

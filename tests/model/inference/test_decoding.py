@@ -11,7 +11,7 @@ from torch import Tensor
 import model.inference.decoding
 from eval.generation import generate
 from kernels.common.backends import INTERPRETED
-from model.config import AttentionKind, Positions
+from model.config import TRAINED_SPARSE, AttentionKind, Positions
 from model.inference.decoding import SOFTMAX_SLOTS, Decoder, FixedStep, step_size
 from model.inference.incremental import make_cache, prefill
 from model.transformer import Transformer
@@ -205,10 +205,11 @@ def test_what_does_not_fit_is_an_error(cuda_graphs: bool) -> None:
         decoder([4, 5])
 
 
-def test_graphs_are_not_for_nsa() -> None:
-    network = make(tiny("nsa", "nape"))
+@pytest.mark.parametrize("kind", TRAINED_SPARSE)
+def test_graphs_are_not_for_trained_sparse_kinds(kind: AttentionKind) -> None:
+    network = make(tiny(kind, "nape"))
     with pytest.raises(
-        ValueError, match="cuda_graphs is true, but attention.kind nsa decodes kernel by kernel: set it"
+        ValueError, match=f"cuda_graphs is true, but attention.kind {kind} decodes kernel by kernel: set it"
     ):
         Decoder(network, make_cache(network, 1, 8), cuda_graphs=True)
 

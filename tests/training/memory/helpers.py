@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import AttentionConfig, DSAConfig, ModelConfig, NSAConfig
+from model.config import AttentionConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
 
 TOKENS, LENGTH = 512, 256
 BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
+HIERARCHICAL = AttentionConfig(kind="hierarchical", hierarchical=HierarchicalConfig(block=8))
 NSA = NSAConfig(compress_length=8, compress_stride=4, select_block=8, select_count=4, window=32)
 DSA = DSAConfig(index_dim=16, select_tokens=40)
 MODELS = {
@@ -24,6 +25,7 @@ MODELS = {
         **BASE, positions="rope", tie_embeddings=False, attention=AttentionConfig(kind="ssmax")
     ),
     "nsa-rope": ModelConfig(**BASE, positions="rope", attention=AttentionConfig(kind="nsa", nsa=NSA)),
+    "hierarchical-rope": ModelConfig(**BASE, positions="rope", attention=HIERARCHICAL),
     "nsa-nape": ModelConfig(**BASE, attention=AttentionConfig(kind="nsa", nsa=NSA)),
     "dsa-rope": ModelConfig(**BASE, positions="rope", attention=AttentionConfig(kind="dsa", dsa=DSA)),
     "dsa-nape": ModelConfig(**BASE, attention=AttentionConfig(kind="dsa", dsa=DSA)),

@@ -100,7 +100,10 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [*(("asentmax-nape", mode) for mode in ("none", "tiled", "selective")), ("nsa-rope", "none"), ("dsa-rope", "none")],
+    [
+        *(("asentmax-nape", mode) for mode in ("none", "tiled", "selective")),
+        *((f"{kind}-rope", "none") for kind in ("nsa", "dsa", "hierarchical")),
+    ],
 )
 def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:
     module, setup = make(MODELS[name], precision, **MODES[mode])

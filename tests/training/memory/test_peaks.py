@@ -81,11 +81,20 @@ def test_estimated_peak_is_near_the_measured(
         assert expected.total == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["nsa-rope", "dsa-rope"])
+@pytest.mark.parametrize("name", ["nsa-rope", "dsa-rope", "hierarchical-rope"])
 @pytest.mark.parametrize("mode", ["none", "full", "tiled"])
 def test_estimated_peak_of_what_is_trained_sparse(mode: str, name: str) -> None:
     """In float32: with bfloat16 a CPU makes masks of numbers in float32 beside it."""
     module, setup = make(MODELS[name], **MODES[mode])
+    found = peak_of_two_steps(module, "32-true", 1)
+    assert estimate(replace(setup, keeps_gradients=False)).total == pytest.approx(found, rel=0.05)
+
+
+def test_estimated_peak_where_blocks_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside few weights of tokens at a time."""
+    for module_name in ("model.visible_attention", "training.memory.hierarchical"):
+        monkeypatch.setattr(f"{module_name}.MASK_ELEMENTS", 2**18)
+    module, setup = make(MODELS["hierarchical-rope"])
     found = peak_of_two_steps(module, "32-true", 1)
     assert estimate(replace(setup, keeps_gradients=False)).total == pytest.approx(found, rel=0.05)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
-from model.config import AttentionConfig, DSAConfig, ModelConfig, NSAConfig, RopeScaling
+from model.config import AttentionConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig, RopeScaling
 from model.loading import load_model
 from model.transformer import Transformer
 from tests.training.conftest import ROOT, TrainProcess
@@ -131,6 +131,7 @@ def test_what_may_differ_and_what_may_not() -> None:
     check_transfer(info(kind="softmax"), network(kind="asentmax", alpha=1.3, anneal_steps=5))
     check_transfer(info(kind="softmax"), replace(network(kind="entmax"), rope_base=5e5, window=7))
     check_transfer(info(kind="entmax"), network(kind="asentmax", learn_alpha=False))
+    check_transfer(info(kind="hierarchical"), network(kind="hierarchical", hierarchical=HierarchicalConfig(block=32)))
     check_transfer(info(kind="nsa"), network(kind="nsa", nsa=NSAConfig(window=1024, select_count=32)))
     check_transfer(info(kind="softmax"), network(kind="dsa", dsa=DSAConfig(stage="warmup")))
     check_transfer(info(kind="dsa"), network(kind="dsa", dsa=DSAConfig(select_tokens=64, loss_weight=2.0)))
@@ -138,6 +139,8 @@ def test_what_may_differ_and_what_may_not() -> None:
         ("asentmax", network(kind="softmax"), "attention.kind 'asentmax' (config: 'softmax')"),
         ("ssmax", network(kind="asentmax"), "attention.kind 'ssmax' (config: 'asentmax')"),
         ("softmax", network(kind="nsa"), "has attention.kind 'softmax' (config: 'nsa'); only"),
+        ("softmax", network(kind="hierarchical"), "has attention.kind 'softmax' (config: 'hierarchical'); only"),
+        ("entmax", network(kind="hierarchical"), "has attention.kind 'entmax' (config: 'hierarchical'); only"),
         ("nsa", network(kind="nsa", nsa=NSAConfig(compress_length=16)), "nsa.compress_length 32 (config: 16)"),
         ("dsa", network(kind="dsa", dsa=DSAConfig(index_dim=64)), "attention.dsa.index_dim 32 (config: 64)"),
         ("nsa", network(kind="dsa"), "has attention.kind 'nsa' (config: 'dsa'); only"),

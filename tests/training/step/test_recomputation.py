@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.alpha_entmax.launches
-from model.config import AttentionConfig, DSAConfig, ModelConfig, NSAConfig
+import model.visible_attention
+from model.config import TRAINED_SPARSE, AttentionConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig
 from model.kept_operators import ATTENTION
 from tests.kernels.helpers import DEVICE, needs_cuda, needs_triton
 from training.module import LanguageModule
@@ -101,14 +102,19 @@ class TestThresholds:
 @pytest.mark.parametrize("rows", ["at once", "in blocks"])
 @pytest.mark.parametrize("compiler", COMPILERS[:2])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["nsa", "dsa"])
+@pytest.mark.parametrize("kind", TRAINED_SPARSE)
 def test_what_is_trained_sparse(
     kind: str, mode: str, compiler: str, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of rows are recomputed by themselves, within blocks that are; the indexer's loss is added once."""
     if rows == "in blocks":
         monkeypatch.setattr("model.visible_attention.MASK_ELEMENTS", 2 * LENGTH * 40)
-    sizes = {"nsa": NSAConfig(8, 4, None, 8, 4, 2, 20), "dsa": DSAConfig(2, 8, 12)}[kind]
+        monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", 1000)
+    sizes = {
+        "nsa": NSAConfig(8, 4, None, 8, 4, 2, 20),
+        "dsa": DSAConfig(2, 8, 12),
+        "hierarchical": HierarchicalConfig(block=8, adaptive_temperature=True),
+    }[kind]
     attention = AttentionConfig(kind=kind, **{kind: sizes})  # type: ignore[arg-type]
     expected = gradients(make_module("none", "eager", attention, positions="nape"), documents=True)
     found = gradients(make_module(mode, compiler, attention, positions="nape"), documents=True)

@@ -1,0 +1,105 @@
+"""Hierarchical entmax (after DashAttention, arXiv:2605.18753): entmax over blocks, softmax over the tokens inside."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import entmax
+from model.config import ModelConfig
+from model.hierarchical.blocks import Blocks, cached_blocks, packed_blocks
+from model.kv_cache import Extension, LayerCache
+from model.sparse_attention import SparseAttention
+from model.visible_attention import (
+    AGAIN,
+    SCORES_AT_ONCE,
+    TILE,
+    attend_flex,
+    attend_masked,
+    block_mask_of_tiles,
+    uses_flex,
+)
+
+
+class HierarchicalEntmax(SparseAttention):
+    """What attends in the layers of kind "hierarchical"; it has no parameters beside the layer's alphas.
+
+    A query weighs the blocks up to its own by p, alpha-entmax of its scores with their summaries (the mean of a block's
+    keys, of its own block's keys up to itself), and the tokens of blocks with p > 0 by softmax of their scores plus
+    log p. The gradient reaches the choice through log p. Blocks with p = 0 are not read; some block always has more.
+
+    Positions. rope: keys are rotated before they are averaged. nape: ALiBi takes the distance of tokens, and that to
+    the last token of a block that the query sees. nope: none.
+    """
+
+    @staticmethod
+    def metadata(
+        config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+    ) -> Blocks:
+        assert config.attention.hierarchical is not None
+        return packed_blocks(config.attention.hierarchical, n_tokens, cu_seqlens, device)
+
+    @staticmethod
+    def cached_metadata(config: ModelConfig, extension: Extension) -> Blocks:
+        assert config.attention.hierarchical is not None
+        return cached_blocks(config.attention.hierarchical, extension)
+
+    @torch.compiler.disable  # what is live decides on masks; FlexAttention is compiled by itself
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        metadata: Blocks,
+        slopes: Tensor | None,
+        cache: LayerCache | None = None,
+        alpha: Tensor | None = None,
+    ) -> Tensor:
+        assert alpha is not None
+        return self.attend(q, k, v, self.choose(q, k, metadata, slopes, alpha), metadata, slopes)
+
+    def choose(
+        self, q: Tensor, k: Tensor, blocks: Blocks, slopes: Tensor | None, alpha: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """log p in float32 (float64 for such k), (B, H, n, C), -inf for blocks that are not read. Backward computes it
+        again, a block of rows at a time. rows: int64 (n,), the queries that q holds; None for all."""
+        rows = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+        with torch.autocast(q.device.type, enabled=False):
+            means = blocks.running_means(k)
+        at_once = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * q.shape[1] * blocks.n_blocks))
+        parts = []
+        for part, queries in zip(rows.split(at_once), q.split(at_once, dim=2), strict=True):
+            inputs = (queries, means, blocks, part, slopes, alpha)
+            parts.append(checkpoint(_log_p, *inputs, **AGAIN) if torch.is_grad_enabled() else _log_p(*inputs))
+        return torch.cat(parts, dim=2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, blocks: Blocks, slopes: Tensor | None) -> Tensor:
+        """log_p: as `choose` gives it for all queries."""
+        if not uses_flex(q.device, blocks.n_queries, blocks.n_keys):
+            return attend_masked(q, k, v, lambda log_p: blocks.view(log_p, slopes), log_p)
+        view = blocks.view(log_p, slopes)
+        live = blocks.tiles(log_p.detach() != -torch.inf, TILE)
+        return attend_flex(q, k, v, view, block_mask_of_tiles(live, view.visible, blocks.n_queries, blocks.n_keys))
+
+
+def _log_p(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, slopes: Tensor | None, alpha: Tensor) -> Tensor:
+    """As `choose`, of the queries `rows`. means: of Blocks.running_means."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _scores(q.to(means.dtype).unflatten(1, (means.shape[1], -1)), means, blocks, rows).flatten(1, 2)
+        if slopes is not None:
+            scores = scores - slopes.to(means.dtype)[:, None, None] * blocks.distance_to_blocks(rows)[:, None]
+        p = entmax(scores.masked_fill(~blocks.visible(rows)[:, None], -torch.inf), alpha[:, None, None])
+    dead = p == 0  # not where it is NaN, which is to be seen
+    return p.masked_fill(dead, 1).log().masked_fill(dead, -torch.inf)
+
+
+def _scores(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+    """(B, G, H / G, rows, C), with the full blocks' summaries, and with that of the query's own block as far as it
+    sees it. q: (B, G, H / G, rows, D)."""
+    own_block = blocks.own_block[:, rows]
+    index = (own_block * blocks.size + blocks.position[:, rows] % blocks.size)[:, None, :, None]  # [b, 1, rows, 1]
+    own = means.flatten(2, 3).gather(2, index.expand(*means.shape[:2], -1, means.shape[-1]))  # [B, G, rows, D]
+    scores = q @ means[:, :, None, :, -1].mT  # [B, G, H / G, rows, C]
+    is_own = own_block[..., None] == torch.arange(blocks.n_blocks, device=q.device)  # [b, rows, C]
+    own_scores = (q * own[:, :, None]).sum(-1, keepdim=True)
+    return torch.where(is_own[:, None, None], own_scores, scores) * q.shape[-1] ** -0.5
