@@ -103,12 +103,18 @@ UNION = re.compile(
     r"(?s)Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:.*?"
     r"Given value type: .*?\sGiven value: (?P<value>.*)"
 )
+# of a group of options that may be null, one of whose own is at fault
+INNER = re.compile(
+    r"""(?s)Parser key "(?P<group>[^"]+)":\s+Does not validate against any of the Union subtypes\s+"""
+    r"""Subtypes: \[[^\]]*<class 'NoneType'>\]\s+Errors:\s+- (?:Problem with [^:]*:\s+)?"""
+    r"""Parser key "(?P<key>[^"]+)":\s+(?P<error>.*?)\s+- Expected a <class 'NoneType'>\s+Given value type: .*"""
+)
 PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
 
 
 def union_in_words(message: str) -> str:
     """A parser's message on a value that is of none of several types, where they are plain ones: as on one of a single
-    type, instead of each type's own error."""
+    type, instead of each type's own error; and on an option of a group that may be null: as on any other option."""
 
     def in_words(found: re.Match[str]) -> str:
         types = found["types"]
@@ -118,6 +124,7 @@ def union_in_words(message: str) -> str:
         *most, last = ", ".join("null" if name == "NoneType" else name for name in names).split(", ")
         return f"Expected {', '.join(most)} or {last}. Got value: {found['value']}"
 
+    message = INNER.sub(lambda found: f'Parser key "{found["group"]}.{found["key"]}": {found["error"]}', message)
     return UNION.sub(in_words, message)
 
 

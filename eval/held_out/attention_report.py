@@ -56,7 +56,8 @@ def attention_blocks(
 # What is read, by kind
 READS = {
     "nsa": "What its branches read together (compressed keys, those of selected blocks and the window's)",
-    "dsa": "What it reads (the chosen keys, and the products of the indexer beside those of dense attention)",
+    "dsa": "What it reads (the chosen keys, in stage warmup all, and the products of the indexer beside those of dense "
+    "attention)",
 }
 
 
@@ -64,7 +65,7 @@ def _left_out(measurements: Sequence[Measurement], base_length: int) -> list[Blo
     """What is said of runs without profiles, those of model.trained_sparse."""
     return [
         Paragraph(
-            f"{one.label} is not in this part: {one.model['attention']['kind']} chooses keys before it weighs them. "
+            f"{one.label} is not in this part: of {one.model['attention']['kind']} it knows no weights. "
             f"{READS[one.model['attention']['kind']]}, as a share of the visible keys of one document: "
             f"{_densities(one, base_length)}."
         )

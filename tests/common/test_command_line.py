@@ -186,6 +186,7 @@ def test_what_is_missing_or_unknown_is_told_with_what_to_do(given: list[str], me
         ("--tokens=NaN", 'Parser key "tokens": Expected int, float or null. Got value: NaN', False),
         ("--tokens=[1, 2]", 'Parser key "tokens": Expected int, float or null. Got value: [1, 2]', True),
         ("--mode=fp7", """Parser key "mode": Expected 16, 'bf16', 'all' or bool. Got value: fp7""", False),
+        ("--source.weight=x", """Parser key "source.weight": Expected a <class 'float'>. Got value: x""", False),
     ],
 )
 def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, file: bool, tmp_path: Path) -> None:
@@ -193,6 +194,7 @@ def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, fil
     made.add_argument("--config", action="config")
     made.add_argument("--chunk", type=int | None, default=None)
     made.add_argument("--tokens", type=int | float | None, default=None)
+    made.add_argument("--source", type=Source | None, default=None)
     made.add_argument("--mode", type=Literal[16] | Literal["bf16", "all"] | bool, default=16)
     name = ""
     if file:

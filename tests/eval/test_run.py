@@ -80,7 +80,7 @@ def test_a_density_in_place_of_a_profile(
         output = tmp_path / f"report-{len(compared)}"
         assert main([*compared, *options(corpus, output)]) == 0
         text, found = (output / "report.md").read_text(), json.loads((output / "report.json").read_text())
-        assert f"{kind} is not in this part: {kind} chooses keys before it weighs them" in text and read in text
+        assert f"{kind} is not in this part: of {kind} it knows no weights" in text and read in text
         assert [one["label"] for one in found["measurements"] if one["attention"]] == profiled
         assert f"attention.{size}" not in text or f"| model.network.attention.{size} | – | {value} |" in text
 

@@ -236,8 +236,8 @@ class RunCheckpoint(Checkpoint):
             mib = -(-SAVED_BYTES * parameters // 2**20)  # rounded up; of Muon's parameters it is less
             raise NotSaved(
                 f"{folder} could not be written ({error}): make room (up to {mib:,} MiB for each checkpoint) or "
-                "repair the disk, then continue with --resume auto; the newest complete checkpoint is "
-                f"{newest.path if newest else 'none'}"
+                "repair the disk, then continue with --resume auto; "
+                + (f"the newest complete checkpoint is {newest.path}" if newest else "there is no complete one yet")
             ) from error
 
     def _completed(self, trainer: Trainer, began: float, metrics: Mapping[str, float] = {}) -> None:

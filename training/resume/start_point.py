@@ -211,7 +211,7 @@ def check_architecture(checkpoint: CheckpointInfo, architecture: dict[str, Any])
         listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
         raise ValueError(
             f"{checkpoint.path} is a checkpoint of another architecture: model.network has {listed}; "
-            "use the config it was trained with, or another --run_dir"
+            "use the config it was trained with, or another --run_dir, with --init_from for a new run from its weights"
         )
 
 

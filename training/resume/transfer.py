@@ -45,9 +45,13 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
         differing = [key for key in differing if not key.startswith(SIZES)]
     if differing:
         listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
+        own = f"attention.{network.attention.kind}."
+        free = sorted(key for key in FREE_KEYS if not key.startswith(SIZES) or key.startswith(own))
+        unequal = "attention.dsa.equal_parameters" in differing
+        way_out = " (give --model.network.attention.dsa.equal_parameters false)" if unequal else ""
         raise ValueError(
-            f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}; only "
-            f"{', '.join(sorted(FREE_KEYS))} may differ, and attention.kind may change from softmax to ssmax, "
+            f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}{way_out}; "
+            f"only {', '.join(free)} may differ, and attention.kind may change from softmax to ssmax, "
             "dsa or an entmax kind or from entmax to asentmax"
         )
 
