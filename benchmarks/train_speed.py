@@ -73,8 +73,11 @@ class Row:
 
 def network(model: str, kind: str) -> ModelConfig:
     values = yaml.safe_load((CONFIGS / f"{model}.yaml").read_text())["model"]["network"]
-    # as configs/attention
-    sizes: dict[str, Any] = {kind: TRAINED_SPARSE[kind](equal_parameters=True)} if kind in TRAINED_SPARSE else {}
+    sizes: dict[str, Any] = {}
+    if kind in TRAINED_SPARSE:
+        file = CONFIGS.parent / "attention" / f"{kind}.yaml"
+        given = yaml.safe_load(file.read_text())["model"]["network"]["attention"].get(kind, {})
+        sizes[kind] = TRAINED_SPARSE[kind](**given)
     return ModelConfig(**values, attention=AttentionConfig(kind=kind, **sizes))  # type: ignore[arg-type]
 
 

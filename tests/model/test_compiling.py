@@ -53,7 +53,7 @@ def mask_of_a_chunk() -> None:
 
 
 def flex_attention() -> None:
-    softmax._compiled_flex.__wrapped__()
+    softmax.compiled_flex.__wrapped__()
 
 
 @pytest.mark.parametrize("compiled", [mask_of_documents, mask_of_a_chunk, flex_attention, make(tiny()).compile_blocks])

@@ -109,7 +109,7 @@ def test_chunks_on_cuda_are_compiled_for_windows_and_slopes_alone(n_queries, win
 
     monkeypatch.setattr(softmax, "_last_queries", spy("last queries"))
     monkeypatch.setattr(softmax, "_masked", spy("mask"))
-    monkeypatch.setattr(softmax, "_compiled_flex", lambda: spy("flex"))
+    monkeypatch.setattr(softmax, "compiled_flex", lambda: spy("flex"))
     monkeypatch.setattr(softmax, "scaled_dot_product_attention", spy("library"))
     with FakeTensorMode():
         q, k = (torch.empty(2, h, n, 16, device="cuda") for h, n in ((4, n_queries), (2, 4096)))
