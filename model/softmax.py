@@ -19,6 +19,7 @@ from model.kv_cache import Extension
 # torch 2.11 takes grouped heads as they are, later releases want to be told
 VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 HALF = (torch.bfloat16, torch.float16)  # what FlashAttention takes
+TILE = 128  # of FlexAttention's block masks, queries and keys
 FLEX_KINDS = 256  # of inputs (dtype, heads, head dim, gradients or not, ...) for which one process compiles it
 FLEX_SCORES = 2**18  # scores of a head below which a mask costs less than compiling FlexAttention
 # without cuDNN's, which plans anew for each number of keys, and so for each decoded token
@@ -118,7 +119,7 @@ def document_block_mask(
         seen = (j <= i) & (document[i] == document[j])
         return seen if window is None else seen & (j > i - window)
 
-    return _block_mask(visible, n_tokens, n_tokens, device)
+    return make_block_mask(visible, None, n_tokens, n_tokens, device)
 
 
 def cached_softmax_attention(
@@ -186,12 +187,19 @@ def cached_block_mask(extension: Extension, window: int | None) -> BlockMask:
         seen = j <= query[i]
         return seen if window is None else seen & (j > query[i] - window)
 
-    return _block_mask(visible, len(query), n_keys, query.device)
+    return make_block_mask(visible, None, len(query), n_keys, query.device)
 
 
-def _block_mask(visible: Callable[..., Tensor], n_queries: int, n_keys: int, device: torch.device) -> BlockMask:
+def make_block_mask(
+    visible: Callable[..., Tensor], rows: int | None, n_queries: int, n_keys: int, device: torch.device
+) -> BlockMask:
+    """Of what is alike in all heads and layers, in tiles of TILE x TILE.
+
+    visible: (b, h, i, j) -> bool tensor of batch row, query head, query and key. rows: B where it is not alike in them.
+    """
     share_cores(1)
-    return create_block_mask(visible, None, None, n_queries, n_keys, device=device, _compile=True)
+    compiled = device.type == "cuda"  # on a CPU it costs more than the mask
+    return create_block_mask(visible, rows, None, n_queries, n_keys, device=device, BLOCK_SIZE=TILE, _compile=compiled)
 
 
 def _masked(

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from model.softmax import FLEX_SCORES, MASK_ELEMENTS, compiled_flex
+from model.softmax import FLEX_SCORES, MASK_ELEMENTS, TILE, compiled_flex
 
-TILE = 128  # of FlexAttention's block masks, queries and keys
 # float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size, where blocks are rated
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint
@@ -113,12 +112,6 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, view: View, block_mask: BlockMa
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return out
-
-
-def shared_block_mask(visible: Visible, rows: int, n_queries: int, n_keys: int, device: torch.device) -> BlockMask:
-    """Of what is alike in all heads and layers. rows: B where queries stand elsewhere in each row, else 1."""
-    compiled = device.type == "cuda"
-    return create_block_mask(visible, rows, None, n_queries, n_keys, device=device, BLOCK_SIZE=TILE, _compile=compiled)
 
 
 def block_mask_of_tiles(live: Tensor, visible: Visible, n_queries: int, n_keys: int) -> BlockMask:

@@ -12,8 +12,9 @@ from model.dsa.loss import index_loss
 from model.dsa.tokens import Tokens, cached_tokens, packed_tokens
 from model.kv_cache import Extension, LayerCache
 from model.rotary import rotary_tables
+from model.softmax import make_block_mask
 from model.sparse_attention import SparseAttention
-from model.visible_attention import attend_flex, attend_masked, shared_block_mask, uses_flex
+from model.visible_attention import attend_flex, attend_masked, uses_flex
 
 
 @dataclass(frozen=True)
@@ -88,5 +89,5 @@ def _shared(config: ModelConfig, tokens: Tokens) -> DSAMetadata:
         rotary = rotary_tables(position, replace(config, head_dim=half), position.max())  # [b or 1, 1, n, dim / 4]
     flex = uses_flex(device, n_queries, tokens.n_keys)
     if flex and not config.attention.dsa.is_sparse:
-        dense = shared_block_mask(tokens.visible(), len(tokens.own_key), n_queries, tokens.n_keys, device)
+        dense = make_block_mask(tokens.visible(), len(tokens.own_key), n_queries, tokens.n_keys, device)
     return DSAMetadata(tokens, rotary, flex, dense)

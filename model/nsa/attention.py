@@ -12,8 +12,9 @@ from model.nsa.blocks import Blocks, cached_blocks, packed_blocks
 from model.nsa.branches import compression_branch, selected_block_mask, selection_branch, window_branch
 from model.nsa.config import BRANCHES, NSAConfig
 from model.nsa.selection import select_blocks
+from model.softmax import make_block_mask
 from model.sparse_attention import SparseAttention
-from model.visible_attention import attend_flex, attend_masked, shared_block_mask, uses_flex
+from model.visible_attention import attend_flex, attend_masked, uses_flex
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,6 @@ def block_masks(blocks: Blocks) -> tuple[BlockMask, BlockMask]:
     sizes = len(blocks.position), blocks.position.shape[1]
     device = blocks.position.device
     return (
-        shared_block_mask(blocks.sees_compressed(), *sizes, len(blocks.first_key), device),
-        shared_block_mask(blocks.sees_window(), *sizes, blocks.n_keys, device),
+        make_block_mask(blocks.sees_compressed(), *sizes, len(blocks.first_key), device),
+        make_block_mask(blocks.sees_window(), *sizes, blocks.n_keys, device),
     )
