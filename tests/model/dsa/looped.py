@@ -8,6 +8,7 @@ from torch import Tensor
 from model.config import AttentionConfig, DSAConfig, ModelConfig
 from model.dsa.attention import DeepSeekSparseAttention
 from model.transformer import Transformer
+from tests.model.sparse_inputs import with_large_weights
 
 SIZES = DSAConfig(index_heads=3, index_dim=8, select_tokens=9)
 WARMUP = DSAConfig(index_heads=3, index_dim=8, select_tokens=9, stage="warmup")
@@ -23,21 +24,8 @@ def module(config: ModelConfig, seed: int = 0) -> DeepSeekSparseAttention:
     torch.manual_seed(seed)
     found = Transformer(config).double().eval().layers()[0].attention.sparse
     assert isinstance(found, DeepSeekSparseAttention)
-    with torch.no_grad():
-        for p in found.parameters():
-            p.copy_(torch.randn_like(p) * 0.5)
+    with_large_weights(found)
     return found
-
-
-def draw(n_tokens: int, config: ModelConfig, rows: int = 1, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, q, k, v, float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
-
-    q, k, v = (normal(n, n_tokens, config.head_size) for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads))
-    return normal(n_tokens, config.d_model), q, k, v
 
 
 def turned(x: Tensor, position: int, base: float) -> Tensor:

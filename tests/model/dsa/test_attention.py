@@ -12,9 +12,11 @@ from model.config import DSAConfig, ModelConfig
 from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
 from model.dsa.indexer import IndexInputs, chosen_block_mask, coarse, index_scores, select_tokens, wide
 from model.dsa.tokens import packed_tokens
+from model.softmax import make_block_mask
 from model.transformer import Transformer
-from model.visible_attention import mask_and_bias, shared_block_mask
-from tests.model.dsa.looped import SIZES, WARMUP, attended, chosen, draw, module, network, scores
+from model.visible_attention import mask_and_bias
+from tests.model.dsa.looped import SIZES, WARMUP, attended, chosen, module, network, scores
+from tests.model.sparse_inputs import draw, graphs_of_flex
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([0, 5, 5, 6, 12, 53, 110], dtype=torch.int32)  # one of no tokens, some of few
@@ -32,7 +34,7 @@ def metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = Non
 def flex_metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:
     """As on CUDA."""
     made = metadata(config, n_tokens, cu_seqlens)
-    dense = shared_block_mask(made.tokens.visible(), 1, n_tokens, n_tokens, CPU)
+    dense = make_block_mask(made.tokens.visible(), 1, n_tokens, n_tokens, CPU)
     return DSAMetadata(made.tokens, made.rotary, True, dense)
 
 
@@ -185,15 +187,7 @@ def test_rows_in_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
 @torch.no_grad()
 def test_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens chosen anew and documents that end elsewhere are values, not code: no later step compiles again."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend=backend, fullgraph=True)
-    monkeypatch.setattr(model.visible_attention, "compiled_flex", lambda: compiled)
+    graphs = graphs_of_flex(monkeypatch)
     config = network()
     sparse = module(config)
     for seed, ends in enumerate(([40, 110], [7, 110], [20, 30, 110])):

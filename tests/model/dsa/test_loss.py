@@ -14,8 +14,9 @@ from model.dsa.loss import index_loss
 from model.dsa.tokens import Tokens, packed_tokens
 from model.sparse_attention import collected_auxiliary
 from model.transformer import Transformer
-from tests.model.dsa.looped import SIZES, WARMUP, attended, draw, module, network, scores
+from tests.model.dsa.looped import SIZES, WARMUP, attended, module, network, scores
 from tests.model.dsa.test_attention import CPU, DOCUMENTS, EXACT, SLOPES, metadata
+from tests.model.sparse_inputs import draw
 
 DOCUMENT_TOKENS = packed_tokens(110, DOCUMENTS, CPU)
 
@@ -174,8 +175,9 @@ def test_recall_rises_in_warmup() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    assert recall(sparse, *held_out, 9) > before + 0.3
+    assert max(losses[-10:]) < min(losses[:10])
+    rows = 2 * 32  # whose recalls are between 0 and 1: three standard errors of a difference, at most
+    assert recall(sparse, *held_out, 9) > before + 3 * (2 * 0.25 / rows) ** 0.5
 
 
 def test_rows_of_several_lengths_see_their_own_keys() -> None:

@@ -15,6 +15,7 @@ from model.hierarchical.attention import HierarchicalEntmax
 from model.hierarchical.blocks import Blocks
 from model.visible_attention import mask_and_bias
 from tests.model.hierarchical.looped import BLOCK, attend, block_weights, dense, draw, network
+from tests.model.sparse_inputs import graphs_of_flex
 
 # one of no tokens, some shorter than a block, ends inside of blocks
 DOCUMENTS = torch.tensor([0, 5, 5, 6, 12, 53, 110], dtype=torch.int32)
@@ -241,15 +242,7 @@ def test_tiles_are_those_with_keys_that_are_read(documents: Tensor | None, tile:
 def test_flex_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents that end elsewhere and other live blocks are values, not code: no later step compiles again. Forward
     and backward, whose gradients are those under masks."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, backend=backend, fullgraph=True)
-    monkeypatch.setattr(model.visible_attention, "compiled_flex", lambda: compiled)
+    graphs = graphs_of_flex(monkeypatch)
     alpha = ALPHA.clone().clamp(max=1.9).requires_grad_()
     for seed, ends in enumerate(([40, 110], [7, 110], [30, 110])):
         inputs = [*(x.requires_grad_() for x in draw(110, seed=seed)), alpha]

@@ -7,15 +7,9 @@ from torch import Tensor
 import model.hierarchical.attention
 from model.hierarchical.attention import HierarchicalEntmax
 from tests.model.hierarchical.looped import draw, network
+from tests.model.sparse_inputs import DOCUMENTS, SLOPES, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-DOCUMENTS = torch.tensor([0, 300, 300, 301, 1000, 1536], dtype=torch.int32)
-SLOPES = torch.tensor([1.0, 0.25, 0.0, 0.0])
-
-
-def relative(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth).norm() / truth.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

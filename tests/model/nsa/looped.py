@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from model.config import AttentionConfig, ModelConfig, NSAConfig
 from model.nsa.attention import BlockCompression, NativeSparseAttention
 from model.transformer import Transformer
+from tests.model.sparse_inputs import with_large_weights
 
 # blocks of 8 tokens are selected from, of 6 compressed, every 2: overlaps of 1 2 3 3 2 1 strides
 SIZES = NSAConfig(compress_length=6, compress_stride=2, select_block=8, select_count=4, select_local=2, window=11)
@@ -24,22 +25,8 @@ def module(config: ModelConfig, seed: int = 0) -> NativeSparseAttention:
     torch.manual_seed(seed)
     found = Transformer(config).double().layers()[0].attention.sparse
     assert isinstance(found, NativeSparseAttention)
-    with torch.no_grad():
-        for p in found.parameters():
-            p.copy_(torch.randn_like(p) * 0.5)
+    with_large_weights(found)
     return found
-
-
-def draw(n_tokens: int, config: ModelConfig, rows: int = 1, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, q, k, v, float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
-
-    heads = (config.n_heads, config.n_cached_heads, config.n_cached_heads)
-    q, k, v = (normal(count, n_tokens, config.head_size) for count in heads)
-    return normal(n_tokens, config.d_model), q, k, v
 
 
 def compressed(x: Tensor, phi: BlockCompression, sizes: NSAConfig) -> Tensor:

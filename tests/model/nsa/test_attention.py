@@ -16,7 +16,8 @@ from model.nsa.attention import NativeSparseAttention, NSAMetadata, block_masks
 from model.nsa.branches import selected_block_mask, selection_branch
 from model.nsa.selection import block_scores, select_blocks
 from model.visible_attention import mask_and_bias
-from tests.model.nsa.looped import SIZES, branches, draw, module, network
+from tests.model.nsa.looped import SIZES, branches, module, network
+from tests.model.sparse_inputs import draw, graphs_of_flex
 
 CPU = torch.device("cpu")
 # one of no tokens, some too short for a compressed block, ends inside of blocks
@@ -248,15 +249,7 @@ def test_compiled_blocks_attend_alike() -> None:
 @torch.no_grad()
 def test_flex_attention_is_compiled_once_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents that end elsewhere and blocks selected anew are values, not code: no later step compiles again."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend=backend, fullgraph=True)
-    monkeypatch.setattr(model.visible_attention, "compiled_flex", lambda: compiled)
+    graphs = graphs_of_flex(monkeypatch)
     config = network()
     sparse = module(config)
     for seed, ends in enumerate(([40, 110], [7, 110], [20, 30, 110])):
