@@ -48,7 +48,7 @@ def _chance(runs: Sequence[RunResult], rows: Sequence[Row], i: int) -> str:
     known = [(row, row.chance, row.scores[i].interval) for row in rows]
     found = [(row, chance, one) for row, chance, one in known if chance is not None and one is not None]
     told = [(row, chance, one.low) for row, chance, one in found if one.low is not None]
-    if not any(score.samples for row in rows for score in row.scores[i : i + 1]):
+    if not any(row.scores[i].samples for row in rows):
         return f"no sample fits {runs[i].label}"
     if not found:
         return f"{runs[i].label} has no score whose chance is known"

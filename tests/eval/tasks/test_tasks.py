@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from eval.tasks.report import score_rows, write_report
 from eval.tasks.results import Metric, TaskResult
 from eval.tasks.study import RunResult, Study
 from eval.tasks.tables import study_tables
+from eval.tasks.verdict import verdict
 from tests.eval.common.olmo import needs_olmo
 from tests.eval.conftest import BASE_LENGTH, tracked_tables
 from tests.eval.reporting.pages import check_html
@@ -125,9 +127,18 @@ def test_means_over_tasks_at_each_length(tmp_path: Path) -> None:
     assert "ent is behind soft in the mean of 2 tasks at 64 tokens (by -40.0 %" in page
     assert "ent is level with soft in the mean of 2 tasks (by 7.1 %" in page
     assert "- mean of 2 tasks acc, 64 tokens: soft 50.0 %" in page and "| mean of 2 tasks | soft | 50.0 %" in page
+    assert "no sample fits" not in page
     numbers = json.loads((tmp_path / "tasks.json").read_text())
     assert [row["length"] for row in numbers["means"]] == [None, 64]
     assert len(numbers["scores"]) == 10
+
+
+def test_no_sample_fits() -> None:
+    study = study_of({"soft": {"a": [1.0] * 5}}, {})
+    task = replace(study.runs[0].tasks[0], scored=[], too_long=[0, 1], chance=0.25)
+    task = replace(task, metrics=[replace(metric, values=[], value=None) for metric in task.metrics])
+    study = replace(study, runs=[replace(study.runs[0], tasks=[task])])
+    assert verdict(study.runs, score_rows(study)) == "no sample fits soft."
 
 
 def results(folder: Path) -> dict[str, Any]:
