@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.softmax import FLEX_SCORES, MASK_ELEMENTS, TILE, compiled_flex
 
-# float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size, where blocks are rated
+# float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size, where keys are rated
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint
 # (b, h, i, j) -> bool tensor of batch row, query head, query and key, as FlexAttention takes it

@@ -82,7 +82,7 @@ class DeepSeekSparseAttention(SparseAttention):
 
 def _shared(config: ModelConfig, tokens: Tokens) -> DSAMetadata:
     assert config.attention.dsa is not None
-    n_queries, device = tokens.own_key.shape[1], tokens.own_key.device
+    n_queries, device = tokens.n_queries, tokens.own_key.device
     rotary = dense = None
     if config.positions == "rope":
         position, half = tokens.position[:, None], config.attention.dsa.index_dim // 2

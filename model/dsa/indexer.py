@@ -10,10 +10,7 @@ from torch.nn.functional import pad
 from model.config import ModelConfig
 from model.dsa.tokens import Tokens
 from model.rotary import rotate
-from model.visible_attention import TILE, View, block_mask_of_tiles
-
-SCORES_AT_ONCE = 2**24  # float32 scores of one block of rows: 64 MiB, and a few temporaries of their size
-
+from model.visible_attention import SCORES_AT_ONCE, TILE, View, block_mask_of_tiles
 
 SCORE_BITS = 12  # of scores that are compared
 
@@ -84,7 +81,7 @@ def select_tokens(index: IndexInputs, tokens: Tokens, count: int) -> Tensor:
     """
     with torch.autocast(index.q.device.type, enabled=False):
         index = wide(index)
-        rows = max(1, SCORES_AT_ONCE // (index.q.shape[0] * index.q.shape[1] * tokens.n_keys))
+        rows = max(1, SCORES_AT_ONCE[index.q.device.type] // (index.q.shape[0] * index.q.shape[1] * tokens.n_keys))
         n = index.q.shape[2]
         parts = [_bits(_choose(index, tokens, slice(a, min(a + rows, n)), count)) for a in range(0, n, rows)]
     return torch.cat(parts, dim=1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.dsa.indexer import SCORES_AT_ONCE, IndexInputs, head_scores, wide
-from model.visible_attention import View, keys_of, mask_and_bias
+from model.dsa.indexer import IndexInputs, head_scores, wide
+from model.visible_attention import SCORES_AT_ONCE, View, keys_of, mask_and_bias
 
 
 def index_loss(index: IndexInputs, q: Tensor, k: Tensor, view: View) -> Tensor:
@@ -33,7 +33,7 @@ class _IndexLoss(torch.autograd.Function):
             index = wide(given)
             gradients = IndexInputs(*(torch.zeros_like(x) for x in index))
             heads = max(q.shape[1], index_q.shape[1])
-            rows = max(1, SCORES_AT_ONCE // (q.shape[0] * heads * k.shape[2]))
+            rows = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * heads * k.shape[2]))
             loss = index.q.new_zeros(())
             for start in range(0, q.shape[2], rows):
                 loss += _add_rows(index, q, k, view, slice(start, min(start + rows, q.shape[2])), gradients)

@@ -1,8 +1,7 @@
 """What DeepSeek Sparse Attention keeps for backward, besides a layer's projections."""
 
 from model.dsa.config import DSAConfig
-from model.dsa.indexer import SCORES_AT_ONCE
-from model.visible_attention import MASK_ELEMENTS, TILE
+from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE, TILE
 from training.memory.nsa import in_blocks_of_rows
 from training.memory.setup import FLOAT32, Setup
 
@@ -53,6 +52,7 @@ def index_loss_workspace(setup: Setup, dsa: DSAConfig) -> float:
     """Bytes of one block of rows of the indexer's loss: either attention's scores and their softmax, or what leads from
     scores of the indexer to gradients of its products; the mask, and what ALiBi adds."""
     heads, index_heads = setup.network.n_heads, dsa.index_heads
-    pairs = min(setup.local_tokens * setup.tokens, SCORES_AT_ONCE // max(heads, index_heads))
+    at_once = SCORES_AT_ONCE["cuda" if setup.cuda else "cpu"]
+    pairs = min(setup.local_tokens * setup.tokens, at_once // max(heads, index_heads))
     alibi = heads if setup.network.positions == "nape" else 0
     return FLOAT32 * pairs * (max(2 * heads, 4 + 2.25 * index_heads) + 0.25 + alibi)

@@ -48,7 +48,7 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         return flex_metadata
     if request.param != "masks":
         monkeypatch.setattr(model.visible_attention, "MASK_ELEMENTS", 4 * 16)
-        monkeypatch.setattr(model.dsa.indexer, "SCORES_AT_ONCE", 1000)
+        monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", 1000)
     return metadata
 
 
@@ -84,7 +84,7 @@ def chosen_keys(bits: Tensor, n_keys: int) -> list[list[list[int]]]:
 @pytest.mark.parametrize("at_once", [2**24, 500])
 def test_equal_scores_choose_the_later_key(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that are all negative, or few that are not: ReLU leaves ties at 0."""
-    monkeypatch.setattr(model.dsa.indexer, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 2, 40, 8, generator=generator), torch.randn(1, 40, 8, generator=generator)
     tokens = packed_tokens(40, None, CPU)

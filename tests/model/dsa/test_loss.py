@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.dsa.loss
+import model.visible_attention
 from model.config import DSAConfig
 from model.dsa.attention import DeepSeekSparseAttention
 from model.dsa.indexer import IndexInputs, index_scores, wide
 from model.dsa.loss import index_loss
-from model.dsa.tokens import Tokens, packed_tokens
+from model.dsa.tokens import cached_tokens, packed_tokens
+from model.kv_cache import Extension
 from model.sparse_attention import collected_auxiliary
 from model.transformer import Transformer
 from tests.model.dsa.looped import SIZES, WARMUP, attended, module, network, scores
@@ -34,7 +35,7 @@ def loss_of(sparse: DeepSeekSparseAttention, *inputs: Tensor, slopes: Tensor | N
 @pytest.mark.parametrize("at_once", [2**24, 2000])
 @pytest.mark.parametrize("sizes", [SIZES, WARMUP], ids=["sparse", "warmup"])
 def test_the_loss_equals_loops(sizes: DSAConfig, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.dsa.loss, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
     sparse, inputs = module(network(sizes)), draw(110, network(sizes))
     found = loss_of(sparse, *inputs, slopes=SLOPES, documents=DOCUMENTS)
     expected, bounds = 0.0, DOCUMENTS.tolist()
@@ -59,7 +60,7 @@ def drawn_index(n: int = 30, rows: int = 2) -> tuple[IndexInputs, Tensor, Tensor
 @pytest.mark.parametrize("at_once", [2**24, 900])
 def test_gradients_are_those_of_autograd(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same loss with whole matrices, times what comes from above."""
-    monkeypatch.setattr(model.dsa.loss, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
     index, q, k = drawn_index()
     index = IndexInputs(*(x.requires_grad_() for x in index))
     view = packed_tokens(30, None, CPU).dense_view(SLOPES)
@@ -182,13 +183,14 @@ def test_recall_rises_in_warmup() -> None:
 
 def test_rows_of_several_lengths_see_their_own_keys() -> None:
     """Of a cache, whose rows stand at other places."""
-    tokens = Tokens(torch.tensor([[3, 4], [7, 8]]), torch.zeros(2, 2, dtype=torch.int64), 9)
+    extension = Extension(torch.tensor([[3, 4], [7, 8]]), None, slice(0, 9), torch.tensor([5, 9], dtype=torch.int32))
+    tokens = cached_tokens(extension)
     index, q, k = drawn_index(9)
     parts = IndexInputs(index.q[:, :, :2], index.k, index.weights[:, :, :2])
     both = index_loss(parts, q[:, :, :2], k, tokens.dense_view(SLOPES))
     each = []
     for row in range(2):
-        one = Tokens(tokens.own_key[row : row + 1], tokens.first_key[row : row + 1], 9)
+        one = cached_tokens(replace(extension, position=extension.position[row : row + 1]))
         row_slice = slice(row, row + 1)
         alone = IndexInputs(*(x[row_slice] for x in parts))
         each.append(index_loss(alone, q[row_slice, :, :2], k[row_slice], one.dense_view(SLOPES)))
