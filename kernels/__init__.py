@@ -1,10 +1,12 @@
-"""Alpha-entmax attention and block-sparse softmax attention. Torch and triton only: no nn.Module, no configuration."""
+"""Alpha-entmax attention, and softmax attention over blocks of keys. Torch and triton only: no nn.Module, no
+configuration."""
 
 from kernels.alpha_entmax.attention import entmax_attention
 from kernels.alpha_entmax.rowwise import entmax
 from kernels.block_sparse.attention import BlockSparseStats, block_sparse_softmax_attention
 from kernels.block_sparse.reference import KEY_BLOCK, QUERY_BLOCK, block_maxima
 from kernels.common.stats import AttentionStats
+from kernels.selected_blocks.attention import selected_block_attention
 
 __all__ = [
     "KEY_BLOCK",
@@ -15,4 +17,5 @@ __all__ = [
     "block_sparse_softmax_attention",
     "entmax",
     "entmax_attention",
+    "selected_block_attention",
 ]

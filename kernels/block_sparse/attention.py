@@ -88,7 +88,7 @@ def block_sparse_softmax_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("block_sparse_softmax_attention has no backward pass: call it under torch.no_grad()")
     scale = checked_scale(q, scale, alibi_slopes)
-    backend = choose_backend(backend, BACKENDS, q, _unsupported(q))
+    backend = choose_backend(backend, BACKENDS, q, unsupported(q))
     if backend == "triton":
         refuse_transforms("block_sparse_softmax_attention by backend 'triton'", "take backend='torch'", q, k, v)
         out, kept = block_sparse_triton(
@@ -104,7 +104,7 @@ def block_sparse_softmax_attention(
 
 def runs_on_triton(q: Tensor) -> bool:
     """Whether backend "auto" takes the Triton kernel for q (B, H, Tq, D)."""
-    return choose_backend("auto", BACKENDS, q, _unsupported(q)) == "triton"
+    return choose_backend("auto", BACKENDS, q, unsupported(q)) == "triton"
 
 
 def _check_gate(q: Tensor, k: Tensor, thresholds: Tensor | None, blocks: Tensor | None, query_block: int) -> None:
@@ -140,8 +140,9 @@ def _check_gate(q: Tensor, k: Tensor, thresholds: Tensor | None, blocks: Tensor 
             raise ValueError(f"blocks must be bool on {q.device}, got {blocks.dtype} on {blocks.device}")
 
 
-def _unsupported(q: Tensor) -> str | None:
-    """128 queries of float32 beside a block of keys and one of values: wider heads would not fit in shared memory."""
+def unsupported(q: Tensor) -> str | None:
+    """What kernels of blocks cannot do for q (B, H, Tq, D), None where they can. 128 queries of float32 beside a block
+    of keys and one of values: wider heads would not fit in shared memory."""
     if q.dtype == torch.float32 and q.shape[3] > FLOAT32_HEAD_DIM:
         return f"takes float32 with head dims up to {FLOAT32_HEAD_DIM}, got {q.shape[3]}"
     return unsupported_by_triton(q.dtype, q.shape[3], q.device, widest_head_dim)

@@ -18,8 +18,9 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "entmax is differentiable once by this backend, but a gradient of it (create_graph=True) is being "
-            "differentiated: take backend='reference' (attention) or backend='torch' (entmax)"
+            "attention and entmax are differentiable once by this backend, but a gradient (create_graph=True) is being "
+            "differentiated: take backend='reference' (entmax_attention) or backend='torch' (entmax, "
+            "selected_block_attention)"
         )
 
 

@@ -26,7 +26,9 @@ import kernels.alpha_entmax.results
 import kernels.alpha_entmax.rowwise
 import kernels.block_sparse.attention
 import kernels.block_sparse.operator
-from kernels import block_sparse_softmax_attention, entmax, entmax_attention
+import kernels.selected_blocks.attention
+import kernels.selected_blocks.launches
+from kernels import block_sparse_softmax_attention, entmax, entmax_attention, selected_block_attention
 from kernels.block_sparse.reference import QUERY_BLOCKS
 
 LAUNCHING = {
@@ -34,8 +36,14 @@ LAUNCHING = {
     kernels.alpha_entmax.backward_launches: ("program_count",),
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
+    kernels.selected_blocks.launches: ("selected_launch", "dot_precision"),
 }
-CHOOSING = (kernels.alpha_entmax.attention, kernels.block_sparse.attention, kernels.alpha_entmax.rowwise)
+CHOOSING = (
+    kernels.alpha_entmax.attention,
+    kernels.block_sparse.attention,
+    kernels.alpha_entmax.rowwise,
+    kernels.selected_blocks.attention,
+)
 MOVED = re.compile(r"convert_layout .*: tensor<\d{2,}x\d{2,}xf32, #mma\d*> ->")
 CUDA = torch.device("cuda", 0)
 doing: list[str] = []
@@ -99,7 +107,7 @@ def pretend(capability: str) -> None:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Training, decoding and block-sparse softmax, with position bias."""
+    """Training, decoding, block-sparse softmax and selected blocks, with position bias."""
 
     def draw(tokens: int) -> Tensor:
         return torch.randn(1, 2, tokens, head_dim).to(dtype).requires_grad_()
@@ -119,6 +127,13 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         for size in QUERY_BLOCKS:
             grid = torch.ones(1, 1, 128 // size, 2, dtype=torch.bool)
             block_sparse_softmax_attention(q, k, v, blocks=grid, query_block=size, backend="triton")
+    own = torch.arange(128)[None]
+    first = (own // 64 * 64)[:, None, :, None].int()
+    for few in (128, 0):  # a query at a time, a block at a time
+        kernels.selected_blocks.tuning.FEW_QUERIES = few
+        selected = (q.detach().requires_grad_(), k[:, :1], v[:, :1], first, own)
+        out = selected_block_attention(*selected, block_size=64, alibi_slopes=slopes, backend="triton")
+        out.sum().backward()
 
 
 if __name__ == "__main__":

@@ -26,18 +26,19 @@ ATTENTION = {
     "decode_values",
 }
 UNMOVED = {"entmax_scan", "entmax_refine", "entmax_sum", "entmax_backward_queries"}
-BLOCK_SPARSE, ROWS = {"block_sparse_softmax"}, {"entmax_rows_forward", "entmax_rows_backward"}
+SELECTED = {"attend_by_query", "attend_by_key", "merge_slots", "row_products", "backward_by_key", "sum_parts"}
+BLOCKS, ROWS = {"block_sparse_softmax"} | SELECTED, {"entmax_rows_forward", "entmax_rows_backward"}
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
 EVERYWHERE = [
-    ("9.0", ("64-bfloat16", "rows"), ATTENTION | BLOCK_SPARSE | ROWS),
+    ("9.0", ("64-bfloat16", "rows"), ATTENTION | BLOCKS | ROWS),
     ("8.6", ("256-bfloat16",), ATTENTION),
 ]
 WITH_GPU = [
-    ("8.0", ("256-bfloat16",), ATTENTION | BLOCK_SPARSE),
-    ("8.6", ("64-bfloat16",), ATTENTION | BLOCK_SPARSE),
+    ("8.0", ("256-bfloat16",), ATTENTION | BLOCKS),
+    ("8.6", ("64-bfloat16",), ATTENTION | BLOCKS),
     ("8.6", ("128-float32",), ATTENTION),
-    ("8.9", ("128-bfloat16",), ATTENTION | BLOCK_SPARSE),
+    ("8.9", ("128-bfloat16",), ATTENTION | BLOCKS),
     ("9.0", ("256-float32",), ATTENTION),
     ("12.0", ("256-bfloat16",), ATTENTION),
 ]
