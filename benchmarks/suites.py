@@ -13,6 +13,7 @@ from benchmarks.block_sparse import bsfa
 from benchmarks.measure import CheckFailed, Measurement, Repeats, Timing, measure, run_once, statistics_of
 from benchmarks.peers import OURS, OURS_WITHOUT_SKIP, PEERS
 from benchmarks.report import Report, crossing, interpolated, plot_speed_up
+from benchmarks.selected_blocks import selected
 from benchmarks.trained import mean_shares, position_free, summed
 from benchmarks.workloads import (
     SHIFT,
@@ -318,5 +319,5 @@ def full(bench: Bench) -> None:
 SUITES: dict[str, Callable[[Bench], None]] = {
     "table": table, "density": density, "length": length, "head_dim": head_dim, "alpha": alpha, "alibi": alibi,
     "documents": documents, "memory": memory, "errors": rounding, "patterns": patterns, "checkpoint": checkpoint,
-    "trained": trained, "full": full, "bsfa": bsfa,
+    "trained": trained, "full": full, "bsfa": bsfa, "selected": selected,
 }  # fmt: skip
