@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from kernels import selected_block_attention
+from kernels.block_sparse.attention import runs_on_triton
 from model.config import ModelConfig
 from model.kv_cache import Extension, LayerCache
 from model.nsa.blocks import Blocks, cached_blocks, packed_blocks
-from model.nsa.branches import compression_branch, selected_block_mask, selection_branch, window_branch
+from model.nsa.branches import compression_branch, selection_branch, window_branch
 from model.nsa.config import BRANCHES, NSAConfig
 from model.nsa.selection import select_blocks
 from model.softmax import make_block_mask
 from model.sparse_attention import SparseAttention
-from model.visible_attention import attend_flex, attend_masked, uses_flex
+from model.visible_attention import View, attend_flex, attend_masked, uses_flex
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class NativeSparseAttention(SparseAttention):
         assert config.attention.nsa is not None
         return _with_masks(cached_blocks(config.attention.nsa, extension))
 
-    @torch.compiler.disable  # what is selected decides on masks; FlexAttention is compiled by itself
+    @torch.compiler.disable  # FlexAttention is compiled by itself
     def forward(
         self,
         x: Tensor,
@@ -103,28 +105,31 @@ class NativeSparseAttention(SparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, metadata: NSAMetadata, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What compression, selection and window give, (B, H, n, D) each, before the gates."""
-        blocks, heads_per_group = metadata.blocks, q.shape[1] // self.n_kv_heads
+        blocks = metadata.blocks
         keys, values = k.unflatten(1, (BRANCHES, -1)).unbind(1), v.unflatten(1, (BRANCHES, -1)).unbind(1)
         tokens = blocks.compressed_tokens()
         compressed = self.compress_k(keys[0], tokens).to(q.dtype)
         compressed_values = self.compress_v(values[0], tokens).to(q.dtype)
-        selection = select_blocks(q, compressed, blocks, slopes)
-        branches = (
-            compression_branch(blocks, slopes),
-            selection_branch(blocks, slopes, selection.selected, heads_per_group),
-            window_branch(blocks, slopes),
+        chosen = select_blocks(q, compressed, blocks, slopes)
+        return (
+            _attend(q, compressed, compressed_values, compression_branch(blocks, slopes), metadata.compression),
+            _attend_selected(q, keys[1], values[1], chosen, blocks, slopes),
+            _attend(q, keys[2], values[2], window_branch(blocks, slopes), metadata.window),
         )
-        operands = ((compressed, compressed_values), (keys[1], values[1]), (keys[2], values[2]))
-        if metadata.compression is None or metadata.window is None:
-            parts = [attend_masked(q, *both, branch) for both, branch in zip(operands, branches, strict=True)]
-        else:
-            selected = selected_block_mask(branches[1].visible, selection, blocks, heads_per_group)
-            masks = (metadata.compression, selected, metadata.window)
-            parts = [
-                attend_flex(q, *both, branch, mask)
-                for both, branch, mask in zip(operands, branches, masks, strict=True)
-            ]
-        return parts[0], parts[1], parts[2]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, branch: View, mask: BlockMask | None) -> Tensor:
+    return attend_masked(q, k, v, branch) if mask is None else attend_flex(q, k, v, branch, mask)
+
+
+def _attend_selected(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, blocks: Blocks, slopes: Tensor | None) -> Tensor:
+    """By the kernel, which reads nothing else, where it runs. chosen: as `select_blocks` gives it."""
+    if not runs_on_triton(q):
+        return attend_masked(q, k, v, selection_branch(blocks, slopes, chosen, q.shape[1] // k.shape[1]))
+    return selected_block_attention(
+        q, k, v, blocks.selected_first_keys(chosen), blocks.own_key, block_size=blocks.config.select_block,
+        n_blocks=blocks.n_selectable, alibi_slopes=slopes,
+    )  # fmt: skip
 
 
 def _with_masks(blocks: Blocks) -> NSAMetadata:

@@ -61,8 +61,11 @@ class Blocks(TokenPositions):
 
         return visible
 
-    def sees_selected(self, selected: Tensor, heads_per_group: int) -> Visible:
-        """Tokens of selected blocks, up to the query. selected: bool (B, G, n, n_select)."""
+    def sees_selected(self, chosen: Tensor, heads_per_group: int) -> Visible:
+        """Tokens of selected blocks, up to the query. chosen: int64 (B, G, n, count), of the query's document, -1 for
+        none."""
+        selected = torch.zeros(*chosen.shape[:3], self.n_select + 1, dtype=torch.bool, device=chosen.device)
+        selected.scatter_(-1, chosen.where(chosen >= 0, self.n_select), True)
         distance, block = self.distance(self.key_position), self.key_position // self.config.select_block
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -70,6 +73,16 @@ class Blocks(TokenPositions):
             return seen & selected[b, h // heads_per_group, i, block[j]]
 
         return visible
+
+    def selected_first_keys(self, chosen: Tensor) -> Tensor:
+        """int32 (B, G, n, count), the first token of each selected block, -1 for none. chosen: as above."""
+        start = (self.own_key - self.position)[:, None, :, None]
+        return (start + chosen * self.config.select_block).where(chosen >= 0, -1).int()
+
+    @property
+    def n_selectable(self) -> int:
+        """No fewer than there are blocks to select in all documents of a row."""
+        return self.n_keys // self.config.select_block + len(self.starts)
 
 
 def packed_blocks(

@@ -1,7 +1,5 @@
 """Which blocks each query selects: equations 8 to 12 of arXiv:2502.11089."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -10,16 +8,8 @@ from model.nsa.blocks import Blocks
 from model.visible_attention import SCORES_AT_ONCE
 
 
-class Selection(NamedTuple):
-    """selected: bool (B, G, n, n_select). blocks: int64 (B, G, n, count), those that are selected, the query's own in
-    the place of those that there are not."""
-
-    selected: Tensor
-    blocks: Tensor
-
-
 @torch.no_grad()
-def select_blocks(q: Tensor, compressed: Tensor, blocks: Blocks, slopes: Tensor | None) -> Selection:
+def select_blocks(q: Tensor, compressed: Tensor, blocks: Blocks, slopes: Tensor | None) -> Tensor:
     """The same for all query heads of a group; without gradient, since choosing has none.
 
     Scores are sums over the group's heads of the compression branch's weights, each divided among the blocks that its
@@ -27,6 +17,8 @@ def select_blocks(q: Tensor, compressed: Tensor, blocks: Blocks, slopes: Tensor 
 
     Args:
         q: (B, H, n, D). compressed: compressed keys (B, G, C, D). slopes: as in AttentionMetadata.
+
+    Returns: int64 (B, G, n, count), counted from the start of each query's document, -1 where it has no more blocks.
     """
     rows = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * q.shape[1] * compressed.shape[2]))
     with torch.autocast(q.device.type, enabled=False):
@@ -34,7 +26,7 @@ def select_blocks(q: Tensor, compressed: Tensor, blocks: Blocks, slopes: Tensor 
             _choose(block_scores(q[:, :, part], compressed, blocks, part, slopes), blocks, part)
             for part in torch.arange(q.shape[2], device=q.device).split(rows)
         ]
-    return Selection(*(torch.cat(each, dim=2) for each in zip(*parts, strict=True)))
+    return torch.cat(parts, dim=2)
 
 
 def block_scores(q: Tensor, compressed: Tensor, blocks: Blocks, rows: Tensor, slopes: Tensor | None) -> Tensor:
@@ -71,13 +63,11 @@ def _by_overlap(weights: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
     return scores
 
 
-def _choose(scores: Tensor, blocks: Blocks, rows: Tensor) -> Selection:
-    """scores: as `block_scores` gives them."""
+def _choose(scores: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+    """scores: as `block_scores` gives them. Returns what `select_blocks` does, of these rows."""
     own = (blocks.position[:, rows] // blocks.config.select_block)[:, None, :, None]  # [b or 1, 1, rows, 1]
     block = torch.arange(blocks.n_select, device=scores.device)
     always = (block == 0) | (block > own - blocks.config.select_local)
     scores = scores.masked_fill(always, torch.inf).masked_fill(block > own, -torch.inf)
     best = scores.topk(min(blocks.config.select_count, blocks.n_select))
-    there = best.values > -torch.inf
-    index = torch.where(there, best.indices, own)
-    return Selection(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True), index)
+    return best.indices.where(best.values > -torch.inf, -1)

@@ -1,10 +1,11 @@
 """What Native Sparse Attention keeps for backward, besides a layer's projections."""
 
 from model.nsa.config import BRANCHES, NSAConfig
-from model.visible_attention import MASK_ELEMENTS, TILE
+from model.visible_attention import MASK_ELEMENTS
 from training.memory.setup import FLOAT32, Setup
 
-INT64 = 8  # bytes
+INT32, INT64 = 4, 8  # bytes
+PART_ELEMENTS, READERS = 2**28, 1024  # of kernels/selected_blocks
 
 
 def branch_activations(setup: Setup, nsa: NSAConfig) -> float:
@@ -16,8 +17,7 @@ def branch_activations(setup: Setup, nsa: NSAConfig) -> float:
     outputs = BRANCHES * w * heads * head_dim
     blocks = network.n_kv_heads * -(-setup.sequence_length // nsa.select_block)  # a byte each: which are selected
     if setup.cuda:
-        tiles = 2 * FLOAT32 * heads * setup.tokens / TILE**2  # FlexAttention's lists of them, by queries and by keys
-        return n * (token + outputs + BRANCHES * FLOAT32 * heads + blocks + tiles)
+        return n * (token + outputs + BRANCHES * FLOAT32 * heads + INT32 * network.n_kv_heads * _selected(setup, nsa))
     if in_blocks_of_rows(setup):
         return n * (token + outputs + blocks)
     # one call a branch: its output before queries that see nothing are zeroed, log-sum-exp, its mask as numbers
@@ -34,18 +34,32 @@ def kept_outputs(setup: Setup) -> float:
 
 def branch_workspace(setup: Setup, nsa: NSAConfig) -> float:
     """Bytes of gradients in the branches' backward beside those of q and of all keys and values: of the branches'
-    outputs, of the tokens of compressed blocks; and on a CPU the mask of a block of rows, as numbers, and as it is
-    made of them."""
+    outputs, of the tokens of compressed blocks; on CUDA the shares that the kernel of selected blocks sums up, of rows
+    and of keys; on a CPU the mask of a block of rows, as numbers, and as it is made of them."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     outputs = BRANCHES * w * network.n_heads * network.head_size
     windows = 2 * w * network.n_kv_heads * network.head_size * nsa.compress_length / nsa.compress_stride
     rows = 0 if setup.cuda or not in_blocks_of_rows(setup) else MASK_ELEMENTS
-    return n * (outputs + windows) + 2.0 * FLOAT32 * rows
+    shares = _selection_shares(setup, nsa) if setup.cuda else 0.0
+    return n * (outputs + windows) + shares + 2.0 * FLOAT32 * rows
 
 
 def in_blocks_of_rows(setup: Setup) -> bool:
     """Whether the path with masks takes the queries in several parts, and computes their weights again in backward."""
     return setup.network.n_heads * setup.tokens**2 > MASK_ELEMENTS
+
+
+def _selected(setup: Setup, nsa: NSAConfig) -> int:
+    """Blocks that a query has, or places for them."""
+    return min(nsa.select_count, -(-setup.sequence_length // nsa.select_block))
+
+
+def _selection_shares(setup: Setup, nsa: NSAConfig) -> float:
+    """Bytes of the shares of dq, one a row and selected block, and of dk and dv, one a part of a block's readers."""
+    network, n, count = setup.network, setup.local_tokens, _selected(setup, nsa)
+    rows = min(n * network.n_heads * count * network.head_size, PART_ELEMENTS)
+    parts = network.n_kv_heads * (n / nsa.select_block + n * count / READERS)
+    return FLOAT32 * (rows + 2 * parts * nsa.select_block * network.head_size)
 
 
 def _compression(setup: Setup, nsa: NSAConfig) -> float:

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import model.nsa.attention
-import model.nsa.branches
+import model.nsa.attention as model_nsa
 import model.nsa.selection
 import model.visible_attention
+from kernels import selected_block_attention
 from model.config import ModelConfig, NSAConfig
+from model.inference.incremental import extend, make_cache, prefill
 from model.nsa.attention import NativeSparseAttention, NSAMetadata, block_masks
-from model.nsa.branches import selected_block_mask, selection_branch
 from model.nsa.selection import block_scores, select_blocks
-from model.visible_attention import mask_and_bias
+from model.transformer import Transformer
 from tests.model.nsa.looped import SIZES, branches, module, network
-from tests.model.sparse_inputs import draw, graphs_of_flex
+from tests.model.sparse_inputs import draw, graphs_of_flex, with_large_weights
 
 CPU = torch.device("cpu")
 # one of no tokens, some too short for a compressed block, ends inside of blocks
@@ -33,7 +33,7 @@ def metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = Non
 
 
 def flex_metadata(*args) -> NSAMetadata:
-    """As on CUDA."""
+    """As on CUDA, but for the kernel, whose reference runs in its place."""
     blocks = metadata(*args).blocks
     return NSAMetadata(blocks, *block_masks(blocks))
 
@@ -45,6 +45,7 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(
             model.visible_attention, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention
         )
+        monkeypatch.setattr(model_nsa, "runs_on_triton", lambda q: True)
         return flex_metadata
     if request.param != "masks":
         monkeypatch.setattr(model.visible_attention, "MASK_ELEMENTS", 4 * 16)
@@ -115,12 +116,14 @@ def test_first_own_and_the_block_before_are_always_selected() -> None:
     blocks = metadata(config, 110, DOCUMENTS).blocks
     chosen = select_blocks(q, sparse.compress_k(k[:, :2], blocks.compressed_tokens()), blocks, None)
     own = blocks.position[0] // SIZES.select_block
+    first_keys, bounds = blocks.selected_first_keys(chosen), DOCUMENTS.tolist()
     for t in range(110):
+        document = max(start for start in bounds if start <= t)
         for group in range(2):
-            those = set(chosen.selected[0, group, t].nonzero().flatten().tolist())
+            those = set(chosen[0, group, t].tolist()) - {-1}
+            assert {document + 8 * j for j in those} == set(first_keys[0, group, t].tolist()) - {-1}
             assert {0, int(own[t]), max(0, int(own[t]) - 1)} <= those and max(those) == own[t]
             assert len(those) == min(SIZES.select_count, int(own[t]) + 1)
-            assert those == set(chosen.blocks[0, group, t].tolist())
 
 
 def test_scores_are_the_compression_branchs_weights() -> None:
@@ -134,19 +137,32 @@ def test_scores_are_the_compression_branchs_weights() -> None:
     torch.testing.assert_close(scores[:, :, 3:].sum(-1), torch.full((1, 2, 37), 2 * 2.0, dtype=torch.float64))
 
 
-def test_tiles_of_the_block_mask_are_those_with_selected_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module_with_tiles in (model.nsa.branches, model.visible_attention):
-        monkeypatch.setattr(module_with_tiles, "TILE", 16)
-    config = network()
-    sparse, (_, q, k, _) = module(config), draw(110, config)
-    blocks = metadata(config, 110, DOCUMENTS).blocks
-    chosen = select_blocks(q, sparse.compress_k(k[:, :2], blocks.compressed_tokens()), blocks, None)
-    branch = selection_branch(blocks, None, chosen.selected, 2)
-    token = torch.arange(110)
-    explicit, _ = mask_and_bias(branch, (1, 4), token, token)
-    tiles = torch.nn.functional.pad(explicit, (0, 2, 0, 2)).unflatten(2, (7, 16)).unflatten(4, (7, 16)).any(5).any(3)
-    found = selected_block_mask(branch.visible, chosen, blocks, 2).to_dense().bool()
-    assert torch.equal(found, tiles) and found.float().mean() < 0.45
+@torch.no_grad()
+def test_cached_tokens_read_the_selected_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of several lengths in chunks, then single tokens: by the kernel's reference as by masks."""
+    model = Transformer(network(positions="nape")).double()
+    with_large_weights(model)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(61, (length,), generator=generator).tolist() for length in (75, 60, 9)]
+
+    def run() -> list[Tensor]:
+        cache = make_cache(model, 3, 80)
+        found = [prefill(model, prompts, cache, chunk_tokens=60)]
+        found += [extend(model, torch.tensor([[i], [i + 1], [i + 2]]), cache) for i in range(3)]
+        return found
+
+    calls = []
+
+    def counted(*inputs, **options) -> Tensor:
+        calls.append(inputs[4].shape)
+        return selected_block_attention(*inputs, **options)
+
+    masked = run()
+    monkeypatch.setattr(model_nsa, "runs_on_triton", lambda q: True)
+    monkeypatch.setattr(model_nsa, "selected_block_attention", counted)
+    for ours, expected in zip(run(), masked, strict=True):
+        torch.testing.assert_close(ours, expected, **EXACT)
+    assert calls[-3:] == [(3, 1)] * 3 and len(calls) > 5
 
 
 def test_rows_in_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +247,6 @@ def test_phi_has_zero_gradients_where_no_block_is_full() -> None:
 
 def test_compiled_blocks_attend_alike() -> None:
     """What is compiled around NSA leaves it as it is."""
-    from model.transformer import Transformer
-
     torch._dynamo.reset()
     torch.manual_seed(0)
     eager = Transformer(network(positions="rope"))
@@ -248,18 +262,21 @@ def test_compiled_blocks_attend_alike() -> None:
 
 @torch.no_grad()
 def test_flex_attention_is_compiled_once_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents that end elsewhere and blocks selected anew are values, not code: no later step compiles again."""
+    """Documents that end elsewhere are values, not code: no later step compiles again. Selected blocks have a kernel of
+    their own."""
     graphs = graphs_of_flex(monkeypatch)
     config = network()
     sparse = module(config)
     for seed, ends in enumerate(([40, 110], [7, 110], [20, 30, 110])):
         _, q, k, v = draw(110, config, seed=seed)
         documents = torch.tensor([0, *ends], dtype=torch.int32)
-        ours = sparse.attend(q, k, v, flex_metadata(config, 110, documents, 110), SLOPES)
+        with monkeypatch.context() as as_on_cuda:
+            as_on_cuda.setattr(model_nsa, "runs_on_triton", lambda q: True)
+            ours = sparse.attend(q, k, v, flex_metadata(config, 110, documents, 110), SLOPES)
         masked = sparse.attend(q, k, v, metadata(config, 110, documents, 110), SLOPES)
         for found, expected in zip(ours, masked, strict=True):
             torch.testing.assert_close(found, expected, **EXACT)
-        assert len(graphs) == 3
+        assert len(graphs) == 2
 
 
 def test_what_is_compiled_within_is_compiled() -> None:

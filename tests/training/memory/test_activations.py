@@ -12,15 +12,19 @@ from torch.utils._pytree import tree_leaves
 
 import kernels.alpha_entmax.results
 import model.transformer
+import training.memory.nsa
 import training.module
 import training.step.float8
 import training.step.recomputation
+from kernels.selected_blocks.launches import PART_ELEMENTS
+from kernels.selected_blocks.readers import READERS
 from model.attention import kept_bits, make_metadata
 from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
-from tests.training.memory.helpers import MODELS, MODES, TOKENS, autocast, batch, make, needs_float8_by_row
+from tests.training.memory.helpers import MODELS, MODES, NSA, TOKENS, autocast, batch, make, needs_float8_by_row
 from training.memory.activations import block_activations, kept_of_attention
 from training.memory.estimate import estimate
+from training.memory.nsa import branch_activations, branch_workspace
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.activations import KeepOnHost
@@ -198,6 +202,28 @@ def test_blocks_of_rows_keep_no_masks(precision: str, name: str, chosen: int, mo
     module, setup = make(MODELS[name], precision)
     found = measured_activations(module, setup) + 3 * TOKENS * chosen
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
+
+
+def test_sizes_of_the_kernel_of_selected_blocks() -> None:
+    assert (training.memory.nsa.PART_ELEMENTS, training.memory.nsa.READERS) == (PART_ELEMENTS, READERS)
+
+
+def test_selected_blocks_on_cuda() -> None:
+    """Their first keys are kept, 4 bytes each; backward holds shares of dq, up to a bound, and of dk and dv."""
+    setup = make(MODELS["nsa-rope"])[1]
+    kept = (
+        branch_activations(replace(setup, cuda=True), NSA),
+        branch_activations(replace(setup, cuda=True), replace(NSA, select_count=3)),
+    )
+    assert kept[0] - kept[1] == TOKENS * 2 * 4
+    rows = TOKENS * 4 * 4 * 16 * 4  # heads, blocks, head dim, bytes
+    parts = 2 * (TOKENS / 8 + TOKENS * 4 / 1024)
+    keys = 2 * parts * 8 * 16 * 4
+    without = branch_workspace(setup, NSA)
+    assert branch_workspace(replace(setup, cuda=True), NSA) - without == pytest.approx(rows + keys)
+    long = replace(setup, cuda=True, tokens=2**22, sequence_length=2**22)
+    shares = 2**30 + 2 * 2 * (2**22 / 8 + 2**22 * 4 / 1024) * 8 * 16 * 4
+    assert branch_workspace(long, NSA) - branch_workspace(setup, NSA) * 2**22 / TOKENS == pytest.approx(shares)
 
 
 def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
