@@ -1,4 +1,4 @@
-"""Attention kinds that are trained sparse: what `model.attention` makes a layer's SparseAttention of, and their loss."""
+"""Attention kinds that are trained sparse: what `model.attention` makes a layer's SparseAttention of, and a loss."""
 
 from torch import Tensor
 
