@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from model.config import ModelConfig
+from model.dms.cache import ForgettingKeys
 from model.dms.eviction import EvictionLogits, logistic_noise
 from model.dms.tokens import DelayedKeys
 from model.kv_cache import Extension, LayerCache
@@ -60,9 +61,11 @@ class DynamicMemorySparsification(SparseAttention):
         v: Tensor,
         metadata: DelayedKeys,
         slopes: Tensor | None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | ForgettingKeys | None = None,
         alpha: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(cache, ForgettingKeys):
+            return cache.attend(q, k, v, self.eviction(x) > 0, slopes)
         if self.has_auxiliary:
             log_kept = self.log_kept(x, metadata).repeat_interleave(q.shape[1] // k.shape[1], 1)
             if not metadata.flex:
