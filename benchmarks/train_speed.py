@@ -51,7 +51,7 @@ from training.step.loss import resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer
 from training.throughput import peak_memory_gib, speed_metrics
 
-KINDS = ("softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa", "hierarchical")
+KINDS = ("softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa", "dms", "hierarchical")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
@@ -149,7 +149,7 @@ class Trial:
 
     @torch.no_grad()
     def live_percent(self, length: int) -> float | None:
-        if not self.config.attention.has_alpha:
+        if not self.config.attention.has_statistics:
             return None
         ids = torch.randint(self.config.vocab_size, (1, length), device=self.device)
         with torch.autocast("cuda", dtype=torch.bfloat16):

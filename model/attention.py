@@ -60,6 +60,7 @@ def make_metadata(
     *,
     alpha_progress: Tensor | None = None,
     shards: SequenceShards | None = None,
+    number: Tensor | None = None,
 ) -> AttentionMetadata:
     """n_tokens: of this rank. Others as in `Transformer.forward`. Raises ValueError for shards of a kind of
     model.trained_sparse."""
@@ -82,7 +83,7 @@ def make_metadata(
         slopes = None if slopes is None else exchange.local_heads(slopes)
     rotary = rotary_tables(position, config, last) if config.positions == "rope" else None
     log_position = torch.log(2 + position.float())
-    sparse = None if kind is None else kind.metadata(config, n_tokens, cu_seqlens, max_seqlen, device)
+    sparse = None if kind is None else kind.metadata(config, n_tokens, cu_seqlens, max_seqlen, device, number)
     return AttentionMetadata(
         cu_seqlens, max_seqlen, log_position, rotary, slopes, block_mask, alpha_progress, exchange, sparse
     )

@@ -1,7 +1,7 @@
-"""What entmax attention did: support, live tiles, alpha and temperature of every head."""
+"""What sparse attention did: support, live tiles, alpha and temperature of every head."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels import entmax_attention
 from kernels.common.visibility import TILE
 from model.attention import Attention, AttentionMetadata, make_metadata
+from model.dms.attention import DynamicMemorySparsification
 from model.hierarchical.attention import HierarchicalEntmax
 from model.kv_cache import Extension
 from model.layers import HeadAlpha
@@ -21,22 +22,22 @@ from model.transformer import Transformer
 @dataclass(frozen=True)
 class LayerStats:
     """Statistics of one layer, per query head, float32 (H,): mean support size (keys with weight) per query; share of
-    live 64 x 64 tiles; alpha (None for softmax kinds); mean temperature of each head (1 for heads without one;
-    None for kinds without one); of kind hierarchical the mean number of live blocks per query, and the share of pairs
-    of a query and a key that it may see which is read (None for other kinds)."""
+    live 64 x 64 tiles; alpha (None for softmax kinds and dms); mean temperature of each head (1 for heads without one;
+    None for kinds without one); of kind hierarchical the mean number of live blocks per query; of it and of dms the
+    share of pairs of a query and a key that it may see which is read (None for other kinds)."""
 
     support_mean: Tensor
     live_share: Tensor
-    alpha: Tensor | None
-    temperature: Tensor | None
-    temperature_max: Tensor | None
+    alpha: Tensor | None = None
+    temperature: Tensor | None = None
+    temperature_max: Tensor | None = None
     live_blocks: Tensor | None = None
     pairs_read: Tensor | None = None
 
 
 @torch.no_grad()
 def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[LayerStats]:
-    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError for kinds without alpha."""
+    """One LayerStats a layer, from a forward pass over tokens (B, T). Raises ValueError as record_stats."""
     progress = model.alpha_progress()
     metadata = make_metadata(model.config, tokens.shape[1], cu_seqlens, None, tokens.device, alpha_progress=progress)
     with record_stats(model) as stats:
@@ -50,26 +51,46 @@ def attention_stats(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | Non
 def record_stats(model: Transformer) -> Iterator[list[LayerStats]]:
     """Inside, each layer's attention appends its LayerStats, of whole sequences on one rank.
 
-    Raises: ValueError for kinds without alpha, and where the model's attention is overridden already.
+    Raises: ValueError for kinds without (AttentionConfig.has_statistics), and where the model's attention is overridden
+    already.
     """
     stats: list[LayerStats] = []
     recorders, hooks = [], []
+    kind = model.config.attention
+    if not kind.has_statistics:
+        what = "is dense" if kind.is_softmax else "chooses keys before it weighs them"
+        raise ValueError(f"attention kind {kind.kind!r} {what}: it has no support statistics")
     for block in model.layers():
         attention = block.attention
+        if isinstance(attention.sparse, DynamicMemorySparsification):
+            hooks.append(attention.sparse.register_forward_hook(_of_evictions(stats)))
         if attention.alpha is None:
-            kind = model.config.attention
-            what = "is dense" if kind.is_softmax else "chooses keys before it weighs them"
-            raise ValueError(f"attention kind {kind.kind!r} {what}: it has no support statistics")
+            continue
         recorder = _LayerRecorder(attention, attention.alpha, stats)
         recorders.append(recorder)
         if attention.temperature is not None:
             hooks.append(attention.temperature.register_forward_hook(recorder.keep_temperature))
     try:
-        with override_attention(model, recorders):
+        with override_attention(model, recorders) if recorders else nullcontext():
             yield stats
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _of_evictions(stats: list[LayerStats]) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook that appends what a layer of kind dms reads: decisions without noise, as outside of training."""
+
+    def hook(sparse: nn.Module, inputs: Any, _: Tensor) -> None:
+        assert isinstance(sparse, DynamicMemorySparsification)
+        x, q, k, _, tokens = inputs[:5]
+        evicted = sparse.evicted(x, tokens).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, H, T]
+        all_kept = torch.zeros_like(evicted)
+        read, visible = (tokens.keys_read(gone).float().mean(0) for gone in (evicted, all_kept))
+        live, of = (tokens.tiles(gone, TILE).sum((2, 3)).float().mean(0) for gone in (evicted, all_kept))
+        stats.append(LayerStats(read / q.shape[2], live / of, pairs_read=read / visible))
+
+    return hook
 
 
 class _LayerRecorder:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import entmax
 from model.attention import Attention, AttentionMetadata, make_metadata
 from model.attention_stats import LayerStats, record_stats
+from model.dms.attention import DynamicMemorySparsification
 from model.hierarchical.attention import HierarchicalEntmax
 from model.transformer import Transformer
 
@@ -60,7 +61,7 @@ def layer_profiles(
     metadata = make_metadata(model.config, tokens.shape[1], None, None, tokens.device, alpha_progress=progress)
     shapes: list[WeightShape] = []
     none: list[LayerStats] = []
-    with record_stats(model) if model.config.attention.has_alpha else nullcontext(none) as stats:
+    with record_stats(model) if model.config.attention.has_statistics else nullcontext(none) as stats:
         x = model.embedding(tokens)
         for block in model.layers():
             shapes.append(weight_shape(block.attention, block.attention_norm(x), metadata, queries, sink_tokens))
@@ -76,9 +77,12 @@ def weight_shape(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = q[0][:, queries].to(dtype), k[0].to(dtype)
     heads, n_keys = q.shape[0], k.shape[1]
+    evicted = None
+    if isinstance(attention.sparse, DynamicMemorySparsification):
+        evicted = attention.sparse.evicted(x, metadata.sparse)[0].repeat_interleave(heads // len(k), 0)
     sums = torch.zeros(3, heads, device=q.device)
     for rows in torch.arange(len(queries), device=q.device).split(max(1, WEIGHTS_AT_ONCE // (heads * n_keys))):
-        weights, n_visible = attention_weights(attention, q[:, rows], k, queries[rows], metadata)
+        weights, n_visible = attention_weights(attention, q[:, rows], k, queries[rows], metadata, evicted)
         entropy = torch.special.entr(weights).sum(-1)  # [H, rows]
         relative = torch.where(n_visible > 1, entropy / n_visible.log(), 0.0)
         sink = weights[..., :sink_tokens].sum(-1)
@@ -87,13 +91,19 @@ def weight_shape(
 
 
 def attention_weights(
-    attention: Attention, q: Tensor, k: Tensor, rows: Tensor, metadata: AttentionMetadata
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    metadata: AttentionMetadata,
+    evicted: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weights of some queries over all keys of one document.
 
     Args:
         q: (H, n, D), times its temperature, of the tokens at positions `rows` (n,).
         k: (G, T, D), in q's dtype: float32 or float64.
+        evicted: bool (H, T), of kind dms the keys that only queries near them see; None for others.
 
     Returns: weights (H, n, T), 0 for keys that are not visible, and the number of visible keys int64 (n,).
     """
@@ -106,6 +116,8 @@ def attention_weights(
     window = attention.config.window
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     scores.masked_fill_(~visible, -torch.inf)
+    if evicted is not None:
+        scores.masked_fill_(evicted[:, None] & (distance > metadata.sparse.window), -torch.inf)
     if attention.alpha is None:
         return scores.softmax(-1), visible.sum(-1)
     alpha = attention.alpha(q.device, metadata.alpha_progress)

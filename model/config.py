@@ -4,19 +4,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from common.checks import check_number
+from model.dms.config import DMSConfig
 from model.dsa.config import DSAConfig
 from model.hierarchical.config import HierarchicalConfig
 from model.nsa.config import BRANCHES, NSAConfig
 
-AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa", "hierarchical"]
+AttentionKind = Literal["softmax", "ssmax", "entmax", "asentmax", "nsa", "dsa", "dms", "hierarchical"]
 Positions = Literal["rope", "nape", "nope"]
 NapeSlopes = Literal["linear", "exp"]
 RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
 
 # kinds that choose what to read, each with sizes of its own in the field of AttentionConfig of its name
-TRAINED_SPARSE: dict[str, type[NSAConfig] | type[DSAConfig] | type[HierarchicalConfig]] = {
+TRAINED_SPARSE: dict[str, type[NSAConfig] | type[DSAConfig] | type[DMSConfig] | type[HierarchicalConfig]] = {
     "nsa": NSAConfig,
     "dsa": DSAConfig,
+    "dms": DMSConfig,
     "hierarchical": HierarchicalConfig,
 }
 BACKENDS = ("auto", "triton", "torch", "reference")  # of kernels.entmax_attention
@@ -41,7 +43,8 @@ class AttentionConfig:
             log(2 + position)); entmax (alpha-entmax); asentmax (alpha-entmax with the adaptive temperature of
             arXiv:2506.16640); nsa (Native Sparse Attention, arXiv:2502.11089: softmax over compressed keys, selected
             blocks and a window); dsa (DeepSeek Sparse Attention of DeepSeek-V3.2-Exp: softmax over the tokens that an
-            indexer chooses); hierarchical (entmax over summaries of blocks, softmax over the tokens of those with
+            indexer chooses); dms (Dynamic Memory Sparsification, arXiv:2506.05345: softmax over the tokens that a KV
+            head has not evicted); hierarchical (entmax over summaries of blocks, softmax over the tokens of those with
             weight).
         alpha: start value of every head; entmax kinds and hierarchical only.
         learn_alpha: one alpha per head is a parameter, kept inside (alpha_min, alpha_max).
@@ -54,7 +57,7 @@ class AttentionConfig:
             delta + 0.69. Clearly negative: it starts near delta (-5: delta + 0.007), which with delta = 1 is the scale
             of softmax, for weights that were trained with that.
         backend: of kernels.entmax_attention.
-        nsa, dsa, hierarchical: sizes of the kind of that name, None for others.
+        nsa, dsa, dms, hierarchical: sizes of the kind of that name, None for others.
     """
 
     kind: AttentionKind = "asentmax"
@@ -70,6 +73,7 @@ class AttentionConfig:
     backend: str = "auto"
     nsa: NSAConfig | None = None
     dsa: DSAConfig | None = None
+    dms: DMSConfig | None = None
     hierarchical: HierarchicalConfig | None = None
 
     def __post_init__(self) -> None:
@@ -130,7 +134,12 @@ class AttentionConfig:
     @property
     def has_profile(self) -> bool:
         """model.attention_weights knows the weights of a query."""
-        return not self.is_trained_sparse or self.kind == "hierarchical"
+        return not self.is_trained_sparse or self.has_statistics
+
+    @property
+    def has_statistics(self) -> bool:
+        """model.attention_stats knows what was read; of softmax over every key it is all."""
+        return self.has_alpha or self.kind == "dms"
 
     @property
     def has_alpha(self) -> bool:
@@ -315,7 +324,10 @@ class ModelConfig:
 
     @property
     def n_cached_extra(self) -> int:
-        """Numbers that a layer caches of each token besides its keys and values: the index key of dsa."""
+        """Numbers that a layer caches of each token besides its keys and values: the index key of dsa; of dms what each
+        KV head has decided."""
+        if self.attention.dms is not None:
+            return self.n_kv_heads
         return 0 if self.attention.dsa is None else self.attention.dsa.index_dim
 
     @property

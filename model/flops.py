@@ -75,6 +75,8 @@ def matmul_parameters(config: ModelConfig) -> int:
         attention += _nsa_parameters(config, config.attention.nsa)
     if config.attention.dsa is not None:
         attention += config.attention.dsa.matrix_parameters(config.d_model)
+    if config.attention.dms is not None:
+        attention += config.attention.dms.extra_parameters(config.d_model, config.n_kv_heads)
     layer = attention + 3 * config.d_model * config.feed_forward_size
     return config.n_layers * layer + config.vocab_size * config.d_model
 
@@ -97,7 +99,7 @@ def sequence_cost(config: ModelConfig, document_lengths: Sequence[int] | NDArray
 def density(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
     """What attention reads of one document after another, lengths in tokens, as a share of dense attention's: as
     NSAConfig and DSAConfig say; of hierarchical entmax all, since which blocks are dead is known to the weights alone,
-    and the scores of summaries; 1 for kinds that weigh every key."""
+    and the scores of summaries; 1 for kinds that weigh every key, and for dms, likewise."""
     if config.attention.nsa is not None:
         return config.attention.nsa.density(document_lengths)
     if config.attention.dsa is not None:

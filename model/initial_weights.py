@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.dms.eviction import EvictionLogits
 from model.layers import HeadAlpha, ScalableTemperature
 
 
@@ -26,9 +27,9 @@ class InitialWeights(Mapping[str, Tensor]):
     """Each parameter's initial values, drawn anew whenever they are asked for, with a seed of its own made of `seed`
     and its name.
 
-    Normal with init_std, divided by sqrt(2 * n_layers) where a layer writes to the residual stream; norms 1, biases and
-    alpha_raw 0 (alpha then starts at its configured value) but for temperature_bias, SSMax scalars normal with mean 1
-    and deviation 0.01.
+    Normal with init_std, divided by sqrt(2 * n_layers) where a layer writes to the residual stream; norms 1, dms's
+    weights of eviction 0, biases and alpha_raw 0 (alpha then starts at its configured value) but for temperature_bias,
+    SSMax scalars normal with mean 1 and deviation 0.01.
 
     Args:
         network: whose parameters may be on the meta device.
@@ -66,7 +67,7 @@ class InitialWeights(Mapping[str, Tensor]):
 def _mean_and_std(prefix: str, module: nn.Module, name: str, config: ModelConfig) -> tuple[float, float]:
     if isinstance(module, nn.RMSNorm | nn.LayerNorm):
         return (1.0 if name == "weight" else 0.0), 0.0
-    if isinstance(module, HeadAlpha):
+    if isinstance(module, HeadAlpha | EvictionLogits):
         return 0.0, 0.0
     if isinstance(module, ScalableTemperature):
         return 1.0, 0.01

@@ -14,7 +14,8 @@ from model.kv_cache import Extension, LayerCache
 class SparseAttention(nn.Module):
     """Attends in the layers of one kind, beside their projections.
 
-    A kind whose choice has no gradient may learn it from a loss of its own, which it gives to `add_auxiliary`.
+    A kind whose choice has no gradient may learn it from a loss of its own, which it gives to `add_auxiliary`
+    (model.trained_sparse.auxiliary_loss says what becomes of it).
     """
 
     collected: list[Tensor] | None = None  # set by collected_auxiliary for a while
@@ -24,13 +25,19 @@ class SparseAttention(nn.Module):
 
     @staticmethod
     def metadata(
-        config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+        config: ModelConfig,
+        n_tokens: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        device: torch.device,
+        number: Tensor | None = None,
     ) -> Any:
         """What the layers of one forward pass share.
 
         Args:
             cu_seqlens: int32 (documents + 1,), which may be empty ones, or None for one document a row.
             max_seqlen: an upper bound of the documents' lengths.
+            number: as in `Transformer.forward`.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import Extension
-from model.visible_attention import Distance
+from model.visible_attention import Distance, Visible
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ class TokenPositions:
             return (query[i] if alike else query[b, i]) - to[j]
 
         return distance
+
+    def visible_keys(self) -> Visible:
+        """Keys of the query's document that are not behind it. A function, and not a method: FlexAttention counts
+        arguments."""
+        distance = self.distance(self.key_position)
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (self.document[i] == self.key_document[j]) & (distance(b, i, j) >= 0)
+
+        return visible
 
 
 def packed_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> TokenPositions:

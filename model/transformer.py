@@ -58,6 +58,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         shards: SequenceShards | None = None,
+        number: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -69,6 +70,8 @@ class Transformer(nn.Module):
                 synchronisation.
             shards: the ranks that share these sequences (B must be 1): tokens are this rank's slice, cu_seqlens and
                 max_seqlen are of all slices together.
+            number: int64 (B, T), a number for each token of the run, by which noise is drawn that dms trains with;
+                None: its position, so that the noise of every pass is the same.
 
         Returns: (B, T, C). Raises ValueError for shards of more than one row.
         """
@@ -76,7 +79,7 @@ class Transformer(nn.Module):
             raise ValueError(f"ranks share one row of packed documents, got tokens {tuple(tokens.shape)}")
         metadata = make_metadata(
             self.config, tokens.shape[1], cu_seqlens, max_seqlen, tokens.device,
-            alpha_progress=self.alpha_progress(), shards=shards,
+            alpha_progress=self.alpha_progress(), shards=shards, number=number,
         )  # fmt: skip
         x = self.embedding(tokens)  # [B, T, C]
         for block in self.blocks:

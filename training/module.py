@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.flops import train_flops
 from model.sequence_parallel import SequenceShards
 from model.sparse_attention import collected_auxiliary, freeze_dense
+from model.trained_sparse import auxiliary_loss
 from model.transformer import Transformer
 from training.distributed.engine import engine_of
 from training.distributed.sequence_parallel import join_sequence_group
@@ -39,7 +40,7 @@ class LanguageModule(LightningModule):
     Where ranks share sequences, each computes the losses of its own slice, and the same holds: slices are equally long.
     A rank's backward pass also carries the gradients that the others' losses send through the exchange in attention.
 
-    What layers learn from besides (model.sparse_attention) is added, divided by the tokens likewise.
+    What layers learn from besides (model.trained_sparse.auxiliary_loss) is added, divided by the tokens likewise.
 
     Args:
         network: architecture.
@@ -104,6 +105,7 @@ class LanguageModule(LightningModule):
         # Of the last optimizer step, for the log: before clipping and before the schedule moves on.
         self.step_gradient_norm: Tensor | float = 0.0
         self.step_lr = 0.0
+        self.steps_done = 0
         self.guard: StepGuard | None = None  # looks at each step of train.py's runs before it is taken
         self.sample_ids: list[int] = []  # global samples of the current micro-batch, on the host
         self.shards: SequenceShards | None = None
@@ -147,7 +149,8 @@ class LanguageModule(LightningModule):
         return {**batch, "flops": flops, "valid_tokens": valid}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self.model.set_step(self.trainer.global_step)
+        self.steps_done = self.trainer.global_step
+        self.model.set_step(self.steps_done)
 
     def on_validation_start(self) -> None:
         self.model.set_step(self.trainer.global_step)
@@ -160,9 +163,8 @@ class LanguageModule(LightningModule):
         loss_sum, tokens = (total - z_sum).detach(), batch["labels"].numel()
         if self.guard:
             self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum, auxiliary / tokens)
-        dsa = self.network_config.attention.dsa
-        weight = 1.0 if dsa is None else dsa.loss_weight
-        return {"loss": (total + weight * auxiliary) / tokens, "loss_sum": loss_sum}
+        besides = auxiliary_loss(self.network_config, auxiliary / tokens, self.steps_done)
+        return {"loss": total / tokens + besides, "loss_sum": loss_sum}
 
     def _compile_forms(self, batch: Batch) -> None:
         """Compile for every form of micro-batch in the first step, on all ranks at once: later one rank's first
@@ -189,7 +191,9 @@ class LanguageModule(LightningModule):
         if self.compiled and batch["cu_seqlens"] is not None:
             torch._dynamo.maybe_mark_dynamic(batch["cu_seqlens"], 0)  # or the second number of documents compiles again
         with self._activations(batch["tokens"]), collected_auxiliary(self.model) as auxiliary:
-            hidden = self.model(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards)  # (B, T, C)
+            hidden = self.model(  # (B, T, C)
+                batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards, self._numbers(batch)
+            )
         sums = linear_cross_entropy(
             hidden.flatten(0, 1), self.model.head_weight, batch["labels"].flatten(),
             backend=self.loss_backend, chunk_tokens=self.loss_chunk_tokens,
@@ -197,6 +201,16 @@ class LanguageModule(LightningModule):
         )  # fmt: skip
         besides = torch.stack(auxiliary).sum().to(sums[0].dtype) if auxiliary else torch.zeros_like(sums[1])
         return torch.stack([*sums, besides])
+
+    def _numbers(self, batch: Batch) -> Tensor | None:
+        """The place of each token in the run, for kinds that train with noise: int64, as tokens. None for others, and
+        for batches that are made up, which are no samples of a run."""
+        samples = batch.get("sample_ids")
+        if self.network_config.attention.dms is None or not isinstance(samples, Tensor):
+            return None
+        tokens = batch["tokens"]
+        length = tokens.numel() // len(samples)
+        return (samples[:, None] * length + torch.arange(length, device=tokens.device)).view(tokens.shape)
 
     def _activations(self, tokens: Tensor) -> AbstractContextManager[Any]:
         offload = self.checkpointing == "offload"

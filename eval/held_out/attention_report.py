@@ -83,12 +83,15 @@ def _densities(one: Measurement, base_length: int) -> str:
 def _pictures(measurements: Sequence[Measurement], base_length: int, folder: Path) -> list[Block]:
     everyone = {one.label: one.attention for one in measurements}
     # Softmax has all keys and all tiles by construction: a line in every plot, not a plot of its own.
-    sparse = {label: layers for label, layers in everyone.items() if layers[0].alpha is not None}
+    kinds = {one.label: config_from_dict(one.model).attention for one in measurements}
+    sparse = {label: layers for label, layers in everyone.items() if kinds[label].has_statistics}
+    with_alpha = {label: layers for label, layers in sparse.items() if layers[0].alpha is not None}
     blocks: list[Block] = []
     if sparse:
         path = plots.by_layer(sparse, plots.SPARSITY, base_length, folder / "sparsity.png")
         blocks.append(Picture(path, "Support size and share of live tiles by layer and context length."))
-        path = plots.alpha_by_head(sparse, folder / "alpha_by_head.png")
+    if with_alpha:
+        path = plots.alpha_by_head(with_alpha, folder / "alpha_by_head.png")
         blocks.append(Picture(path, "Alpha of every head by layer."))
     path = plots.by_layer(everyone, plots.SPREAD, base_length, folder / "attention_spread.png")
     return [

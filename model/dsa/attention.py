@@ -43,7 +43,12 @@ class DeepSeekSparseAttention(SparseAttention):
 
     @staticmethod
     def metadata(
-        config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+        config: ModelConfig,
+        n_tokens: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        device: torch.device,
+        number: Tensor | None = None,
     ) -> DSAMetadata:
         return _shared(config, packed_tokens(n_tokens, cu_seqlens, device))
 
@@ -89,5 +94,5 @@ def _shared(config: ModelConfig, tokens: Tokens) -> DSAMetadata:
         rotary = rotary_tables(position, replace(config, head_dim=half), position.max())  # [b or 1, 1, n, dim / 4]
     flex = uses_flex(device, n_queries, tokens.n_keys)
     if flex and not config.attention.dsa.is_sparse:
-        dense = make_block_mask(tokens.visible(), len(tokens.own_key), n_queries, tokens.n_keys, device)
+        dense = make_block_mask(tokens.visible_keys(), len(tokens.own_key), n_queries, tokens.n_keys, device)
     return DSAMetadata(tokens, rotary, flex, dense)

@@ -91,7 +91,7 @@ def _choose(index: IndexInputs, tokens: Tokens, rows: slice, count: int) -> Tens
     """bool (B, rows, keys)."""
     device, batch = index.q.device, index.q.shape[0]
     b, i, j = (torch.arange(*x, device=device) for x in ((batch,), (rows.start, rows.stop), (tokens.n_keys,)))
-    visible = tokens.visible()(b[:, None, None], b, i[:, None], j).expand(batch, -1, -1)  # [B, rows, keys]
+    visible = tokens.visible_keys()(b[:, None, None], b, i[:, None], j).expand(batch, -1, -1)  # [B, rows, keys]
     if count >= tokens.n_keys:
         return visible
     scores = coarse(index_scores(index, rows, slice(0, tokens.n_keys))).masked_fill_(~visible, -torch.inf)

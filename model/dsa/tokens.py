@@ -19,19 +19,9 @@ class Tokens(TokenPositions):
         """int64 (b or 1, n), index of the first token of each query's document among the keys."""
         return self.own_key - self.position
 
-    def visible(self) -> Visible:
-        """Keys of the query's document that are not behind it. A function, and not a method: FlexAttention counts
-        arguments."""
-        distance = self.distance(self.key_position)
-
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (self.document[i] == self.key_document[j]) & (distance(b, i, j) >= 0)
-
-        return visible
-
     def dense_view(self, slopes: Tensor | None) -> View:
         """All that is visible."""
-        return self._view(self.visible(), slopes)
+        return self._view(self.visible_keys(), slopes)
 
     def chosen_view(self, slopes: Tensor | None, chosen: Tensor) -> View:
         """What is chosen. chosen: uint8 (B, n, keys / 8), bits, as `select_tokens` gives them."""

@@ -33,7 +33,12 @@ class HierarchicalEntmax(SparseAttention):
 
     @staticmethod
     def metadata(
-        config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+        config: ModelConfig,
+        n_tokens: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        device: torch.device,
+        number: Tensor | None = None,
     ) -> Blocks:
         assert config.attention.hierarchical is not None
         return packed_blocks(config.attention.hierarchical, n_tokens, cu_seqlens, device)

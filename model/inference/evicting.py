@@ -18,79 +18,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention import AttentionMetadata
 from model.config import ModelConfig
-from model.inference.incremental import cached_pass, make_cache, prefill
-from model.kv_cache import Extension
+from model.held_keys import HeldKeys
+from model.inference.text_cache import TextCache
+from model.kv_cache import Extension, LayerCache
 from model.override import override_attention
 from model.policies.eviction import EvictingPolicy
 from model.policies.policy import SequenceView
 from model.transformer import Transformer
 
-SPARE = 256  # tokens that a layer has room for beyond those that it holds, whenever it allocates
 
-
-class EvictingCache:
-    """Keys and values of one text, made by `evicting`.
-
-    length: tokens of the text so far, evicted ones included.
-    """
+class EvictingCache(TextCache):
+    """Keys and values of one text, made by `evicting`."""
 
     def __init__(self, model: Transformer, layers: Sequence["_EvictingLayer"]) -> None:
-        self.length = 0
-        self._model, self._layers = model, layers
-
-    def prefill(self, prompt: Sequence[int], chunk_tokens: int) -> Tensor:
-        """Reads the prompt with the model's own attention and evicts. Returns (1, C), the last token's hidden state.
-
-        While it reads, the whole prompt's keys and values are in memory. chunk_tokens: most tokens of a forward pass.
-
-        Raises: ValueError for an empty prompt, or a second one.
-        """
-        if self.length:
-            raise ValueError(f"the cache holds a text of {self.length} tokens: use another one for another prompt")
-        self._check_open()
-        whole = make_cache(self._model, 1, max(1, len(prompt)))
-        for layer in self._layers:
-            layer.memory.clear()  # of a prompt that has failed
-        hidden = prefill(self._model, [prompt], whole, chunk_tokens)
-        extension = Extension(torch.zeros(1, 1, dtype=torch.int64), None, slice(0, len(prompt)), None)
-        for layer, held in zip(self._layers, whole.layers(1, extension), strict=True):
-            layer.fill(held.keys[0], held.values[0])
-        self.length = len(prompt)
-        return hidden
-
-    def extend(self, tokens: Tensor) -> Tensor:
-        """Hidden states, (1, 1, C), of one token, int64 (1, 1), that continues the text.
-
-        Raises: ValueError for more tokens at once, or before a prompt.
-        """
-        if tokens.shape != (1, 1):
-            raise ValueError(f"tokens have the shape {tuple(tokens.shape)}: expected (1, 1), one token at a time")
-        if not self.length:
-            raise ValueError("the cache holds no text: prefill it with the prompt first")
-        self._check_open()
-        position = torch.full((1, 1), self.length, device=tokens.device)
-        extension = Extension(position, None, slice(0, self.length + 1), None)
-        hidden = cached_pass(self._model, tokens, extension, [_Passing(extension)] * len(self._layers))  # type: ignore[list-item]
-        self.length += 1
-        return hidden
+        super().__init__(model, layers)
+        self._evicting = layers
 
     def _check_open(self) -> None:
-        if self._model.layers()[0].attention.override is not self._layers[0]:
+        if self._model.layers()[0].attention.override is not self._evicting[0]:
             raise ValueError("the with block of `evicting` has ended, and its cache with it: decode inside it")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory that it holds, room for further tokens and what the policy remembers included."""
-        return sum(layer.nbytes for layer in self._layers)
-
-    @property
-    def held(self) -> Tensor:
-        """int64 (L, G): keys of each layer and KV head."""
-        return torch.tensor([[part.length for part in layer.parts for _ in part.keys] for layer in self._layers])
+        if not self.length:
+            for layer in self._evicting:
+                layer.memory.clear()  # of a prompt that has failed
 
 
 @contextmanager
@@ -125,84 +78,27 @@ class _Passing:
         return k, v
 
 
-@dataclass
-class _Part:
-    """Heads of one layer that hold as many keys as each other: the first `length` of keys and values, (g, slots, D).
-    places: int64 (g, slots), their positions in the text, where ALiBi asks for them. own: no other cache's memory."""
-
-    keys: Tensor
-    values: Tensor
-    places: Tensor | None
-    length: int
-    own: bool = False
-
-    def append(self, k: Tensor, v: Tensor, place: int) -> None:
-        """k, v: (g, D)."""
-        if self.length == self.keys.shape[1]:
-            self._move(slice(None))
-        self.keys[:, self.length], self.values[:, self.length] = k, v
-        if self.places is not None:
-            self.places[:, self.length] = place
-        self.length += 1
-
-    def keep(self, kept: Tensor) -> list["_Part"]:
-        """What is left of it. kept: bool (g, length)."""
-        counts = kept.sum(-1).tolist()
-        if len(set(counts)) > 1:
-            return [part for i in range(len(counts)) for part in self._head(i).keep(kept[i : i + 1])]
-        if self.own and self.keys.shape[1] - counts[0] <= SPARE:
-            self._close_up(kept)
-        else:
-            self._move(kept)
-        return [self]
-
-    def _head(self, i: int) -> "_Part":
-        places = None if self.places is None else self.places[i : i + 1]
-        return _Part(self.keys[i : i + 1], self.values[i : i + 1], places, self.length)
-
-    def _move(self, kept: Tensor | slice) -> None:
-        """Into memory of their own, with room."""
-
-        def moved(x: Tensor) -> Tensor:
-            held = x[:, : self.length]
-            held = held if isinstance(kept, slice) else held[kept].unflatten(0, (len(x), -1))
-            return pad(held, (0,) * (2 * x.dim() - 4) + (0, SPARE))
-
-        length = self.length if isinstance(kept, slice) else int(kept[0].sum())
-        places = None if self.places is None else moved(self.places)
-        self.keys, self.values, self.places, self.length = moved(self.keys), moved(self.values), places, length
-        self.own = True
-
-    def _close_up(self, kept: Tensor) -> None:
-        """Within its memory. kept: bool (g, length), as many of each head."""
-        length = int(kept[0].sum())
-        for x in self.tensors:
-            x[:, :length] = x[:, : self.length][kept].unflatten(0, (len(x), -1))
-        self.length = length
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [x for x in (self.keys, self.values, self.places) if x is not None]
-
-
 class _EvictingLayer:
     """One layer's attention: the model's own over the prompt, which the policy watches, then over what is left."""
 
     def __init__(self, policy: EvictingPolicy, layer: int, config: ModelConfig) -> None:
         self.policy, self.layer, self.config = policy, layer, config
-        self.parts: list[_Part] = []
+        self.parts: list[HeldKeys] = []
         self.memory: dict[str, Any] = {}
         self.slopes: Tensor | None = None
 
-    def fill(self, k: Tensor, v: Tensor) -> None:
-        """k, v: (G, prompt, D), of which the policy keeps some."""
+    def fill(self, held: LayerCache) -> None:
+        k, v = held.keys[0], held.values[0]  # [G, prompt, D]
         n_keys = k.shape[1]
         places = None if self.slopes is None else torch.arange(n_keys, device=k.device).expand(len(k), -1)
         with torch.autocast(k.device.type, enabled=False):  # it would turn the float32 of selection into bfloat16
             kept = self.policy.evict(k, self._view(n_keys))
         if kept is None:
             kept = torch.ones(1, n_keys, dtype=torch.bool, device=k.device)
-        self.parts = _Part(k, v, places, n_keys).keep(kept.expand(len(k), -1))
+        self.parts = HeldKeys(k, v, places, n_keys).keep(kept.expand(len(k), -1))
+
+    def passing(self, extension: Extension) -> LayerCache:
+        return _Passing(extension)  # type: ignore[return-value]
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -254,4 +150,4 @@ class _EvictingLayer:
     @property
     def nbytes(self) -> int:
         remembered = [x for x in self.memory.values() if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in (*(one for part in self.parts for one in part.tensors), *remembered))
+        return sum(part.nbytes for part in self.parts) + sum(x.nbytes for x in remembered)

@@ -74,7 +74,12 @@ class NativeSparseAttention(SparseAttention):
 
     @staticmethod
     def metadata(
-        config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+        config: ModelConfig,
+        n_tokens: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        device: torch.device,
+        number: Tensor | None = None,
     ) -> NSAMetadata:
         assert config.attention.nsa is not None
         return _with_masks(packed_blocks(config.attention.nsa, n_tokens, cu_seqlens, max_seqlen, device))

@@ -19,7 +19,7 @@ from data.prepare import prepare
 from data.prepare_settings import PrepareConfig, TokenizerConfig
 from data.store import TokenStore
 from model.checkpoint import checkpoint_folder, write_complete
-from model.config import AttentionConfig, DSAConfig, ModelConfig, Positions
+from model.config import AttentionConfig, DMSConfig, DSAConfig, ModelConfig, Positions
 from model.transformer import Transformer
 
 BASE_LENGTH = 128
@@ -146,7 +146,8 @@ def make_run(corpus: Path) -> MakeRun:
         data: Path = corpus, positions: Positions = "nape",
     ) -> Path:  # fmt: skip
         store = TokenStore(data / "heldout")
-        sizes = {"dsa": DSAConfig(select_tokens=20)} if kind == "dsa" else {}  # fewer than a test has
+        of_kind = {"dsa": {"dsa": DSAConfig(select_tokens=20)}, "dms": {"dms": DMSConfig(window=20)}}
+        sizes = of_kind.get(kind, {})  # fewer than a test has
         torch.manual_seed(step)
         config = ModelConfig(
             vocab_size=store.vocab_size, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, init_std=init_std,

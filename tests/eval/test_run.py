@@ -98,6 +98,17 @@ def test_hierarchical_entmax_has_a_profile(corpus: Path, make_run: MakeRun, runs
     assert min(min(layer["live_share"]) for layer in ours) < 1
 
 
+def test_dms_is_profiled_without_alphas(corpus: Path, make_run: MakeRun, runs: list[str], tmp_path: Path) -> None:
+    run = str(make_run(tmp_path / "dms", "dms", init_std=0.5))
+    assert main([run, runs[1], *options(corpus, tmp_path / "report")]) == 0
+    text, found = (tmp_path / "report/report.md").read_text(), json.loads((tmp_path / "report/report.json").read_text())
+    assert "is not in this part" not in text and "Alpha of every head" not in text
+    assert "Support size and share of live tiles" in text
+    ours, softmax = (one["attention"] for one in found["measurements"])
+    for layer, dense in zip(ours, softmax, strict=True):  # W = 0: nothing is evicted
+        assert layer["alpha"] is None and layer["support"] == pytest.approx(dense["support"])
+
+
 def test_a_changed_checkpoint_is_measured_again_and_the_same_one_gives_the_same_numbers(
     corpus: Path, make_run: MakeRun, tmp_path: Path
 ) -> None:

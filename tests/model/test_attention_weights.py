@@ -11,7 +11,15 @@ import model.attention_weights
 from kernels.alpha_entmax.reference import entmax_reference
 from model.attention import Attention, make_metadata
 from model.attention_weights import layer_profiles
-from model.config import TRAINED_SPARSE, AttentionConfig, AttentionKind, HierarchicalConfig, ModelConfig
+from model.config import (
+    TRAINED_SPARSE,
+    AttentionConfig,
+    AttentionKind,
+    DMSConfig,
+    HierarchicalConfig,
+    ModelConfig,
+)
+from model.dms.attention import DynamicMemorySparsification
 from model.transformer import Transformer
 from tests.model.hierarchical.looped import block_weights
 
@@ -22,7 +30,10 @@ KINDS = [kind for kind in get_args(AttentionKind) if AttentionConfig(kind=kind).
 
 def build(kind: AttentionKind, positions: str = "nape", window: int | None = None, **attention: float) -> Transformer:
     torch.manual_seed(0)
-    sizes = {"hierarchical": HierarchicalConfig(block=8)} if kind == "hierarchical" else {}
+    sizes = {
+        "hierarchical": {"hierarchical": HierarchicalConfig(block=8)},
+        "dms": {"dms": DMSConfig(window=5, offset=1.0)},
+    }.get(kind, {})
     config = ModelConfig(
         vocab_size=50, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.3, positions=positions,  # type: ignore[arg-type]
         window=window, attention=AttentionConfig(kind=kind, **sizes, **attention),  # type: ignore[arg-type]
@@ -31,6 +42,8 @@ def build(kind: AttentionKind, positions: str = "nape", window: int | None = Non
     for block in model.layers():
         if block.attention.alpha is not None and block.attention.alpha.alpha_raw is not None:
             torch.nn.init.normal_(block.attention.alpha.alpha_raw)
+        if isinstance(block.attention.sparse, DynamicMemorySparsification):
+            torch.nn.init.normal_(block.attention.sparse.eviction.weight)
     return model
 
 
@@ -59,6 +72,10 @@ def dense_weights(attention: Attention, x: Tensor) -> Tensor:
         scores = scores - slopes[:, None, None] * distance
     hidden = (distance < 0) | (distance >= (config.window or n))
     scores = scores.masked_fill(hidden, -torch.inf)
+    if config.attention.dms is not None:
+        z = x[0] @ attention.sparse.eviction.weight.T * 100 + 1  # [T, G]; the token behind a key decides on it
+        gone = torch.cat([z[1:] > 0, torch.zeros(1, config.n_kv_heads, dtype=torch.bool)]).T.repeat_interleave(2, 0)
+        return scores.masked_fill(gone[:, None] & (distance > 5), -torch.inf).softmax(-1)
     if attention.alpha is None:
         return scores.softmax(-1)
     if config.attention.hierarchical is not None:
@@ -90,7 +107,7 @@ def test_measures_are_those_of_dense_attention(
     tokens = torch.randint(50, (1, N_TOKENS))
     queries = torch.tensor([0, 1, 2, 5, 13, 40, 68, 69])
     shapes, stats = layer_profiles(decoder, tokens, queries, 3)
-    assert len(shapes) == 2 and len(stats) == (2 if kind in ("entmax", "asentmax", "hierarchical") else 0)
+    assert len(shapes) == 2 and len(stats) == (0 if kind in ("softmax", "ssmax") else 2)
     x = decoder.embedding(tokens)
     for layer, block in enumerate(decoder.layers()):
         weights = dense_weights(block.attention, block.attention_norm(x))
@@ -110,6 +127,12 @@ def test_measures_are_those_of_dense_attention(
             torch.testing.assert_close(
                 stats[layer].support_mean.double(), (weights > 0).sum(-1).double().mean(1), atol=0.1, rtol=0
             )
+        if kind == "dms":
+            read, seen = (weights > 0).sum((1, 2)).double(), torch.nn.functional.pad(weights > 0, (0, 58, 0, 58))
+            torch.testing.assert_close(stats[layer].pairs_read.double(), read / (N_TOKENS * (N_TOKENS + 1) / 2))
+            tiles = seen.unflatten(1, (2, 64)).unflatten(3, (2, 64)).any(4).any(2).sum((1, 2))
+            torch.testing.assert_close(stats[layer].live_share, tiles / 3)
+            assert 0.2 < stats[layer].pairs_read.mean() < 0.9
         if kind == "hierarchical":
             read = (weights > 0).sum((1, 2)).double()
             live = torch.nn.functional.pad(weights > 0, (0, 2)).unflatten(2, (9, 8)).any(3).sum(2).double().mean(1)
@@ -122,7 +145,7 @@ def test_measures_are_those_of_dense_attention(
         x = block(x, make_metadata(decoder.config, N_TOKENS, None, None, x.device))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dms"])
 def test_equal_scores_have_the_entropy_of_all_visible_keys(kind: AttentionKind) -> None:
     decoder = build(kind, "nope")
     for block in decoder.layers():

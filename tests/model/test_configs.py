@@ -42,6 +42,7 @@ def test_builds_on_the_meta_device(size: str, attention: Path) -> None:
     extra = {
         "softmax": 0,
         "hierarchical": config.n_layers * config.n_heads,
+        "dms": config.n_layers * config.n_kv_heads * config.d_model,
         "ssmax": scaled,
         "entmax": config.n_layers * config.n_heads * config.attention.learn_alpha,
         "asentmax": config.n_layers * config.n_heads * config.attention.learn_alpha + 2 * scaled * (config.d_model + 1),

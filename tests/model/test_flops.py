@@ -6,7 +6,7 @@ from model.flops import matmul_parameters, peak_flops, sequence_cost, train_flop
 from model.transformer import Transformer
 
 
-@pytest.mark.parametrize("kind", ["softmax", "asentmax", "hierarchical"])
+@pytest.mark.parametrize("kind", ["softmax", "asentmax", "dms", "hierarchical"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_those_of_the_model(kind, tied: bool) -> None:
     config = ModelConfig(tie_embeddings=tied, attention=AttentionConfig(kind=kind))

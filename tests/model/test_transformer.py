@@ -12,6 +12,7 @@ from model.attention_stats import attention_stats
 from model.config import (
     AttentionConfig,
     AttentionKind,
+    DMSConfig,
     DSAConfig,
     HierarchicalConfig,
     ModelConfig,
@@ -30,6 +31,8 @@ NSA = NSAConfig(compress_length=8, compress_stride=4, select_block=8, select_cou
 SPARSE = {
     "nsa": {"nsa": NSA},
     "dsa": {"dsa": DSAConfig(index_dim=8, select_tokens=9)},
+    # decisions that differ, and none so sure that nothing learns
+    "dms": {"dms": DMSConfig(window=9, scale=1.0, offset=-0.5)},
     "hierarchical": {"hierarchical": HierarchicalConfig(block=8)},
 }
 KINDS, POSITIONS = get_args(AttentionKind), get_args(Positions)

@@ -74,7 +74,8 @@ class MetricsLogger(Callback):
 
     train/loss is the mean over the valid tokens of the steps since the last line; skipped ones do not count, and if all
     were skipped it is NaN. train/z_loss and train/index_kl, where there is one, are no part of it; the latter is
-    the loss of DSA's indexer, in nats, the mean over tokens and layers.
+    the loss of DSA's indexer, in nats, the mean over tokens and layers. train/evicted is the share of tokens that DMS's
+    KV heads evict in training, noise included, train/evicted_target what the last step aimed at.
 
     Args:
         clock: shared with whoever interrupts training.
@@ -135,7 +136,7 @@ class MetricsLogger(Callback):
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
             **({"train/z_loss": z_loss} if module.z_loss else {}),
-            **self._index_kl(module),
+            **self._auxiliary(module),
             "train/lr": module.step_lr,
             "train/grad_norm": float(module.step_gradient_norm),
             "train/tokens": self.tokens,
@@ -151,11 +152,13 @@ class MetricsLogger(Callback):
         }  # fmt: skip
         log(trainer, self.latest)
 
-    def _index_kl(self, module: LanguageModule) -> dict[str, float]:
+    def _auxiliary(self, module: LanguageModule) -> dict[str, float]:
         network = module.network_config
-        if network.attention.dsa is None:
-            return {}
-        return {"train/index_kl": self.auxiliary / network.n_layers / self.taken if self.taken else math.nan}
+        mean = self.auxiliary / network.n_layers / self.taken if self.taken else math.nan
+        if network.attention.dms is not None:
+            target = network.attention.dms.target(module.steps_done)
+            return {"train/evicted": mean, "train/evicted_target": target}
+        return {} if network.attention.dsa is None else {"train/index_kl": mean}
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.clock.pause()
@@ -218,7 +221,7 @@ class AttentionStats(Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        if every and (first or self.step % every == 0) and pl_module.network_config.attention.has_alpha:
+        if every and (first or self.step % every == 0) and pl_module.network_config.attention.has_statistics:
             with self.clock.paused(), trainer.precision_plugin.forward_context():
                 log(trainer, self.measure(pl_module, batch))
 
@@ -235,8 +238,9 @@ class AttentionStats(Callback):
             metrics[f"support/layer_{layer:02d}"] = float(stats[layer].support_mean.mean())
             metrics[f"live_tiles/layer_{layer:02d}"] = float(stats[layer].live_share.mean())
             blocks, pairs = stats[layer].live_blocks, stats[layer].pairs_read
-            if blocks is not None and pairs is not None:
+            if blocks is not None:
                 metrics[f"live_blocks/layer_{layer:02d}"] = float(blocks.mean())
+            if pairs is not None:
                 metrics[f"pairs_read/layer_{layer:02d}"] = float(pairs.mean())
             mean, largest = stats[layer].temperature, stats[layer].temperature_max
             if mean is not None and largest is not None:

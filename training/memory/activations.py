@@ -1,6 +1,7 @@
 """What the forward pass keeps for backward."""
 
 from model.attention import kept_bits
+from training.memory.dms import eviction_activations
 from training.memory.dsa import chosen_activations, index_tables, kept_output
 from training.memory.hierarchical import block_choice_activations
 from training.memory.nsa import branch_activations, kept_outputs
@@ -17,7 +18,7 @@ def block_activations(setup: Setup) -> dict[str, float]:
     norm = norm_activations(setup, network.d_model)
     attention_weights, feed_forward_weights = block_matrices(network, setup.float8)
     feed_forward = setup.residual_bytes * network.d_model if setup.tiled else feed_forward_activations(setup)
-    # wq, wk, wv; what the kind reads besides: beta and gamma; gates; the indexer's three
+    # wq, wk, wv; what the kind reads besides: beta and gamma; gates; the indexer's three; dms's elsewhere
     attention = network.attention
     readers = 3 + 2 * attention.has_adaptive_temperature + {"nsa": 1, "dsa": 3}.get(attention.kind, 0)
     parts = {
@@ -119,6 +120,8 @@ def _attention(setup: Setup) -> float:
         return branch_activations(setup, network.attention.nsa)
     if network.attention.dsa is not None:
         return chosen_activations(setup, network.attention.dsa)
+    if network.attention.dms is not None:
+        return eviction_activations(setup)
     if network.attention.hierarchical is not None:
         return block_choice_activations(setup, network.attention.hierarchical)
     kv_heads = max(network.n_kv_heads, setup.sequence_parallel)  # KV heads that several ranks need are repeated
@@ -158,7 +161,8 @@ def kept_of_attention(setup: Setup) -> float:
         return kept_outputs(setup) if selective else 0.0
     if network.attention.dsa is not None:
         return kept_output(setup) if selective else 0.0
-    if network.attention.hierarchical is not None:  # no single operation on CPUs, where the bias learns
+    if network.attention.hierarchical is not None or network.attention.dms is not None:
+        # no single operation on CPUs, where the bias learns
         return kept_output(setup) if selective and setup.cuda else 0.0
     biased = not network.attention.is_entmax and (network.positions == "nape" or network.window is not None)
     if not selective or (biased and not setup.cuda):  # that is no single operation on CPUs

@@ -18,7 +18,8 @@ FREE_KEYS = {"rope_base", "rope_scaling", "window"} | {
     for key in (
         "alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from", "temperature_offset",
         "temperature_range", "temperature_bias", "backend", "nsa.select_count", "nsa.select_local", "nsa.window",
-        "dsa.select_tokens", "dsa.stage", "dsa.freeze", "dsa.loss_weight", "hierarchical.block",
+        "dsa.select_tokens", "dsa.stage", "dsa.freeze", "dsa.loss_weight", "dms.window", "dms.compression",
+        "dms.ramp_steps", "dms.loss_weight", "hierarchical.block",
     )
 }  # fmt: skip
 # (old, new) attention kinds where the new one uses every weight of the old one.
@@ -27,6 +28,7 @@ KIND_CHANGES = {
     ("softmax", "entmax"),
     ("softmax", "asentmax"),
     ("softmax", "dsa"),
+    ("softmax", "dms"),
     ("entmax", "asentmax"),
 }
 
@@ -52,7 +54,7 @@ def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
         raise ValueError(
             f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}{way_out}; "
             f"only {', '.join(free)} may differ, and attention.kind may change from softmax to ssmax, "
-            "dsa or an entmax kind or from entmax to asentmax"
+            "dsa, dms or an entmax kind or from entmax to asentmax"
         )
 
 

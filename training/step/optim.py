@@ -74,6 +74,10 @@ class OptimizerConfig:
             raise ValueError(f"model.optimizer.schedule is {self.schedule}: expected cosine or wsd")
 
 
+# names of matrices whose rows are a token's or a head's, and no map of hidden states
+BY_HEAD = {"head", "temperature", "gate", "head_weight", "eviction"}
+
+
 def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool) -> list[dict[str, Any]]:
     """Optimizer groups in a fixed order, each with its name and every setting that the config decides.
 
@@ -95,8 +99,7 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig, *, fused: bool)
         else:
             # DeepSpeed's stage 3 leaves shape (0,) here and keeps the true one in ds_shape.
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            # a row of the head is a token's, of a temperature, gate or index weight a head's: no map of hidden states
-            hidden = config.name == "muon" and not {"head", "temperature", "gate", "head_weight"} & set(name.split("."))
+            hidden = config.name == "muon" and not BY_HEAD & set(name.split("."))
             members["vectors" if dimensions < 2 else "hidden" if hidden else "matrices"].append(parameter)
     decay = {
         "hidden": config.weight_decay,

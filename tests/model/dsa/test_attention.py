@@ -34,7 +34,7 @@ def metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = Non
 def flex_metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:
     """As on CUDA."""
     made = metadata(config, n_tokens, cu_seqlens)
-    dense = make_block_mask(made.tokens.visible(), 1, n_tokens, n_tokens, CPU)
+    dense = make_block_mask(made.tokens.visible_keys(), 1, n_tokens, n_tokens, CPU)
     return DSAMetadata(made.tokens, made.rotary, True, dense)
 
 

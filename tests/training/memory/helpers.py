@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import AttentionConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig
+from model.config import AttentionConfig, DMSConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
@@ -14,6 +14,7 @@ TOKENS, LENGTH = 512, 256
 BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
 HIERARCHICAL = AttentionConfig(kind="hierarchical", hierarchical=HierarchicalConfig(block=8))
 NSA = NSAConfig(compress_length=8, compress_stride=4, select_block=8, select_count=4, window=32)
+DMS = AttentionConfig(kind="dms", dms=DMSConfig(window=20))
 DSA = DSAConfig(index_dim=16, select_tokens=40)
 MODELS = {
     "asentmax-nape": ModelConfig(**BASE),
@@ -27,6 +28,7 @@ MODELS = {
     "nsa-rope": ModelConfig(**BASE, positions="rope", attention=AttentionConfig(kind="nsa", nsa=NSA)),
     "hierarchical-rope": ModelConfig(**BASE, positions="rope", attention=HIERARCHICAL),
     "nsa-nape": ModelConfig(**BASE, attention=AttentionConfig(kind="nsa", nsa=NSA)),
+    "dms-rope": ModelConfig(**BASE, positions="rope", attention=DMS),
     "dsa-rope": ModelConfig(**BASE, positions="rope", attention=AttentionConfig(kind="dsa", dsa=DSA)),
     "dsa-nape": ModelConfig(**BASE, attention=AttentionConfig(kind="dsa", dsa=DSA)),
 }

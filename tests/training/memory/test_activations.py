@@ -106,7 +106,7 @@ def test_activations_kept_for_backward(name: str, mode: str, precision: str) -> 
     ("name", "mode"),
     [
         *(("asentmax-nape", mode) for mode in ("none", "tiled", "selective")),
-        *((f"{kind}-rope", "none") for kind in ("nsa", "dsa", "hierarchical")),
+        *((f"{kind}-rope", "none") for kind in ("nsa", "dsa", "dms", "hierarchical")),
     ],
 )
 def test_activations_that_compiled_blocks_keep(name: str, mode: str, precision: str) -> None:

@@ -81,7 +81,7 @@ def test_estimated_peak_is_near_the_measured(
         assert expected.total == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["nsa-rope", "dsa-rope", "hierarchical-rope"])
+@pytest.mark.parametrize("name", ["nsa-rope", "dsa-rope", "dms-rope", "hierarchical-rope"])
 @pytest.mark.parametrize("mode", ["none", "full", "tiled"])
 def test_estimated_peak_of_what_is_trained_sparse(mode: str, name: str) -> None:
     """In float32: with bfloat16 a CPU makes masks of numbers in float32 beside it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
-from model.config import AttentionConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig, RopeScaling
+from model.config import AttentionConfig, DMSConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig, RopeScaling
 from model.loading import load_model
 from model.transformer import Transformer
 from tests.training.conftest import ROOT, TrainProcess
@@ -134,6 +134,8 @@ def test_what_may_differ_and_what_may_not() -> None:
     check_transfer(info(kind="hierarchical"), network(kind="hierarchical", hierarchical=HierarchicalConfig(block=32)))
     check_transfer(info(kind="nsa"), network(kind="nsa", nsa=NSAConfig(window=1024, select_count=32)))
     check_transfer(info(kind="softmax"), network(kind="dsa", dsa=DSAConfig(stage="warmup")))
+    check_transfer(info(kind="softmax"), network(kind="dms", dms=DMSConfig(window=64)))
+    check_transfer(info(kind="dms"), network(kind="dms", dms=DMSConfig(64, 4.0, 100, loss_weight=2.0)))
     check_transfer(info(kind="dsa"), network(kind="dsa", dsa=DSAConfig(select_tokens=64, loss_weight=2.0)))
     for old, new, named in (
         ("asentmax", network(kind="softmax"), "attention.kind 'asentmax' (config: 'softmax')"),
@@ -143,6 +145,8 @@ def test_what_may_differ_and_what_may_not() -> None:
         ("entmax", network(kind="hierarchical"), "has attention.kind 'entmax' (config: 'hierarchical'); only"),
         ("nsa", network(kind="nsa", nsa=NSAConfig(compress_length=16)), "nsa.compress_length 32 (config: 16)"),
         ("dsa", network(kind="dsa", dsa=DSAConfig(index_dim=64)), "attention.dsa.index_dim 32 (config: 64)"),
+        ("dms", network(kind="dms", dms=DMSConfig(scale=10.0)), "attention.dms.scale 100.0 (config: 10.0)"),
+        ("entmax", network(kind="dms"), "has attention.kind 'entmax' (config: 'dms'); only"),
         ("nsa", network(kind="dsa"), "has attention.kind 'nsa' (config: 'dsa'); only"),
         ("softmax", replace(network(kind="softmax"), vocab_size=64), "vocab_size 32 (config: 64)"),
         ("softmax", replace(network(kind="softmax"), positions="nape"), "positions 'rope' (config: 'nape')"),

@@ -61,7 +61,7 @@ def test_packed_documents_are_refused() -> None:
         module.graphed_loss(batch(0))  # before on_before_batch_transfer, which makes rows of it
 
 
-@pytest.mark.parametrize("kind", ["nsa", "hierarchical"])
+@pytest.mark.parametrize("kind", ["nsa", "dms", "hierarchical"])
 def test_trained_sparse_kinds_are_not_captured(kind: str) -> None:
     with pytest.raises(ValueError, match=f"needs attention that can be captured, but attention.kind is '{kind}': set"):
         check_graphs(network(kind), device=torch.device("cuda"), world_size=1, accumulation=1, mode="none")

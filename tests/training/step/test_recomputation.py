@@ -13,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.alpha_entmax.launches
 import model.visible_attention
-from model.config import TRAINED_SPARSE, AttentionConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig
+from model.config import (
+    TRAINED_SPARSE,
+    AttentionConfig,
+    DMSConfig,
+    DSAConfig,
+    HierarchicalConfig,
+    ModelConfig,
+    NSAConfig,
+)
 from model.kept_operators import ATTENTION
 from tests.kernels.helpers import DEVICE, needs_cuda, needs_triton
 from training.module import LanguageModule
@@ -106,13 +114,15 @@ class TestThresholds:
 def test_what_is_trained_sparse(
     kind: str, mode: str, compiler: str, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of rows are recomputed by themselves, within blocks that are; the indexer's loss is added once."""
+    """Blocks of rows are recomputed by themselves, within blocks that are; the indexer's loss is added once, and
+    what is evicted by noise is so again."""
     if rows == "in blocks":
         monkeypatch.setattr("model.visible_attention.MASK_ELEMENTS", 2 * LENGTH * 40)
         monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", 1000)
     sizes = {
         "nsa": NSAConfig(8, 4, None, 8, 4, 2, 20),
         "dsa": DSAConfig(2, 8, 12),
+        "dms": DMSConfig(window=9, offset=-0.5),
         "hierarchical": HierarchicalConfig(block=8, adaptive_temperature=True),
     }[kind]
     attention = AttentionConfig(kind=kind, **{kind: sizes})  # type: ignore[arg-type]
