@@ -45,7 +45,7 @@ class DeepSeekSparseAttention(SparseAttention):
     def metadata(
         config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
     ) -> DSAMetadata:
-        return _shared(config, packed_tokens(n_tokens, cu_seqlens, device))
+        return _shared(config, packed_tokens(n_tokens, cu_seqlens, max_seqlen, device))
 
     @staticmethod
     def cached_metadata(config: ModelConfig, extension: Extension) -> DSAMetadata:

@@ -36,7 +36,7 @@ class HierarchicalEntmax(SparseAttention):
         config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
     ) -> Blocks:
         assert config.attention.hierarchical is not None
-        return packed_blocks(config.attention.hierarchical, n_tokens, cu_seqlens, device)
+        return packed_blocks(config.attention.hierarchical, n_tokens, cu_seqlens, max_seqlen, device)
 
     @staticmethod
     def cached_metadata(config: ModelConfig, extension: Extension) -> Blocks:

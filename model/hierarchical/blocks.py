@@ -94,9 +94,11 @@ class Blocks(TokenPositions):
         return found.view(*heads, rows, columns) > 0
 
 
-def packed_blocks(config: HierarchicalConfig, n_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Blocks:
-    """Of a forward pass without a cache. cu_seqlens: as in `packed_positions`."""
-    return _blocks(config, packed_positions(n_tokens, cu_seqlens, device))
+def packed_blocks(
+    config: HierarchicalConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+) -> Blocks:
+    """Of a forward pass without a cache. cu_seqlens, max_seqlen: as in `packed_positions`."""
+    return _blocks(config, packed_positions(n_tokens, cu_seqlens, max_seqlen, device))
 
 
 def cached_blocks(config: HierarchicalConfig, extension: Extension) -> Blocks:
