@@ -19,7 +19,7 @@ class TokenPositions:
 
     position: int64 (b or 1, n), of each query in its document. own_key: int64 (b or 1, n), index of the query's own
     token among the keys. document: int64 (n,), of each query. key_position, key_document: int64 (keys,).
-    starts, lengths: int64 (documents,), in keys.
+    starts, lengths: int64 (documents,), in keys. reach: as in `reached`.
     """
 
     position: Tensor
@@ -29,6 +29,7 @@ class TokenPositions:
     key_document: Tensor
     starts: Tensor
     lengths: Tensor
+    reach: int | None
 
     @property
     def n_queries(self) -> int:
@@ -59,16 +60,19 @@ class TokenPositions:
         return visible
 
 
-def packed_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> TokenPositions:
+def packed_positions(
+    n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+) -> TokenPositions:
     """Of a forward pass without a cache. cu_seqlens: int32 (documents + 1,), which may be empty ones, or None for one
-    document a row."""
+    document a row. max_seqlen: an upper bound of the documents' lengths."""
+    reach = n_tokens if cu_seqlens is None else min(max_seqlen, n_tokens)
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, n_tokens], device=device)
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     token = torch.arange(n_tokens, device=device)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
     position = token - starts[document]
-    return TokenPositions(position[None], token[None], document, position, document, starts, lengths)
+    return TokenPositions(position[None], token[None], document, position, document, starts, lengths, reach)
 
 
 def cached_positions(extension: Extension) -> TokenPositions:
@@ -77,4 +81,4 @@ def cached_positions(extension: Extension) -> TokenPositions:
     none = torch.zeros(extension.position.shape[1], dtype=torch.int64, device=device)
     key = torch.arange(n_keys, device=device)
     starts, lengths = none[:1], none[:1] + n_keys
-    return TokenPositions(extension.position, extension.key_index, none, key, torch.zeros_like(key), starts, lengths)
+    return TokenPositions(extension.position, extension.key_index, none, key, torch.zeros_like(key), starts, lengths, None)

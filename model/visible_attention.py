@@ -27,12 +27,14 @@ class View:
 
     visible: (b, h, i, j) -> bool. bias: (b, h, i, j) -> what is added to scores, float, or None; it may hold a tensor
     that requires grad. first_key, last_key: int64 (b or 1, n), the keys from and up to which each query may see some.
+    reach: as in `reached`.
     """
 
     visible: Visible
     bias: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
     first_key: Tensor
     last_key: Tensor
+    reach: int | None = None
 
 
 def alibi(slopes: Tensor | None, distance: Distance) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
@@ -78,10 +80,33 @@ def _attend_rows(
 
 
 def keys_of(view: View, rows: slice, k: Tensor) -> slice:
-    """Those of k (B, G, keys, D) that the queries `rows` may see; on CUDA, where asking would wait, all."""
+    """Those of k (B, G, keys, D) that the queries `rows` may see; on CUDA, where asking would wait, those within
+    reach."""
     if k.is_cuda:
-        return slice(0, k.shape[2])
+        return reached(rows, k.shape[2], view.reach)
     return slice(int(view.first_key[:, rows].min()), int(view.last_key[:, rows].max()) + 1)
+
+
+def reached(rows: slice, n_keys: int, reach: int | None) -> slice:
+    """Keys among which are all that the queries `rows` see, without asking the device.
+
+    Args:
+        reach: tokens that a query sees at most, up to itself, where query i is key i. None where these differ.
+    """
+    return slice(0, n_keys) if reach is None else slice(max(0, rows.start - reach + 1), min(rows.stop, n_keys))
+
+
+def blocks_of_rows(
+    n_queries: int, n_keys: int, reach: int | None, scores: int, device: torch.device, stride: int = 1
+) -> list[slice]:
+    """All queries, as many at a time as SCORES_AT_ONCE allows.
+
+    Args:
+        reach: as in `reached`, in tokens. stride: tokens of each of n_keys. scores: of a query and key, as B * heads.
+    """
+    width = n_keys if reach is None else min(n_keys, -(-2 * reach // stride))  # of a block of at most `reach` rows
+    rows = max(1, min(SCORES_AT_ONCE[device.type] // (scores * width), n_queries if reach is None else reach))
+    return [slice(start, min(start + rows, n_queries)) for start in range(0, n_queries, rows)]
 
 
 def mask_and_bias(view: View, heads: tuple[int, int], rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:

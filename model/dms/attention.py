@@ -46,7 +46,7 @@ class DynamicMemorySparsification(SparseAttention):
         device: torch.device,
         number: Tensor | None = None,
     ) -> DelayedKeys:
-        return _delayed(config, packed_positions(n_tokens, cu_seqlens, device), number)
+        return _delayed(config, packed_positions(n_tokens, cu_seqlens, max_seqlen, device), number)
 
     @staticmethod
     def cached_metadata(config: ModelConfig, extension: Extension) -> DelayedKeys:

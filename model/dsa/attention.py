@@ -50,7 +50,7 @@ class DeepSeekSparseAttention(SparseAttention):
         device: torch.device,
         number: Tensor | None = None,
     ) -> DSAMetadata:
-        return _shared(config, packed_tokens(n_tokens, cu_seqlens, device))
+        return _shared(config, packed_tokens(n_tokens, cu_seqlens, max_seqlen, device))
 
     @staticmethod
     def cached_metadata(config: ModelConfig, extension: Extension) -> DSAMetadata:

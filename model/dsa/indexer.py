@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from model.config import ModelConfig
 from model.dsa.tokens import Tokens
 from model.rotary import rotate
-from model.visible_attention import SCORES_AT_ONCE, TILE, View, block_mask_of_tiles
+from model.visible_attention import TILE, View, block_mask_of_tiles, blocks_of_rows, reached
 
 SCORE_BITS = 12  # of scores that are compared
 
@@ -81,20 +81,24 @@ def select_tokens(index: IndexInputs, tokens: Tokens, count: int) -> Tensor:
     """
     with torch.autocast(index.q.device.type, enabled=False):
         index = wide(index)
-        rows = max(1, SCORES_AT_ONCE[index.q.device.type] // (index.q.shape[0] * index.q.shape[1] * tokens.n_keys))
-        n = index.q.shape[2]
-        parts = [_bits(_choose(index, tokens, slice(a, min(a + rows, n)), count)) for a in range(0, n, rows)]
-    return torch.cat(parts, dim=1)
+        batch, heads, n, _ = index.q.shape
+        bits = torch.zeros(batch, n, -(-tokens.n_keys // 8), dtype=torch.uint8, device=index.q.device)
+        for rows in blocks_of_rows(n, tokens.n_keys, tokens.reach, batch * heads, index.q.device):
+            keys = reached(rows, tokens.n_keys, tokens.reach)
+            keys = slice(keys.start // 8 * 8, keys.stop)  # whole bytes
+            bits[:, rows, keys.start // 8 : -(-keys.stop // 8)] = _bits(_choose(index, tokens, rows, keys, count))
+    return bits
 
 
-def _choose(index: IndexInputs, tokens: Tokens, rows: slice, count: int) -> Tensor:
-    """bool (B, rows, keys)."""
+def _choose(index: IndexInputs, tokens: Tokens, rows: slice, keys: slice, count: int) -> Tensor:
+    """bool (B, rows, keys). keys: among which are all that the rows see."""
     device, batch = index.q.device, index.q.shape[0]
-    b, i, j = (torch.arange(*x, device=device) for x in ((batch,), (rows.start, rows.stop), (tokens.n_keys,)))
+    i, j = (torch.arange(one.start, one.stop, device=device) for one in (rows, keys))
+    b = torch.arange(batch, device=device)
     visible = tokens.visible_keys()(b[:, None, None], b, i[:, None], j).expand(batch, -1, -1)  # [B, rows, keys]
-    if count >= tokens.n_keys:
+    if count >= keys.stop - keys.start:
         return visible
-    scores = coarse(index_scores(index, rows, slice(0, tokens.n_keys))).masked_fill_(~visible, -torch.inf)
+    scores = coarse(index_scores(index, rows, keys)).masked_fill_(~visible, -torch.inf)
     least = scores.topk(count).values[..., -1:]
     above, tied = scores > least, scores == least
     later = tied.flip(-1).cumsum(-1).flip(-1)  # ties from here on

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.dsa.indexer import IndexInputs, head_scores, wide
-from model.visible_attention import SCORES_AT_ONCE, View, keys_of, mask_and_bias
+from model.visible_attention import View, blocks_of_rows, keys_of, mask_and_bias
 
 
 def index_loss(index: IndexInputs, q: Tensor, k: Tensor, view: View) -> Tensor:
@@ -33,10 +33,9 @@ class _IndexLoss(torch.autograd.Function):
             index = wide(given)
             gradients = IndexInputs(*(torch.zeros_like(x) for x in index))
             heads = max(q.shape[1], index_q.shape[1])
-            rows = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * heads * k.shape[2]))
             loss = index.q.new_zeros(())
-            for start in range(0, q.shape[2], rows):
-                loss += _add_rows(index, q, k, view, slice(start, min(start + rows, q.shape[2])), gradients)
+            for rows in blocks_of_rows(q.shape[2], k.shape[2], view.reach, q.shape[0] * heads, q.device):
+                loss += _add_rows(index, q, k, view, rows, gradients)
         ctx.dtypes = [x.dtype for x in given]
         ctx.save_for_backward(*gradients)
         return loss

@@ -32,12 +32,12 @@ class Tokens(TokenPositions):
         return self._view(visible, slopes)
 
     def _view(self, visible: Visible, slopes: Tensor | None) -> View:
-        return View(visible, alibi(slopes, self.distance(self.key_position)), self.first_key, self.own_key)
+        return View(visible, alibi(slopes, self.distance(self.key_position)), self.first_key, self.own_key, self.reach)
 
 
-def packed_tokens(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tokens:
-    """Of a forward pass without a cache. cu_seqlens: as in `packed_positions`."""
-    return Tokens(**vars(packed_positions(n_tokens, cu_seqlens, device)))
+def packed_tokens(n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device) -> Tokens:
+    """Of a forward pass without a cache. cu_seqlens, max_seqlen: as in `packed_positions`."""
+    return Tokens(**vars(packed_positions(n_tokens, cu_seqlens, max_seqlen, device)))
 
 
 def cached_tokens(extension: Extension) -> Tokens:

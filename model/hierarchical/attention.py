@@ -11,11 +11,11 @@ from model.kv_cache import Extension, LayerCache
 from model.sparse_attention import SparseAttention
 from model.visible_attention import (
     AGAIN,
-    SCORES_AT_ONCE,
     TILE,
     attend_flex,
     attend_masked,
     block_mask_of_tiles,
+    blocks_of_rows,
     uses_flex,
 )
 
@@ -41,7 +41,7 @@ class HierarchicalEntmax(SparseAttention):
         number: Tensor | None = None,
     ) -> Blocks:
         assert config.attention.hierarchical is not None
-        return packed_blocks(config.attention.hierarchical, n_tokens, cu_seqlens, device)
+        return packed_blocks(config.attention.hierarchical, n_tokens, cu_seqlens, max_seqlen, device)
 
     @staticmethod
     def cached_metadata(config: ModelConfig, extension: Extension) -> Blocks:
@@ -68,13 +68,19 @@ class HierarchicalEntmax(SparseAttention):
     ) -> Tensor:
         """log p in float32 (float64 for such k), (B, H, n, C), -inf for blocks that are not read. Backward computes it
         again, a block of rows at a time. rows: int64 (n,), the queries that q holds; None for all."""
-        rows = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+        batch, heads, n, _ = q.shape
         with torch.autocast(q.device.type, enabled=False):
             means = blocks.running_means(k)
-        at_once = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * q.shape[1] * blocks.n_blocks))
+        n_full, size = len(blocks.full), blocks.size
+        reach = blocks.reach if rows is None else None
         parts = []
-        for part, queries in zip(rows.split(at_once), q.split(at_once, dim=2), strict=True):
-            inputs = (queries, means, blocks, part, slopes, alpha)
+        for part in blocks_of_rows(n, n_full + blocks.n_blocks, reach, batch * heads, q.device, size):
+            if rows is None:
+                queries = torch.arange(part.start, part.stop, device=q.device)
+                within = blocks.full_within_reach(part)
+            else:
+                queries, within = rows[part], torch.arange(n_full, device=q.device)
+            inputs = (q[:, :, part], means, blocks, queries, within, slopes, alpha)
             parts.append(checkpoint(_log_p, *inputs, **AGAIN) if torch.is_grad_enabled() else _log_p(*inputs))
         return torch.cat(parts, dim=2)
 
@@ -87,10 +93,13 @@ class HierarchicalEntmax(SparseAttention):
         return attend_flex(q, k, v, view, block_mask_of_tiles(live, view.visible, blocks.n_queries, blocks.n_keys))
 
 
-def _log_p(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, slopes: Tensor | None, alpha: Tensor) -> Tensor:
-    """As `choose`, of the queries `rows`. means: of Blocks.running_means."""
+def _log_p(
+    q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, within: Tensor, slopes: Tensor | None, alpha: Tensor
+) -> Tensor:
+    """As `choose`, of the queries `rows`. means: of Blocks.running_means. within: of Blocks.full_within_reach."""
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q.to(means.dtype).unflatten(1, (means.shape[1], -1)), means, blocks, rows).flatten(1, 2)
+        grouped = q.to(means.dtype).unflatten(1, (means.shape[1], -1))
+        scores = _scores(grouped, means, blocks, rows, within).flatten(1, 2)
         if slopes is not None:
             scores = scores - slopes.to(means.dtype)[:, None, None] * blocks.distance_to_blocks(rows)[:, None]
         p = entmax(scores.masked_fill(~blocks.visible(rows)[:, None], -torch.inf), alpha[:, None, None])
@@ -98,13 +107,15 @@ def _log_p(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, slopes: Tenso
     return p.masked_fill(dead, 1).log().masked_fill(dead, -torch.inf)
 
 
-def _scores(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+def _scores(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, within: Tensor) -> Tensor:
     """(B, G, H / G, rows, C), with the full blocks' summaries, and with that of the query's own block as far as it
-    sees it. q: (B, G, H / G, rows, D)."""
-    own_block = blocks.own_block[:, rows]
-    index = (own_block * blocks.size + blocks.position[:, rows] % blocks.size)[:, None, :, None]  # [b, 1, rows, 1]
-    own = means.flatten(2, 3).gather(2, index.expand(*means.shape[:2], -1, means.shape[-1]))  # [B, G, rows, D]
-    scores = q @ means[:, :, None, :, -1].mT  # [B, G, H / G, rows, C]
-    is_own = own_block[..., None] == torch.arange(blocks.n_blocks, device=q.device)  # [b, rows, C]
-    own_scores = (q * own[:, :, None]).sum(-1, keepdim=True)
-    return torch.where(is_own[:, None, None], own_scores, scores) * q.shape[-1] ** -0.5
+    sees it; anything behind it. q: (B, G, H / G, rows, D)."""
+    place = blocks.own_place[:, rows, None][:, None]  # [b, 1, rows, 1]
+    own = means.flatten(2, 3).gather(2, place.expand(*means.shape[:2], -1, means.shape[-1]))  # [B, G, rows, D]
+    summaries = means[:, :, blocks.full[within.clamp(max=len(blocks.full) - 1)], -1]  # [B, G, W, D]
+    block = torch.arange(blocks.n_blocks, device=q.device)
+    index = (blocks.first_full[rows, None] - within[0] + block).clamp(max=len(within) - 1)  # [rows, C]
+    scores = q @ summaries[:, :, None].mT  # [B, G, H / G, rows, W]
+    scores = scores.gather(-1, index.expand(*scores.shape[:3], -1, -1))
+    is_own = (blocks.own_block[:, rows, None] == block)[:, None, None]  # [b, 1, 1, rows, C]
+    return torch.where(is_own, (q * own[:, :, None]).sum(-1, keepdim=True), scores) * q.shape[-1] ** -0.5

@@ -1,7 +1,8 @@
 """Where blocks of tokens stand, and their summaries.
 
-Blocks of all documents stand one behind the other, in as many places as there can be at most (keys / block, and one
-more a document): shapes do not depend on where documents end.
+A query's blocks are numbered from the start of its document: block c is its tokens c * size ... (c + 1) * size - 1. Only
+its own one may end early, so that summaries are those of full blocks, which stand one behind the other for all
+documents, in as many places as there can be at most (keys / size): shapes do not depend on where documents end.
 """
 
 from dataclasses import dataclass
@@ -20,41 +21,47 @@ from model.visible_attention import View, alibi
 class Blocks(TokenPositions):
     """Of one forward pass, alike in all layers.
 
-    size: tokens of a block. first_key, last_key: int64 (C,), index of the first and of the last token of each block
-    (some token where there is no such block). last_position: int64 (C,), the position of a full block's last token.
-    first_block, own_block: int64 (b or 1, n), the first block of each query's document, and its own.
-    key_block: int64 (keys,), the block of each key.
+    size: tokens of a block. n_blocks: C, of the longest document. own_block: int64 (b or 1, n), each query's own.
+    key_block: int64 (keys,), each key's. first_key: int64 (P,), index of the first token of each block of each document
+    (some token where there is no such block). own_place: int64 (b or 1, n), where each query's own mean stands among
+    the P * size of `running_means`. full: int64 (F,), the places among P of full blocks. first_full: int64 (n,), where
+    those of each query's document begin among F.
     """
 
     size: int
-    first_key: Tensor
-    last_key: Tensor
-    last_position: Tensor
-    first_block: Tensor
+    n_blocks: int
     own_block: Tensor
     key_block: Tensor
-
-    @property
-    def n_blocks(self) -> int:
-        """C."""
-        return len(self.first_key)
+    first_key: Tensor
+    own_place: Tensor
+    full: Tensor
+    first_full: Tensor
 
     def visible(self, rows: Tensor) -> Tensor:
-        """bool (b or 1, rows, C): blocks of the query's document up to its own. rows: int64, indices of queries."""
-        block = torch.arange(self.n_blocks, device=rows.device)
-        return (self.first_block[:, rows, None] <= block) & (block <= self.own_block[:, rows, None])
+        """bool (b or 1, rows, C): blocks up to the query's own. rows: int64, indices of queries."""
+        return torch.arange(self.n_blocks, device=rows.device) <= self.own_block[:, rows, None]
 
     def distance_to_blocks(self, rows: Tensor) -> Tensor:
         """int64 (b or 1, rows, C), tokens to the last one that the query sees of each block up to its own."""
-        return (self.position[:, rows, None] - self.last_position).clamp(min=0)
+        last = (torch.arange(self.n_blocks, device=rows.device) + 1) * self.size - 1
+        return (self.position[:, rows, None] - last).clamp(min=0)
 
     def running_means(self, k: Tensor) -> Tensor:
-        """k: (B, G, keys, D) -> (B, G, C, size, D) in float32 (float64 for such k): the mean of a block's keys up to
+        """k: (B, G, keys, D) -> (B, G, P, size, D) in float32 (float64 for such k): the mean of a block's keys up to
         each of its tokens, the last of which is the summary of a full block."""
         dtype = torch.promote_types(k.dtype, torch.float32)
         count = torch.arange(1, self.size + 1, device=k.device)
         tokens = (self.first_key[:, None] + count - 1).clamp(max=self.n_keys - 1)
         return k[:, :, tokens].to(dtype).cumsum(3) / count.to(dtype)[:, None]
+
+    def full_within_reach(self, rows: slice) -> Tensor:
+        """int64 (W,), places among F with all full blocks that the queries `rows` see, without asking the device. Some
+        may lie behind the last one."""
+        places = torch.arange(len(self.full), device=self.full.device)
+        if self.reach is None:
+            return places
+        width = min((rows.stop - rows.start + self.reach) // self.size, rows.stop // self.size)
+        return self.first_full[rows.start] + places[: max(1, width)]
 
     def view(self, log_p: Tensor, slopes: Tensor | None) -> View:
         """Tokens of the blocks whose log_p, (B, H, n, C), is not -inf, up to the query; log_p is added to scores."""
@@ -62,13 +69,14 @@ class Blocks(TokenPositions):
         positional = alibi(slopes, distance)
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (distance(b, i, j) >= 0) & (chosen[b, h, i, block[j]] != -torch.inf)
+            seen = (self.document[i] == self.key_document[j]) & (distance(b, i, j) >= 0)
+            return seen & (chosen[b, h, i, block[j]] != -torch.inf)
 
         def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             added = log_p[b, h, i, block[j]]
             return added if positional is None else added + positional(b, h, i, j)
 
-        return View(visible, bias, self.own_key - self.position, self.own_key)
+        return View(visible, bias, self.own_key - self.position, self.own_key, self.reach)
 
     def tokens_read(self, live: Tensor) -> Tensor:
         """int64 (B, H, n): tokens up to the query of live blocks. live: bool (B, H, n, C)."""
@@ -77,26 +85,25 @@ class Blocks(TokenPositions):
 
     def tiles(self, live: Tensor, tile: int) -> Tensor:
         """bool (B, H, query tiles, key tiles): where a query of the tile reads a key of the tile. live: as above."""
-        heads, n_queries = live.shape[:2], live.shape[2]
+        batch, heads, n_queries, _ = live.shape
         rows, columns = -(-n_queries // tile), -(-self.n_keys // tile)
-        own = self.own_block[:, None, :, None].expand(*live.shape[:3], 1)
-        own_live = live.gather(-1, own).squeeze(-1).int()
-        full = live.scatter(-1, own, False)
-        full = pad(full, (0, 0, 0, rows * tile - n_queries)).unflatten(2, (rows, tile)).any(3).int()
-        found = torch.zeros(*heads, rows * columns, dtype=torch.int32, device=live.device)
-        row = torch.arange(n_queries, device=live.device) // tile * columns
-        start = self.first_key[self.own_block]
+        own_key = self.own_key[..., None]
+        start = own_key - self.position[..., None] + torch.arange(self.n_blocks, device=live.device) * self.size
+        last = torch.minimum(start + self.size - 1, own_key) // tile
+        row = torch.arange(n_queries, device=live.device)[:, None] // tile * columns
+        found = torch.zeros(batch, heads, rows * columns, dtype=torch.int32, device=live.device)
         for further in range(-(-self.size // tile) + 1):  # tiles that a block may reach into
-            index = row + torch.minimum(start // tile + further, self.own_key // tile)
-            found.scatter_add_(-1, index[:, None].expand_as(own_live), own_live)
-            index = torch.minimum(self.first_key // tile + further, self.last_key // tile)
-            found.view(*heads, rows, columns).index_add_(-1, index, full)
-        return found.view(*heads, rows, columns) > 0
+            index = (row + torch.minimum(start // tile + further, last)).flatten(1).expand(batch, -1)
+            for head in range(heads):
+                found[:, head].scatter_add_(-1, index, live[:, head].flatten(1).int())
+        return found.view(batch, heads, rows, columns) > 0
 
 
-def packed_blocks(config: HierarchicalConfig, n_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Blocks:
-    """Of a forward pass without a cache. cu_seqlens: as in `packed_positions`."""
-    return _blocks(config, packed_positions(n_tokens, cu_seqlens, device))
+def packed_blocks(
+    config: HierarchicalConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
+) -> Blocks:
+    """Of a forward pass without a cache. cu_seqlens, max_seqlen: as in `packed_positions`."""
+    return _blocks(config, packed_positions(n_tokens, cu_seqlens, max_seqlen, device))
 
 
 def cached_blocks(config: HierarchicalConfig, extension: Extension) -> Blocks:
@@ -105,18 +112,21 @@ def cached_blocks(config: HierarchicalConfig, extension: Extension) -> Blocks:
 
 
 def _blocks(config: HierarchicalConfig, tokens: TokenPositions) -> Blocks:
-    size, starts = config.block, tokens.starts
-    ends = (-(-tokens.lengths // size)).cumsum(0)
-    first = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])  # block of each document
-    block = torch.arange(tokens.n_keys // size + len(starts), device=starts.device)
-    of = torch.searchsorted(ends, block, right=True).clamp(max=len(starts) - 1)
-    first_position = torch.minimum((block - first[of]) * size, (tokens.lengths[of] - 1).clamp(min=0))
-    first_key = (starts[of] + first_position).clamp(max=tokens.n_keys - 1)
-    stop = (starts + tokens.lengths)[of].clamp(min=1)
+    size, starts, device = config.block, tokens.starts, tokens.starts.device
+    longest = tokens.n_keys if tokens.reach is None else tokens.reach
+    full_counts = tokens.lengths // size
+    ends, full_ends = (-(-tokens.lengths // size)).cumsum(0), full_counts.cumsum(0)
+    first, first_full = (torch.cat([torch.zeros_like(one[:1]), one[:-1]]) for one in (ends, full_ends))  # by document
+    place = torch.arange(tokens.n_keys // size + len(starts), device=device)
+    of = torch.searchsorted(ends, place, right=True).clamp(max=len(starts) - 1)
+    first_position = torch.minimum((place - first[of]) * size, (tokens.lengths[of] - 1).clamp(min=0))
+    full = torch.arange(max(1, tokens.n_keys // size), device=device)
+    full_of = torch.searchsorted(full_ends, full, right=True).clamp(max=len(starts) - 1)
+    own_block = tokens.position // size
     return Blocks(
-        **vars(tokens), size=size, first_key=first_key, last_key=torch.minimum(first_key + size, stop) - 1,
-        last_position=first_position + size - 1,
-        first_block=first[tokens.document][None].expand_as(tokens.position),
-        own_block=first[tokens.document] + tokens.position // size,
-        key_block=first[tokens.key_document] + tokens.key_position // size,
+        **vars(tokens), size=size, n_blocks=-(-longest // size), own_block=own_block,
+        key_block=tokens.key_position // size, first_key=(starts[of] + first_position).clamp(max=tokens.n_keys - 1),
+        own_place=(first[tokens.document] + own_block) * size + tokens.position % size,
+        full=(first[full_of] + full - first_full[full_of]).clamp(max=len(place) - 1),
+        first_full=first_full[tokens.document],
     )  # fmt: skip

@@ -42,6 +42,16 @@ class Blocks(TokenPositions):
         offset = torch.arange(self.config.compress_length, device=self.first_key.device)
         return (self.first_key[:, None] + offset).clamp(max=self.n_keys - 1)
 
+    def compressed_within_reach(self, rows: slice) -> Tensor:
+        """int64 (W,), indices among which are all compressed blocks that the queries `rows` see, without asking the
+        device. Some lie behind the last one."""
+        width = len(self.first_key)
+        if self.reach is None:
+            return torch.arange(width, device=self.first_key.device)
+        stride = self.config.compress_stride  # each block takes as many tokens of its document, and the first one more
+        width = max(1, min(width, (rows.stop - rows.start + self.reach) // stride, rows.stop // stride))
+        return self.first_block[rows.start] + torch.arange(width, device=self.first_key.device)
+
     def sees_compressed(self) -> Visible:
         """Compressed blocks whose last token is the query or stands before it."""
         distance = self.distance(self.last_position)
@@ -88,9 +98,9 @@ class Blocks(TokenPositions):
 def packed_blocks(
     config: NSAConfig, n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
 ) -> Blocks:
-    """Of a forward pass without a cache. cu_seqlens: as in `packed_positions`. max_seqlen: an upper bound of the
-    documents' lengths."""
-    return _blocks(config, packed_positions(n_tokens, cu_seqlens, device), min(max_seqlen, n_tokens))
+    """Of a forward pass without a cache. cu_seqlens, max_seqlen: as in `packed_positions`."""
+    tokens = packed_positions(n_tokens, cu_seqlens, max_seqlen, device)
+    return _blocks(config, tokens, n_tokens if tokens.reach is None else tokens.reach)
 
 
 def cached_blocks(config: NSAConfig, extension: Extension) -> Blocks:

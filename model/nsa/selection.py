@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from model.nsa.blocks import Blocks
-from model.visible_attention import SCORES_AT_ONCE
+from model.visible_attention import blocks_of_rows
 
 
 @torch.no_grad()
@@ -20,40 +20,47 @@ def select_blocks(q: Tensor, compressed: Tensor, blocks: Blocks, slopes: Tensor 
 
     Returns: int64 (B, G, n, count), counted from the start of each query's document, -1 where it has no more blocks.
     """
-    rows = max(1, SCORES_AT_ONCE[q.device.type] // (q.shape[0] * q.shape[1] * compressed.shape[2]))
+    batch, heads, n, _ = q.shape
+    stride = blocks.config.compress_stride
     with torch.autocast(q.device.type, enabled=False):
         parts = [
-            _choose(block_scores(q[:, :, part], compressed, blocks, part, slopes), blocks, part)
-            for part in torch.arange(q.shape[2], device=q.device).split(rows)
+            _choose(block_scores(q[:, :, rows], compressed, blocks, rows, slopes), blocks, rows)
+            for rows in blocks_of_rows(n, compressed.shape[2], blocks.reach, batch * heads, q.device, stride)
         ]
     return torch.cat(parts, dim=2)
 
 
-def block_scores(q: Tensor, compressed: Tensor, blocks: Blocks, rows: Tensor, slopes: Tensor | None) -> Tensor:
-    """float32 (float64 for such q) (B, G, rows, n_select), of the queries `rows`, int64 (rows,), which q holds."""
+def block_scores(q: Tensor, compressed: Tensor, blocks: Blocks, rows: slice, slopes: Tensor | None) -> Tensor:
+    """float32 (float64 for such q) (B, G, rows, n_select), of the queries `rows`, which q holds."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = compressed.shape[1]
+    groups, last = compressed.shape[1], compressed.shape[2] - 1
+    within = blocks.compressed_within_reach(rows)  # [W]
+    block = within.clamp(max=last)
     grouped = q.to(dtype).unflatten(1, (groups, -1))  # [B, G, H / G, rows, D]
-    scores = grouped @ compressed.to(dtype)[:, :, None].mT * q.shape[-1] ** -0.5  # [B, G, H / G, rows, C]
-    b, i = torch.arange(len(blocks.position), device=q.device).view(-1, 1, 1, 1, 1), rows[:, None]
-    block = torch.arange(compressed.shape[2], device=q.device)
+    scores = grouped @ compressed[:, :, None, block].to(dtype).mT * q.shape[-1] ** -0.5  # [B, G, H / G, rows, W]
+    b = torch.arange(len(blocks.position), device=q.device).view(-1, 1, 1, 1, 1)
+    i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
     if slopes is not None:
-        distance = blocks.distance(blocks.last_position)(b, i, block)  # [rows, C], or [B, 1, 1, rows, C]
+        distance = blocks.distance(blocks.last_position)(b, i, block)  # [rows, W], or [B, 1, 1, rows, W]
         scores = scores - slopes.to(dtype).view(groups, -1, 1, 1) * distance
-    visible = blocks.sees_compressed()(b, b, i, block)
+    visible = blocks.sees_compressed()(b, b, i, block) & (within <= last)
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
-    weights = (scores.softmax(-1) * visible).sum(2)  # [B, G, rows, C]; rows that see no block have none
-    return _by_overlap(weights, blocks, rows)
+    weights = (scores.softmax(-1) * visible).sum(2)  # [B, G, rows, W]; rows that see no block have none
+    return _by_overlap(weights, blocks, rows, within[0])
 
 
-def _by_overlap(weights: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+def _by_overlap(weights: Tensor, blocks: Blocks, rows: slice, start: Tensor) -> Tensor:
     """Equation 9 the right way round: block j gets the weights of all compressed blocks that share tokens with it,
-    times the number of strides they share (1 2 2 2 1 at 32, 16, 64). weights: (B, G, rows, C)."""
+    times the number of strides they share (1 2 2 2 1 at 32, 16, 64).
+
+    Args:
+        weights: (B, G, rows, W), of the compressed blocks from `start`, int64 (), on.
+    """
     length, stride, size = blocks.config.compress_length, blocks.config.compress_stride, blocks.config.select_block
     before, count = length // stride - 1, (size + length) // stride - 1
     padded = pad(weights, (before, 1))  # behind `before` zeros; the last column is zero, for blocks beyond
     # other documents' blocks have no weight, and need no mask
-    first = blocks.first_block[rows][:, None] + torch.arange(blocks.n_select, device=weights.device) * (size // stride)
+    first = (blocks.first_block[rows] - start)[:, None] + torch.arange(blocks.n_select, device=weights.device) * (size // stride)
     scores = torch.zeros(*weights.shape[:3], blocks.n_select, dtype=weights.dtype, device=weights.device)
     for k in range(count):
         start = (k - before) * stride  # of the compressed block, counted from the start of block j
@@ -63,7 +70,7 @@ def _by_overlap(weights: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
     return scores
 
 
-def _choose(scores: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+def _choose(scores: Tensor, blocks: Blocks, rows: slice) -> Tensor:
     """scores: as `block_scores` gives them. Returns what `select_blocks` does, of these rows."""
     own = (blocks.position[:, rows] // blocks.config.select_block)[:, None, :, None]  # [b or 1, 1, rows, 1]
     block = torch.arange(blocks.n_select, device=scores.device)

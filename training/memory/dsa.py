@@ -48,11 +48,18 @@ def chosen_workspace(setup: Setup) -> float:
     return 0.0 if setup.cuda or not in_blocks_of_rows(setup) else 2.0 * FLOAT32 * MASK_ELEMENTS
 
 
+def rows_at_once(setup: Setup, scores: int, width: int) -> int:
+    """Of visible_attention.blocks_of_rows. width: keys, or blocks of them, that it expects of such a block."""
+    at_once = SCORES_AT_ONCE["cuda" if setup.cuda else "cpu"]
+    return max(1, min(at_once // (scores * width), setup.sequence_length, setup.local_tokens))
+
+
 def index_loss_workspace(setup: Setup, dsa: DSAConfig) -> float:
     """Bytes of one block of rows of the indexer's loss: either attention's scores and their softmax, or what leads from
     scores of the indexer to gradients of its products; the mask, and what ALiBi adds."""
     heads, index_heads = setup.network.n_heads, dsa.index_heads
-    at_once = SCORES_AT_ONCE["cuda" if setup.cuda else "cpu"]
-    pairs = min(setup.local_tokens * setup.tokens, at_once // max(heads, index_heads))
+    rows = rows_at_once(setup, max(heads, index_heads), min(setup.tokens, 2 * setup.sequence_length))
+    # a CPU takes the keys of the rows' documents, here of their full length
+    pairs = rows * min(setup.tokens, setup.sequence_length + (rows if setup.cuda else 0))
     alibi = heads if setup.network.positions == "nape" else 0
     return FLOAT32 * pairs * (max(2 * heads, 4 + 2.25 * index_heads) + 0.25 + alibi)

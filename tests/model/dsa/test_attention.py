@@ -28,7 +28,8 @@ ROTATED = dict(atol=1e-4, rtol=1e-4)
 
 
 def metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:
-    return DeepSeekSparseAttention.metadata(config, n_tokens, cu_seqlens, n_tokens, CPU)
+    longest = n_tokens if cu_seqlens is None else int(cu_seqlens.diff().max())
+    return DeepSeekSparseAttention.metadata(config, n_tokens, cu_seqlens, longest, CPU)
 
 
 def flex_metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:
@@ -87,7 +88,7 @@ def test_equal_scores_choose_the_later_key(at_once: int, monkeypatch: pytest.Mon
     monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 2, 40, 8, generator=generator), torch.randn(1, 40, 8, generator=generator)
-    tokens = packed_tokens(40, None, CPU)
+    tokens = packed_tokens(40, None, 40, CPU)
     for keys in (-k.abs(), k):
         index = IndexInputs(q.abs() if keys is not k else q, keys, torch.tensor([[[1.0], [-0.5]]]).expand(1, 2, 40))
         found = index_scores(wide(index), slice(0, 40), slice(0, 40))[0]

@@ -19,7 +19,7 @@ from tests.model.dsa.looped import SIZES, WARMUP, attended, module, network, sco
 from tests.model.dsa.test_attention import CPU, DOCUMENTS, EXACT, SLOPES, metadata
 from tests.model.sparse_inputs import draw
 
-DOCUMENT_TOKENS = packed_tokens(110, DOCUMENTS, CPU)
+DOCUMENT_TOKENS = packed_tokens(110, DOCUMENTS, 110, CPU)
 
 
 def loss_of(sparse: DeepSeekSparseAttention, *inputs: Tensor, slopes: Tensor | None = None, documents=None) -> Tensor:
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_autograd(at_once: int, monkeypatch: pytest.Monke
     monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
     index, q, k = drawn_index()
     index = IndexInputs(*(x.requires_grad_() for x in index))
-    view = packed_tokens(30, None, CPU).dense_view(SLOPES)
+    view = packed_tokens(30, None, 30, CPU).dense_view(SLOPES)
     ours = torch.autograd.grad(index_loss(index, q, k, view) * 3, index)
     token = torch.arange(30)
     hidden = token > token[:, None]
@@ -82,7 +82,7 @@ def test_a_planted_indexer_has_no_loss() -> None:
     """Positive products in one head, of the scale of attention's: both are the same softmax."""
     index, _, _ = drawn_index()
     index = IndexInputs(index.q[:, :1].abs(), index.k.abs(), torch.full((2, 1, 30), 8**-0.5, dtype=torch.float64))
-    tokens = packed_tokens(30, None, CPU)
+    tokens = packed_tokens(30, None, 30, CPU)
     alike = index_loss(index, index.q.expand(-1, 4, -1, -1), index.k[:, None], tokens.dense_view(None))
     torch.testing.assert_close(alike, torch.zeros((), dtype=torch.float64), **EXACT)
     other = index_loss(index._replace(weights=-index.weights), index.q, index.k[:, None], tokens.dense_view(None))
@@ -93,7 +93,7 @@ def test_a_planted_indexer_has_no_loss() -> None:
 def test_half_precision_loses_what_rounding_loses(dtype: torch.dtype) -> None:
     """Scores are float32: the loss is that of the rounded inputs."""
     index, q, k = drawn_index()
-    view = packed_tokens(30, None, CPU).dense_view(None)
+    view = packed_tokens(30, None, 30, CPU).dense_view(None)
     rounded = IndexInputs(*(x.to(dtype) for x in index))
     found = index_loss(rounded, q.to(dtype), k.to(dtype), view)
     expected = index_loss(IndexInputs(*(x.double() for x in rounded)), q.to(dtype).double(), k.to(dtype).double(), view)

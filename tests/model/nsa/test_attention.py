@@ -49,7 +49,7 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         return flex_metadata
     if request.param != "masks":
         monkeypatch.setattr(model.visible_attention, "MASK_ELEMENTS", 4 * 16)
-        monkeypatch.setitem(model.nsa.selection.SCORES_AT_ONCE, "cpu", 1000)
+        monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", 1000)
     return metadata
 
 
@@ -99,11 +99,11 @@ def test_overlaps_of_the_paper() -> None:
     """Block j of 64 tokens shares 1 2 2 2 1 strides with compressed blocks 4 j - 1 ... 4 j + 3."""
     config = network(NSAConfig())
     blocks, one = metadata(config, 640).blocks, torch.zeros(1, 2, 1, 40)
-    rows = torch.tensor([639])
+    rows, start = slice(639, 640), torch.tensor(0)
     found = []
     for i in range(39):
         one.zero_()[..., i] = 1
-        found.append(model.nsa.selection._by_overlap(one, blocks, rows)[0, 0, 0])
+        found.append(model.nsa.selection._by_overlap(one, blocks, rows, start)[0, 0, 0])
     shares = torch.stack(found, 1)  # [10, 39]
     assert shares[0].nonzero().flatten().tolist() == [0, 1, 2, 3] and shares[0, :4].tolist() == [2, 2, 2, 1]
     for j in range(1, 9):
@@ -132,7 +132,7 @@ def test_scores_are_the_compression_branchs_weights() -> None:
     sparse, (_, q, k, _) = module(config), draw(40, config)
     blocks = metadata(config, 40).blocks
     compressed = sparse.compress_k(k[:, :2], blocks.compressed_tokens())
-    scores = block_scores(q, compressed, blocks, torch.arange(40), None)
+    scores = block_scores(q, compressed, blocks, slice(0, 40), None)
     assert scores[:, :, :3].abs().max() == 0  # no compressed block has ended
     torch.testing.assert_close(scores[:, :, 3:].sum(-1), torch.full((1, 2, 37), 2 * 2.0, dtype=torch.float64))
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import training.step.float8
 from benchmarks.train_memory import network_of
+from model.config import HierarchicalConfig
 from tests.training.memory.helpers import MODELS, MODES, autocast, batch, make, needs_float8_by_row
 from training.memory import workspace
 from training.memory.estimate import estimate
@@ -91,10 +92,12 @@ def test_estimated_peak_of_what_is_trained_sparse(mode: str, name: str) -> None:
 
 
 def test_estimated_peak_where_blocks_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside few weights of tokens at a time."""
+    """Beside few weights of tokens at a time: more numbers than those take, with blocks of 4 tokens."""
     for module_name in ("model.visible_attention", "training.memory.hierarchical"):
         monkeypatch.setattr(f"{module_name}.MASK_ELEMENTS", 2**18)
-    module, setup = make(MODELS["hierarchical-rope"])
+    network = MODELS["hierarchical-rope"]
+    sizes = HierarchicalConfig(block=4)
+    module, setup = make(replace(network, attention=replace(network.attention, hierarchical=sizes)))
     found = peak_of_two_steps(module, "32-true", 1)
     assert estimate(replace(setup, keeps_gradients=False)).total == pytest.approx(found, rel=0.05)
 
