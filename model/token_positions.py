@@ -60,9 +60,7 @@ class TokenPositions:
         return visible
 
 
-def packed_positions(
-    n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device
-) -> TokenPositions:
+def packed_positions(n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device) -> TokenPositions:
     """Of a forward pass without a cache. cu_seqlens: int32 (documents + 1,), which may be empty ones, or None for one
     document a row. max_seqlen: an upper bound of the documents' lengths."""
     reach = n_tokens if cu_seqlens is None else min(max_seqlen, n_tokens)
@@ -81,4 +79,6 @@ def cached_positions(extension: Extension) -> TokenPositions:
     none = torch.zeros(extension.position.shape[1], dtype=torch.int64, device=device)
     key = torch.arange(n_keys, device=device)
     starts, lengths = none[:1], none[:1] + n_keys
-    return TokenPositions(extension.position, extension.key_index, none, key, torch.zeros_like(key), starts, lengths, None)
+    return TokenPositions(
+        extension.position, extension.key_index, none, key, torch.zeros_like(key), starts, lengths, None
+    )

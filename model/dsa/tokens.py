@@ -27,7 +27,8 @@ class Tokens(TokenPositions):
         """What is chosen. chosen: uint8 (B, n, keys / 8), bits, as `select_tokens` gives them."""
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (chosen[b, i, j >> 3] >> (j & 7)) & 1 != 0
+            bit = (j & 7).to(torch.uint8)  # int64 would make int64 of what is shifted
+            return (chosen[b, i, j >> 3] >> bit) & 1 != 0
 
         return self._view(visible, slopes)
 

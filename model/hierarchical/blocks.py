@@ -1,6 +1,6 @@
 """Where blocks of tokens stand, and their summaries.
 
-A query's blocks are numbered from the start of its document: block c is its tokens c * size ... (c + 1) * size - 1. Only
+Blocks are numbered from the start of a query's document: block c is its tokens c * size ... (c + 1) * size - 1. Only
 its own one may end early, so that summaries are those of full blocks, which stand one behind the other for all
 documents, in as many places as there can be at most (keys / size): shapes do not depend on where documents end.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from model.hierarchical.config import HierarchicalConfig
 from model.kv_cache import Extension

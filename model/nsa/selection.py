@@ -49,18 +49,19 @@ def block_scores(q: Tensor, compressed: Tensor, blocks: Blocks, rows: slice, slo
     return _by_overlap(weights, blocks, rows, within[0])
 
 
-def _by_overlap(weights: Tensor, blocks: Blocks, rows: slice, start: Tensor) -> Tensor:
+def _by_overlap(weights: Tensor, blocks: Blocks, rows: slice, from_block: Tensor) -> Tensor:
     """Equation 9 the right way round: block j gets the weights of all compressed blocks that share tokens with it,
     times the number of strides they share (1 2 2 2 1 at 32, 16, 64).
 
     Args:
-        weights: (B, G, rows, W), of the compressed blocks from `start`, int64 (), on.
+        weights: (B, G, rows, W), of the compressed blocks from `from_block`, int64 (), on.
     """
     length, stride, size = blocks.config.compress_length, blocks.config.compress_stride, blocks.config.select_block
     before, count = length // stride - 1, (size + length) // stride - 1
     padded = pad(weights, (before, 1))  # behind `before` zeros; the last column is zero, for blocks beyond
     # other documents' blocks have no weight, and need no mask
-    first = (blocks.first_block[rows] - start)[:, None] + torch.arange(blocks.n_select, device=weights.device) * (size // stride)
+    strides = torch.arange(blocks.n_select, device=weights.device) * (size // stride)
+    first = (blocks.first_block[rows] - from_block)[:, None] + strides
     scores = torch.zeros(*weights.shape[:3], blocks.n_select, dtype=weights.dtype, device=weights.device)
     for k in range(count):
         start = (k - before) * stride  # of the compressed block, counted from the start of block j

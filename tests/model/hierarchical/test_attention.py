@@ -170,7 +170,8 @@ def test_errors_are_those_of_dense_products(dtype: torch.dtype, slopes: Tensor |
 
     errors = []  # of ours and of dense products, of each tensor
     for seed in (1, 2, 3, 4):
-        truth, found, plain = (run(*of, seed) for of in ((explicit, torch.float64), (ours_of, dtype), (explicit, dtype)))
+        runs = ((explicit, torch.float64), (ours_of, dtype), (explicit, dtype))
+        truth, found, plain = (run(*one, seed) for one in runs)
         errors.append([[relative(x, exact) for x, exact in zip(one, truth, strict=True)] for one in (found, plain)])
     for i, (found, plain) in enumerate(torch.tensor(errors).square().mean(0).sqrt().T.tolist()):
         assert found <= max((3 if i else 2) * plain, 1e3 * torch.finfo(torch.float64).eps), i
