@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import Extension
-from model.visible_attention import Distance, Visible
+from model.visible_attention import Distance, View, Visible
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class TokenPositions:
             return (self.document[i] == self.key_document[j]) & (distance(b, i, j) >= 0)
 
         return visible
+
+    def view_of(self, visible: Visible, bias: Visible | None) -> View:
+        """Of queries that see keys of their document up to themselves, or some of these."""
+        return View(visible, bias, self.own_key - self.position, self.own_key, self.reach)
 
 
 def packed_positions(n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device) -> TokenPositions:

@@ -1,4 +1,4 @@
-"""Launch configurations of attention over selected blocks; by reasoning, not measured."""
+"""Launch configurations of attention over selected blocks: tables by reasoning, FEW_QUERIES by measurement."""
 
 from dataclasses import dataclass
 from functools import cache

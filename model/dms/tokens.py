@@ -39,7 +39,7 @@ class DelayedKeys(TokenPositions):
             added = torch.where(distance(b, i, j) > window, log_kept[b, h, j], 0.0)
             return added if positional is None else added + positional(b, h, i, j)
 
-        return View(self.visible_keys(), bias, self.own_key - self.position, self.own_key)
+        return self.view_of(self.visible_keys(), bias)
 
     def kept_view(self, evicted: Tensor, slopes: Tensor | None) -> View:
         """What is visible and not gone. evicted: bool (B, H, keys)."""
@@ -49,7 +49,7 @@ class DelayedKeys(TokenPositions):
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return causal(b, h, i, j) & ((distance(b, i, j) <= window) | ~evicted[b, h, j])
 
-        return View(visible, alibi(slopes, distance), self.own_key - self.position, self.own_key)
+        return self.view_of(visible, alibi(slopes, distance))
 
     def last_query(self, evicted: Tensor) -> Tensor:
         """int64 (B, G, keys), the key that the last query stands at which sees a key: a key is seen by all tokens from

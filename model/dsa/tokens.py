@@ -21,7 +21,7 @@ class Tokens(TokenPositions):
 
     def dense_view(self, slopes: Tensor | None) -> View:
         """All that is visible."""
-        return self._view(self.visible_keys(), slopes)
+        return self.view_of(self.visible_keys(), self._bias(slopes))
 
     def chosen_view(self, slopes: Tensor | None, chosen: Tensor) -> View:
         """What is chosen. chosen: uint8 (B, n, keys / 8), bits, as `select_tokens` gives them."""
@@ -30,10 +30,10 @@ class Tokens(TokenPositions):
             bit = (j & 7).to(torch.uint8)  # int64 would make int64 of what is shifted
             return (chosen[b, i, j >> 3] >> bit) & 1 != 0
 
-        return self._view(visible, slopes)
+        return self.view_of(visible, self._bias(slopes))
 
-    def _view(self, visible: Visible, slopes: Tensor | None) -> View:
-        return View(visible, alibi(slopes, self.distance(self.key_position)), self.first_key, self.own_key, self.reach)
+    def _bias(self, slopes: Tensor | None) -> Visible | None:
+        return alibi(slopes, self.distance(self.key_position))
 
 
 def packed_tokens(n_tokens: int, cu_seqlens: Tensor | None, max_seqlen: int, device: torch.device) -> Tokens:

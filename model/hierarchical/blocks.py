@@ -65,17 +65,16 @@ class Blocks(TokenPositions):
     def view(self, log_p: Tensor, slopes: Tensor | None) -> View:
         """Tokens of the blocks whose log_p, (B, H, n, C), is not -inf, up to the query; log_p is added to scores."""
         distance, block, chosen = self.distance(self.key_position), self.key_block, log_p.detach()
-        positional = alibi(slopes, distance)
+        positional, causal = alibi(slopes, distance), self.visible_keys()
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            seen = (self.document[i] == self.key_document[j]) & (distance(b, i, j) >= 0)
-            return seen & (chosen[b, h, i, block[j]] != -torch.inf)
+            return causal(b, h, i, j) & (chosen[b, h, i, block[j]] != -torch.inf)
 
         def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             added = log_p[b, h, i, block[j]]
             return added if positional is None else added + positional(b, h, i, j)
 
-        return View(visible, bias, self.own_key - self.position, self.own_key, self.reach)
+        return self.view_of(visible, bias)
 
     def tokens_read(self, live: Tensor) -> Tensor:
         """int64 (B, H, n): tokens up to the query of live blocks. live: bool (B, H, n, C)."""

@@ -14,10 +14,11 @@ def compression_branch(blocks: Blocks, slopes: Tensor | None) -> View:
 
 def selection_branch(blocks: Blocks, slopes: Tensor | None, chosen: Tensor, heads_per_group: int) -> View:
     """chosen: as `select_blocks` gives it."""
-    first, visible = blocks.own_key - blocks.position, blocks.sees_selected(chosen, heads_per_group)
-    return View(visible, alibi(slopes, blocks.distance(blocks.key_position)), first, blocks.own_key)
+    visible = blocks.sees_selected(chosen, heads_per_group)
+    return blocks.view_of(visible, alibi(slopes, blocks.distance(blocks.key_position)))
 
 
 def window_branch(blocks: Blocks, slopes: Tensor | None) -> View:
     first = blocks.own_key - blocks.position.clamp(max=blocks.config.window - 1)
-    return View(blocks.sees_window(), alibi(slopes, blocks.distance(blocks.key_position)), first, blocks.own_key)
+    bias = alibi(slopes, blocks.distance(blocks.key_position))
+    return View(blocks.sees_window(), bias, first, blocks.own_key, blocks.reach)

@@ -47,3 +47,8 @@ def graphs_of_flex(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule
     compiled = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend=backend, fullgraph=True)
     monkeypatch.setattr(model.visible_attention, "compiled_flex", lambda: compiled)
     return graphs
+
+
+def longest(n_tokens: int, cu_seqlens: Tensor | None) -> int:
+    """max_seqlen of such documents."""
+    return n_tokens if cu_seqlens is None else int(cu_seqlens.diff().max())

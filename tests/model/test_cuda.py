@@ -37,7 +37,8 @@ def run(model: Transformer, cu_seqlens: torch.Tensor | None, dtype: torch.dtype 
     tokens = torch.randint(0, 512, (1, 1536), generator=torch.Generator().manual_seed(1)).to(device)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        hidden = model(tokens, cu_seqlens, 1536)
+        longest = 1536 if cu_seqlens is None else int(cu_seqlens.diff().max())
+        hidden = model(tokens, cu_seqlens, longest)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(device)
     gradient = torch.autograd.grad((hidden.float() * weight).sum(), model.blocks[0].attention.wq.weight)[0]
     return hidden.float().cpu(), gradient.cpu()

@@ -18,7 +18,7 @@ from model.sparse_attention import collected_auxiliary
 from model.transformer import Transformer
 from model.visible_attention import mask_and_bias
 from tests.model.dms.looped import SIZES, attended, cached, evicted, logits, module, network, noise, softened
-from tests.model.sparse_inputs import draw, graphs_of_flex
+from tests.model.sparse_inputs import draw, graphs_of_flex, longest
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([0, 5, 5, 6, 12, 53, 110], dtype=torch.int32)  # one of no tokens, some of few
@@ -31,7 +31,9 @@ EXACT = dict(atol=1e-12, rtol=1e-12)
 def metadata(
     config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None, number: Tensor | None = None
 ) -> DelayedKeys:
-    return DynamicMemorySparsification.metadata(config, n_tokens, cu_seqlens, n_tokens, CPU, number)
+    return DynamicMemorySparsification.metadata(
+        config, n_tokens, cu_seqlens, longest(n_tokens, cu_seqlens), CPU, number
+    )
 
 
 @pytest.fixture(params=["masks", "masks in blocks of rows", "flex"])

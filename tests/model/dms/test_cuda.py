@@ -9,7 +9,7 @@ import model.dms.attention
 from model.config import DMSConfig
 from model.dms.attention import DynamicMemorySparsification
 from tests.model.dms.looped import module, network
-from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, relative
+from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, longest, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,7 +35,7 @@ def test_outputs_and_gradients(
 
     def run(flex: bool, dtype: torch.dtype) -> list[Tensor]:
         monkeypatch.setattr(model.dms.attention, "uses_flex", lambda *_: flex)
-        made = DynamicMemorySparsification.metadata(config, 1536, bounds, 1536, device)
+        made = DynamicMemorySparsification.metadata(config, 1536, bounds, longest(1536, documents), device)
         leaves = [one.to(dtype).requires_grad_() for one in inputs]
         weight = layer.eviction.weight
         out = layer(x.to(torch.promote_types(dtype, torch.float32)), *leaves, made, slopes)

@@ -16,7 +16,7 @@ from model.softmax import make_block_mask
 from model.transformer import Transformer
 from model.visible_attention import mask_and_bias
 from tests.model.dsa.looped import SIZES, WARMUP, attended, chosen, module, network, scores
-from tests.model.sparse_inputs import draw, graphs_of_flex
+from tests.model.sparse_inputs import draw, graphs_of_flex, longest
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([0, 5, 5, 6, 12, 53, 110], dtype=torch.int32)  # one of no tokens, some of few
@@ -28,8 +28,7 @@ ROTATED = dict(atol=1e-4, rtol=1e-4)
 
 
 def metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:
-    longest = n_tokens if cu_seqlens is None else int(cu_seqlens.diff().max())
-    return DeepSeekSparseAttention.metadata(config, n_tokens, cu_seqlens, longest, CPU)
+    return DeepSeekSparseAttention.metadata(config, n_tokens, cu_seqlens, longest(n_tokens, cu_seqlens), CPU)
 
 
 def flex_metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:

@@ -11,7 +11,7 @@ from model.config import DSAConfig
 from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
 from model.sparse_attention import collected_auxiliary
 from tests.model.dsa.looped import module, network
-from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, relative
+from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, longest, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,7 +30,7 @@ def test_outputs_and_gradients(
     x, *inputs = (x.cuda() for x in draw(1536, config))
     cotangent = torch.randn(1, 4, 1536, 32, dtype=torch.float64, device=device)
     bounds, slopes = (None if one is None else one.cuda() for one in (documents, slopes))
-    flex = DeepSeekSparseAttention.metadata(config, 1536, bounds, 1536, device)
+    flex = DeepSeekSparseAttention.metadata(config, 1536, bounds, longest(1536, documents), device)
     assert flex.flex and (flex.dense is None) == (stage == "sparse")
     chosen: list[Tensor] = []
 

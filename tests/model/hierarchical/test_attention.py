@@ -15,7 +15,7 @@ from model.hierarchical.attention import HierarchicalEntmax
 from model.hierarchical.blocks import Blocks
 from model.visible_attention import mask_and_bias
 from tests.model.hierarchical.looped import BLOCK, attend, block_weights, dense, draw, network
-from tests.model.sparse_inputs import graphs_of_flex
+from tests.model.sparse_inputs import graphs_of_flex, longest
 
 # one of no tokens, some shorter than a block, ends inside of blocks
 DOCUMENTS = torch.tensor([0, 5, 5, 6, 12, 53, 110], dtype=torch.int32)
@@ -27,7 +27,8 @@ EXACT = dict(atol=1e-12, rtol=1e-12)
 
 
 def blocks_of(n_tokens: int, cu_seqlens: Tensor | None = None, block: int = BLOCK) -> Blocks:
-    return HierarchicalEntmax.metadata(network(block), n_tokens, cu_seqlens, n_tokens, torch.device("cpu"))
+    most = longest(n_tokens, cu_seqlens)
+    return HierarchicalEntmax.metadata(network(block), n_tokens, cu_seqlens, most, torch.device("cpu"))
 
 
 def ours(
@@ -248,7 +249,10 @@ def test_flex_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = ALPHA.clone().clamp(max=1.9).requires_grad_()
     for seed, ends in enumerate(([40, 110], [7, 110], [30, 110])):
         inputs = [*(x.requires_grad_() for x in draw(110, seed=seed)), alpha]
-        blocks = blocks_of(110, torch.tensor([0, *ends], dtype=torch.int32))
+        bounds = torch.tensor([0, *ends], dtype=torch.int32)
+        blocks = HierarchicalEntmax.metadata(
+            network(), 110, bounds, 104, torch.device("cpu")
+        )  # one bound, as training has
         found = []
         for flex in (True, False):
             monkeypatch.setattr(model.hierarchical.attention, "uses_flex", lambda *_, flex=flex: flex)

@@ -7,7 +7,7 @@ from torch import Tensor
 import model.hierarchical.attention
 from model.hierarchical.attention import HierarchicalEntmax
 from tests.model.hierarchical.looped import draw, network
-from tests.model.sparse_inputs import DOCUMENTS, SLOPES, relative
+from tests.model.sparse_inputs import DOCUMENTS, SLOPES, longest, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -26,7 +26,7 @@ def test_outputs_and_gradients(
     inputs.append(torch.tensor([1.1, 1.5, 1.75, 1.9], dtype=torch.float64, device=device))
     cotangent = torch.randn(1, 4, 1536, 32, dtype=torch.float64, device=device)
     bounds, slopes = (None if x is None else x.to(device) for x in (documents, slopes))
-    blocks = HierarchicalEntmax.metadata(config, 1536, bounds, 1536, device)
+    blocks = HierarchicalEntmax.metadata(config, 1536, bounds, longest(1536, documents), device)
     q, k, _, alpha = inputs
     visible = blocks.visible(torch.arange(1536, device=device))[:, None]
     dead = (layer.choose(q, k, blocks, slopes, alpha) == -torch.inf) & visible

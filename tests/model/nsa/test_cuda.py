@@ -8,7 +8,7 @@ import model.nsa.attention
 from model.config import NSAConfig
 from model.nsa.attention import NativeSparseAttention, NSAMetadata
 from tests.model.nsa.looped import module, network
-from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, relative
+from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, longest, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -26,7 +26,7 @@ def test_outputs_and_gradients(
     inputs = [x.cuda() for x in draw(1536, config)]
     cotangent = torch.randn(1, 4, 1536, 32, dtype=torch.float64, device=device)
     bounds, slopes = (None if x is None else x.cuda() for x in (documents, slopes))
-    flex = NativeSparseAttention.metadata(config, 1536, bounds, 1536, device)
+    flex = NativeSparseAttention.metadata(config, 1536, bounds, longest(1536, documents), device)
     assert flex.compression is not None
     chosen = []
 
