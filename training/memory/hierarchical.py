@@ -30,16 +30,21 @@ def n_blocks(setup: Setup, sizes: HierarchicalConfig) -> int:
 def block_choice_workspace(setup: Setup, sizes: HierarchicalConfig) -> float:
     """Bytes in backward beside gradients of q, k and v, of what a block of rows computes again: where blocks are
     weighed (as many numbers of their size as exist at once: counted on a CPU, read off the code for CUDA), or on a CPU
-    keys and values of each query head, and where tokens are: bias, masked bias, scores, weights, and what is masked."""
+    where tokens are."""
     network, cuda = setup.network, setup.cuda
     blocks, full = n_blocks(setup, sizes), setup.tokens // sizes.block
     rows = rows_at_once(setup, network.n_heads, min(full + blocks, -(-2 * setup.sequence_length // sizes.block)))
     scores = network.n_heads * rows * blocks
     choice = float((KERNEL_TEMPORARIES if cuda else REFERENCE_TEMPORARIES) * FLOAT32 * scores)
     choice += FLOAT32 * network.n_heads * rows * min(full, (rows + setup.sequence_length) // sizes.block)
-    if cuda:
-        return choice
+    return choice if cuda else max(choice, learned_bias_workspace(setup))
+
+
+def learned_bias_workspace(setup: Setup) -> float:
+    """Bytes in backward of a block of rows that a CPU attends with again, under a bias that has a gradient: keys and
+    values of each query head; bias, masked bias, scores, weights, and what is masked."""
+    network = setup.network
     rows = min(setup.local_tokens, max(16, MASK_ELEMENTS // (network.n_heads * setup.tokens)))
     weights = network.n_heads * rows * min(setup.tokens, -(-rows // setup.sequence_length) * setup.sequence_length)
     expanded = 2 * setup.local_tokens * network.n_heads * network.head_size * setup.product_bytes
-    return max(choice, float((4 * FLOAT32 + 1) * weights + expanded))
+    return float((4 * FLOAT32 + 1) * weights + expanded)

@@ -1,9 +1,8 @@
 """What a phase of the step has beside states and what forward keeps."""
 
 from training.memory.activations import feed_forward_activations, norm_activations, uses_triton
-from training.memory.dms import eviction_workspace
 from training.memory.dsa import chosen_workspace
-from training.memory.hierarchical import block_choice_workspace
+from training.memory.hierarchical import block_choice_workspace, learned_bias_workspace
 from training.memory.nsa import branch_workspace
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
@@ -54,8 +53,8 @@ def backward_workspace(setup: Setup) -> float:
         attention += branch_workspace(setup, network.attention.nsa)
     if network.attention.dsa is not None:
         attention += chosen_workspace(setup)
-    if network.attention.dms is not None:
-        attention += eviction_workspace(setup)
+    if network.attention.dms is not None and not setup.cuda:
+        attention += learned_bias_workspace(setup)
     if network.attention.hierarchical is not None:
         attention += block_choice_workspace(setup, network.attention.hierarchical)
     freed = setup.residual_bytes * width if setup.tiled else feed_forward_activations(setup)
