@@ -145,7 +145,7 @@ def cached_softmax_attention(
     n_queries, n_keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if alibi_slopes is None and extension.slots is not None:
         if n_queries == 1:  # a window has cut the keys already
-            with sdpa_kernel(CACHED_BACKENDS):
+            with sdpa_kernel(steady_backends(q, masked=False)):
                 return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if n_queries == n_keys and window is None:
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -169,6 +169,12 @@ def _last_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = causal_lower_right(1, 1)  # it would allocate 2 * queries * keys values that nothing reads
     bias.seq_len_q, bias.seq_len_kv = q.shape[2], k.shape[2]
     return scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=repeat > 1)
+
+
+def steady_backends(q: Tensor, masked: bool) -> list[SDPBackend]:
+    """What scaled_dot_product_attention may take for queries (..., n, D) whose number of keys changes from call to
+    call, as in decoding. masked: with attn_mask."""
+    return ONE_QUERY_BACKENDS if masked and q.is_cuda and q.shape[-2] == 1 else CACHED_BACKENDS
 
 
 def cached_uses_flex(extension: Extension, alibi_slopes: Tensor | None, window: int | None) -> bool:
@@ -227,7 +233,7 @@ def _masked(
         bias = _score_bias(query[..., start:stop], key, alibi_slopes, window, q.dtype)  # [b or 1, H or 1, rows, keys]
         bias = share(bias.expand(-1, mask_groups * repeat, -1, -1), mask_groups)
         part = share(q[:, :, start:stop], groups)
-        with sdpa_kernel(ONE_QUERY_BACKENDS if q.is_cuda and n_queries == 1 else CACHED_BACKENDS):
+        with sdpa_kernel(steady_backends(q, masked=True)):
             part = scaled_dot_product_attention(part, k[:, :, first:end], v[:, :, first:end], attn_mask=bias)
         parts.append(part.unflatten(2, (repeat, -1)).flatten(1, 2))
     return torch.cat(parts, dim=2)

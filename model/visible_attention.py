@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from model.softmax import FLEX_SCORES, MASK_ELEMENTS, TILE, compiled_flex
+from model.softmax import FLEX_SCORES, MASK_ELEMENTS, TILE, compiled_flex, steady_backends
 
 # float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size, where keys are rated
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
@@ -73,9 +74,10 @@ def _attend_rows(
     mask = mask | ~seen  # weights of no key would be 0 / 0
     if bias is not None:
         mask = bias.masked_fill(~mask, -torch.inf).to(q.dtype)
-    out = scaled_dot_product_attention(
-        q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    with sdpa_kernel(steady_backends(q, masked=True)):
+        out = scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out * seen
 
 

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.held_keys import HeldKeys
 from model.kv_cache import Extension, LayerCache
+from model.softmax import steady_backends
 
 
 class ForgettingKeys:
@@ -61,7 +63,8 @@ class ForgettingKeys:
             if slopes is not None and part.places is not None:
                 bias = (-slopes[g] * (place - part.places[:, : part.length])).to(q.dtype)[None]
             head = queries[None, g : g + 1]
-            out.append(scaled_dot_product_attention(head, keys[None], values[None], attn_mask=bias))
+            with sdpa_kernel(steady_backends(q, masked=bias is not None)):
+                out.append(scaled_dot_product_attention(head, keys[None], values[None], attn_mask=bias))
         return torch.cat(out, dim=1).view_as(q)
 
     def _store(self, g: int, place: int, k: Tensor, v: Tensor, evicts: bool) -> HeldKeys:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention import AttentionMetadata
@@ -28,6 +29,7 @@ from model.kv_cache import Extension, LayerCache
 from model.override import override_attention
 from model.policies.eviction import EvictingPolicy
 from model.policies.policy import SequenceView
+from model.softmax import steady_backends
 from model.transformer import Transformer
 
 
@@ -132,7 +134,8 @@ class _EvictingLayer:
             part.append(k[heads], v[heads], place)
             keys, values = part.keys[:, : part.length], part.values[:, : part.length]
             if not self.policy.weighs and slopes is None:
-                out.append(scaled_dot_product_attention(queries[None, heads], keys[None], values[None])[0])
+                with sdpa_kernel(steady_backends(q, masked=False)):
+                    out.append(scaled_dot_product_attention(queries[None, heads], keys[None], values[None])[0])
                 continue
             scores = queries[heads].float() @ keys.float().mT * q.shape[-1] ** -0.5
             if slopes is not None and part.places is not None:
