@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from common.arguments import PlainParser
@@ -34,7 +35,7 @@ REPORT = "report.json"  # an evaluation's, which holds more than a plot
 WAY_OUT = "benchmarks/plots.py says what a plot's file holds"
 MOST_BANDS = 3  # more would hide each other
 MOST_INSIDE = 6  # lines whose names find room between them
-SCALES = ("linear", "log", "log2")
+SCALES = {"x_scale": ("linear", "log", "log2"), "y_scale": ("linear", "log")}
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Line:
 
 @dataclass
 class Plot:
-    """title, x_label, y_label: with units. x_scale: linear, log, or log2 with a tick at every point. level: a dotted
+    """title, x_label, y_label: with units. x_scale: linear, log, or log2 with a tick at every point. y_scale:
+    linear or log. level: a dotted
     horizontal line, with its name. source: command, hardware, versions and date of the run that has the numbers."""
 
     title: str
@@ -60,6 +62,7 @@ class Plot:
     source: str
     lines: list[Line]
     x_scale: str = "linear"
+    y_scale: str = "linear"
     level: float | None = None
     level_name: str = ""
 
@@ -72,8 +75,9 @@ def plot_files() -> list[Path]:
 def read_plot(path: Path) -> Plot:
     """Raises ValueError, FileNotFoundError for a file that holds no plot."""
     plot = to_dataclass(read_json(path, WAY_OUT), Plot, str(path), WAY_OUT)
-    if plot.x_scale not in SCALES:
-        raise ValueError(f"{path}: x_scale is {plot.x_scale!r}: expected one of {SCALES}")
+    for name, known in SCALES.items():
+        if getattr(plot, name) not in known:
+            raise ValueError(f"{path}: {name} is {getattr(plot, name)!r}: expected one of {known}")
     for line in plot.lines:
         lengths = {len(line.x), len(line.y), *(len(ends) for ends in (line.low, line.high) if ends)}
         if len(lengths) != 1:
@@ -98,11 +102,12 @@ def draw(plot: Plot, path: Path) -> None:
         axes.set_xticks([], minor=True)
     elif plot.x_scale == "log":
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        _round_ticks(axes.xaxis)
     lowest = min((y for line in plot.lines for y in (line.low or line.y)), default=math.nan)
-    if 0 <= lowest < 0.5 * max(y for line in plot.lines for y in (line.high or line.y)):
+    if plot.y_scale == "log":
+        axes.set_yscale("log")
+        _round_ticks(axes.yaxis)
+    elif 0 <= lowest < 0.5 * max(y for line in plot.lines for y in (line.high or line.y)):
         axes.set_ylim(bottom=0)
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     axes.grid(alpha=0.3)
@@ -112,6 +117,13 @@ def draw(plot: Plot, path: Path) -> None:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _round_ticks(axis: Axis) -> None:
+    """Of a logarithmic axis: 1, 2 and 5 times powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def draw_all(paths: Sequence[Path]) -> list[str]:

@@ -50,6 +50,7 @@ def test_every_picture_is_shown_and_its_page_names_the_command() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"x_scale": "log3"}, "x_scale is 'log3': expected one of"),
+     ({"y_scale": "log2"}, "y_scale is 'log2': expected one of"),
      ({"lines": [{"name": "a", "x": [1.0, 2.0], "y": [1.0]}]}, "lists of [1, 2] points"),
      ({"source": None}, "source")],
 )  # fmt: skip
