@@ -5,6 +5,7 @@
     python -m benchmarks.train_speed --lengths 32768 131072 --checkpointing full selective offload --steps 2
     python -m benchmarks.train_speed --models 1b --longest 131072 262144  # which of these contexts train at all
     python -m benchmarks.train_speed --lengths 4096 --float8 none rowwise tensorwise  # 1b in bf16 and in FP8
+    python -m benchmarks.train_speed --kinds softmax --lengths 4096 32768 --peers litgpt  # LitGPT's step too
     python -m benchmarks.train_speed --lengths --longest 262144 --sequence_parallel 2  # one rank of two, by itself
     PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
 
@@ -210,6 +211,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", nargs="+", choices=get_args(ActivationCheckpointing), default=["none"],
                         help="model.activation_checkpointing of --lengths")  # fmt: skip
     parser.add_argument("--float8", nargs="+", choices=get_args(Float8), default=["none"], help="model.float8")
+    parser.add_argument("--peers", nargs="+", choices=("litgpt",), default=[],
+                        help="other recipes' steps at --lengths: LitGPT's of 1b's shape, softmax, in bf16")  # fmt: skip
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/train_speed.csv"))
@@ -225,6 +228,10 @@ def main() -> int:
     ranks = options.sequence_parallel
     step_tokens = {n: max(n, options.tokens // n * n) for n in options.lengths + options.longest}
     try:
+        if options.peers:
+            from benchmarks import litgpt_peer  # it builds on this module
+
+            litgpt_peer.check_installed()
         for model, tokens in product(options.models, step_tokens.values()):
             first_rank(network(model, "softmax"), ranks, tokens)
     except ValueError as error:
@@ -237,9 +244,10 @@ def main() -> int:
     print("model  attention float8             mode       length  tokens   tokens/s    MFU peak GiB live %")
     rows: list[Row] = []
 
-    def add(trial: Trial, model: str, kind: str, length: int, steps: int, warm_up: int, live: bool) -> Row:
-        module, tokens = trial.module, step_tokens[length]
-        row = Row(model, kind, module.float8, module.checkpointing, tokens, length, None, None, None, None, None)
+    def add(
+        trial: Trial, model: str, kind: str, modes: tuple[str, str], length: int, steps: int, warm_up: int, live: bool
+    ) -> Row:
+        row = Row(model, kind, *modes, step_tokens[length], length, None, None, None, None, None)
         row = run(trial, row, steps, warm_up, live)
         rows.append(row)
         show(row)
@@ -251,7 +259,7 @@ def main() -> int:
             torch._dynamo.reset()  # or compiled blocks of the mode before count towards the limit of recompilations
             trial = Trial(model, kind, options.loss, ranks, {**shared, "activation_checkpointing": mode})
             for length in options.lengths:
-                add(trial, model, kind, length, options.steps, 2, live=True)
+                add(trial, model, kind, (float8, mode), length, options.steps, 2, live=True)
             del trial
             gc.collect()
             torch.cuda.empty_cache()
@@ -260,11 +268,16 @@ def main() -> int:
             trial = Trial(model, kind, options.loss, ranks, {**shared, **checkpointed})
             trial.compile_for_any_length()
             for length in options.longest:
-                if add(trial, model, kind, length, 1, 1, live=False).tokens_per_second is None:
+                if add(trial, model, kind, (float8, "full"), length, 1, 1, live=False).tokens_per_second is None:
                     break
             del trial
         gc.collect()
         torch.cuda.empty_cache()
+    if options.peers and options.lengths:
+        torch._dynamo.reset()
+        trial = litgpt_peer.LitGPTTrial(max(options.lengths))
+        for length in options.lengths:
+            add(trial, litgpt_peer.MODEL, "litgpt", ("none", "none"), length, options.steps, 2, live=False)
     write_rows(options.output, rows)
     return 0
 

@@ -1,13 +1,17 @@
 """The training-speed benchmark, as far as it runs without a CUDA device."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import train_speed
+from benchmarks import litgpt_peer, train_speed
 from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show, write_rows
+from model.flops import train_flops
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
 
@@ -79,3 +83,51 @@ def test_rows_of_fp8(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]] == [
         ["smoke", "softmax", recipe] for recipe in ("none", "rowwise")
     ]
+
+
+@pytest.mark.skipif(find_spec("litgpt") is not None, reason="says what it needs where LitGPT is not installed")
+def test_a_peer_that_is_not_installed_ends_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["train_speed", "--peers", "litgpt"])
+    assert main() == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --peers litgpt needs the package litgpt") and not captured.out
+
+
+def test_steps_of_litgpt_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small model in the package's place."""
+
+    class Small(torch.nn.Module):
+        def __init__(self, config: int) -> None:
+            super().__init__()
+            self.longest, self.layers = (
+                config,
+                torch.nn.Sequential(torch.nn.Embedding(32000, 4), torch.nn.Linear(4, 32000)),
+            )
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            assert tokens.shape == (2, 64) and self.longest == 128
+            return self.layers(tokens)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses.append(torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()))
+        return losses[-1]
+
+    losses: list[torch.Tensor] = []
+    config = SimpleNamespace(from_name=lambda name, block_size: block_size)
+    parts = {"config": {"Config": config}, "model": {"GPT": Small}, "utils": {"chunked_cross_entropy": loss}}
+    monkeypatch.setattr(litgpt_peer, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setitem(sys.modules, "litgpt", ModuleType("litgpt"))
+    for name, contents in parts.items():
+        module = ModuleType(f"litgpt.{name}")
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, f"litgpt.{name}", module)
+    trial = litgpt_peer.LitGPTTrial(128, torch.device("cpu"))
+    batch = trial.batch(128, 64)
+    assert batch["flops"] == train_flops(network("1b", "softmax"), [64, 64])
+    for _ in range(3):
+        trial.step(batch)
+    assert losses[2] < losses[1] < losses[0]
