@@ -58,17 +58,15 @@ def _by_overlap(weights: Tensor, blocks: Blocks, rows: slice, from_block: Tensor
     """
     length, stride, size = blocks.config.compress_length, blocks.config.compress_stride, blocks.config.select_block
     before, count = length // stride - 1, (size + length) // stride - 1
+    # tokens that block 0 shares with the compressed blocks around it, of which the first begin before it
+    starts = (torch.arange(count, device=weights.device) - before) * stride
+    shared = ((starts + length).clamp(max=size) - starts.clamp(min=0)) // stride
     padded = pad(weights, (before, 1))  # behind `before` zeros; the last column is zero, for blocks beyond
     # other documents' blocks have no weight, and need no mask
-    strides = torch.arange(blocks.n_select, device=weights.device) * (size // stride)
-    first = (blocks.first_block[rows] - from_block)[:, None] + strides
-    scores = torch.zeros(*weights.shape[:3], blocks.n_select, dtype=weights.dtype, device=weights.device)
-    for k in range(count):
-        start = (k - before) * stride  # of the compressed block, counted from the start of block j
-        shared = (min(start + length, size) - max(start, 0)) // stride
-        index = (first + k).clamp(max=padded.shape[-1] - 1)
-        scores += shared * padded.gather(-1, index.expand(*weights.shape[:2], -1, -1))
-    return scores
+    around = torch.arange((blocks.n_select - 1) * (size // stride) + count, device=weights.device)
+    index = ((blocks.first_block[rows] - from_block)[:, None] + around).clamp(max=padded.shape[-1] - 1)
+    own = padded.gather(-1, index.expand(*weights.shape[:2], -1, -1))  # [B, G, rows, around]
+    return (own.unfold(-1, count, size // stride) * shared).sum(-1)
 
 
 def _choose(scores: Tensor, blocks: Blocks, rows: slice) -> Tensor:
