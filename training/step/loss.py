@@ -187,9 +187,9 @@ def _chunked_sum(
         of_target = logits.gather(1, target)  # (n, 1)
         excess = None
         if teacher is not None:
-            of_teacher = _matmul(teacher.hidden[chunk].to(weight.dtype), teacher.weight.t(), wide)  # (n, V)
-            divergence, excess = _divergence(logits, of_teacher, teacher.temperature)  # (n,), (n, V)
-            del of_teacher
+            divergence, excess = _divergence(  # (n,), (n, V)
+                logits, _matmul(teacher.hidden[chunk].to(weight.dtype), teacher.weight.t(), wide), teacher.temperature
+            )
             sums[2] += (divergence * keep).sum()
         log_p = torch.log_softmax(logits, dim=1)  # (n, V)
         del logits
@@ -210,11 +210,13 @@ def _chunked_sum(
             p.add_(excess, alpha=teacher.share * teacher.temperature)
             del excess
         residual = p.to(h.dtype)
+        del log_p, p
         keep = keep.unsqueeze(1).to(h.dtype)  # ignored rows are zeroed in (n, C) instead of (n, V) tensors
         if grad_hidden is not None:
             grad_hidden[chunk] = (residual @ weight) * keep
         if grad_weight is not None:
             _add_matmul(grad_weight, residual.t(), h * keep)
+        del residual  # or it would be there beside the next chunk's logits
     return sums, grad_hidden, grad_weight
 
 
@@ -222,6 +224,7 @@ def _divergence(logits: Tensor, of_teacher: Tensor, temperature: float) -> tuple
     """KL(q || p) of each token (n,), p and q the student's and the teacher's probabilities at a temperature, and p - q.
     logits: (n, V). of_teacher: (n, V), whose values are lost."""
     log_q = torch.log_softmax(of_teacher if temperature == 1 else of_teacher.div_(temperature), dim=1)
+    del of_teacher
     log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=1)
     q = log_q.exp()
     divergence = log_q.sub_(log_p).mul_(q).sum(dim=1)

@@ -40,8 +40,6 @@ class DistillConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.teacher is not None and not self.teacher.strip():
-            raise ValueError("model.distill.teacher is empty: expected a run or checkpoint folder, or null for none")
         check_number("model.distill.weight", self.weight, least=0, most=1)
         check_number("model.distill.temperature", self.temperature, above=0, most=1e3)
 
@@ -119,6 +117,8 @@ class Teacher:
             linear.to(self.products or linear.weight.dtype)
         tile_feed_forward(self.model.layers(), tile_tokens)
         if compile:
+            # its blocks have the student's code, for whose forms the 8 that torch allows suffice just so
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
             self.model.compile_blocks()
 
     @torch.no_grad()
