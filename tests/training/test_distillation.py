@@ -13,6 +13,7 @@ import torch
 
 from model.checkpoint import checkpoint_folder, resolve_checkpoint
 from model.config import AttentionConfig, ModelConfig
+from model.export import export
 from model.flops import train_flops
 from model.loading import load_model
 from model.transformer import Transformer
@@ -98,6 +99,18 @@ def test_training_lowers_the_divergence_of_another_attention_and_resumes_bit_by_
     }
     for name, value in stored_tensors(whole, 30).items():
         assert torch.equal(value, stored_tensors(parts, 30)[name]), name
+
+
+def test_an_exported_teacher(softmax: Path, train: TrainProcess, tmp_path: Path) -> None:
+    """Weights rounded to bfloat16, computed with in float32: a small divergence from where they come from."""
+    export(softmax, tmp_path / "exported", torch.bfloat16)
+    found = {}
+    for name, teacher in (("exported", tmp_path / "exported"), ("early", checkpoint_folder(softmax, 15))):
+        options = ("--init_from", softmax, *distill(teacher), "--trainer.max_steps", 2, *EVERY)
+        ended = train("--run_dir", tmp_path / name, *options, configs=(SOFTMAX,))
+        assert ended.returncode == 0, ended.stderr
+        found[name] = metric(tmp_path / name, "train/distill_kl")[1]
+    assert 0 < found["exported"] < 1e-3 * found["early"], found
 
 
 def test_another_teacher_needs_leave(softmax: Path, train: TrainProcess, tmp_path: Path) -> None:

@@ -60,8 +60,11 @@ def find_teacher(path: str | None, network: ModelConfig, sequence_parallel: int)
     try:
         found = resolve_checkpoint(path)
         teacher = found.architecture
+    except (FileNotFoundError, ValueError) as error:  # which name the folder
+        raise ValueError(f"model.distill.teacher: {error}") from error
+    try:
         check_heads(teacher, sequence_parallel)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"model.distill.teacher is {path!r}: {error}") from error
     if teacher.vocab_size != network.vocab_size:
         raise ValueError(
@@ -103,16 +106,16 @@ class Teacher:
         self.products: torch.dtype | None = None
 
     def place(self, device: torch.device, precision: str, *, compile: bool, tile_tokens: int) -> None:
-        """Move to `device`. Under autocast the matrices of blocks are kept in the dtype that it multiplies in, to which
-        it would cast them at each step: the same predictions as in float32 under autocast, which evaluation computes
-        with, in less memory.
+        """Move to `device`, in float32. Under autocast the matrices of blocks are kept in the dtype that it multiplies
+        in, to which it would cast them at each step: the same predictions as in float32 under autocast, which
+        evaluation computes with, in less memory.
 
         Args:
             precision: of the Trainer.
             compile, tile_tokens: as model.compile and model.mlp_tile_tokens of the student.
         """
         self.products = PRODUCTS.get(precision)
-        self.model.to(device)
+        self.model.to(device, torch.float32)  # exported weights may be bfloat16
         for linear in cast_linears(self.model):
             linear.to(self.products or linear.weight.dtype)
         tile_feed_forward(self.model.layers(), tile_tokens)
