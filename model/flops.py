@@ -89,11 +89,14 @@ def _nsa_parameters(config: ModelConfig, nsa: NSAConfig) -> int:
     return BRANCHES * config.d_model * config.n_heads + round(2 * phi * config.n_kv_heads / nsa.compress_stride)
 
 
-def sequence_cost(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
+def sequence_cost(
+    config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64], teacher: ModelConfig | None = None
+) -> float:
     """How long a sequence takes beside others, in FLOPs of `train_flops` at softmax's speed; of kinds of
-    model.trained_sparse by their density."""
+    model.trained_sparse by their density. teacher: a frozen model that reads it too, forward alone."""
     share = ENTMAX_ATTENTION if config.attention.is_entmax else density(config, document_lengths)
-    return _flops(config, document_lengths, share)
+    cost = _flops(config, document_lengths, share)
+    return cost if teacher is None else cost + sequence_cost(teacher, document_lengths) / 3
 
 
 def density(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int64]) -> float:
@@ -121,6 +124,11 @@ def _flops(config: ModelConfig, document_lengths: Sequence[int] | NDArray[np.int
     products = 6.0 * matmul_parameters(config) * float(lengths.sum())
     scores = 6.0 * config.n_layers * config.n_heads * config.head_size * float(np.square(lengths).sum())
     return products + attention * scores
+
+
+def forward_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
+    """FLOPs of one forward pass over packed documents, a third of train_flops: what a frozen model takes."""
+    return train_flops(config, document_lengths) / 3
 
 
 def train_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:

@@ -34,7 +34,8 @@ def add_run_arguments(parser: LightningArgumentParser, *, needs_run_dir: bool) -
         "--allow_changes",
         type=list[str],
         default=[],
-        help='Options in which a run that resumes may leave its learning-rate schedule: "[trainer.max_steps]".',
+        help='Options in which a run that resumes may leave its learning-rate schedule, "[trainer.max_steps]", or its '
+        'teacher, "[model.distill.teacher]".',
     )
     parser.add_argument(
         "--trainer.max_tokens",

@@ -73,6 +73,7 @@ from training.setup_checks import (
 )
 from training.step.float8 import check_device, check_products
 from training.step.loss import resolve_loss_backend
+from training.step.teacher import find_teacher, load_teacher
 from training.throughput import StepClock
 from training.tracking import is_first_process, log_config, make_loggers, record_session, say
 
@@ -160,6 +161,7 @@ class TrainingCLI(LightningCLI):
         network = config_from_dict(self.config.model.network.as_dict())
         if self.start.checkpoint:
             check_architecture(self.start.checkpoint, asdict(network))
+        self.teacher = find_teacher(self.config.model.distill.teacher, network, self.config.parallel.sequence_parallel)
         check_runs_here(network, first_device(options))
         check_device(self.config.model.float8, first_device(options))
         if self.config.checkpoint.asynchronous:
@@ -212,7 +214,8 @@ class TrainingCLI(LightningCLI):
         ours = [callback for callback in self._callbacks() if shown or not isinstance(callback, StepProgress)]
         options["callbacks"] = [*callbacks, *ours]
         options |= {"check_val_every_n_epoch": None, "val_check_interval": 1}  # the interval follows below
-        self.datamodule.sequence_cost = partial(sequence_cost, self.model.network_config)
+        teacher = self.teacher.architecture if self.teacher else None
+        self.datamodule.sequence_cost = partial(sequence_cost, self.model.network_config, teacher=teacher)
         parallel = self.config_init.parallel
         ranks = count_processes(options)
         tokens = self.datamodule.micro_batch_size * self.datamodule.sequence_length
@@ -279,21 +282,21 @@ class TrainingCLI(LightningCLI):
         resolve_loss_backend(self.model.loss_backend, self.trainer.strategy.root_device)
         if self.config_init.validation.every_n_steps:
             self.datamodule.validation_packing(self.trainer.world_size // self.config_init.parallel.sequence_parallel)
+        tokenizer = str(self.datamodule.tokenizer_path), self.datamodule.tokenizer_fingerprint
+        verify = self.config_init.checkpoint.verify
+        if self.teacher:
+            check_tokenizer(self.teacher, *tokenizer, instead="another model.distill.teacher")
+            self.model.teacher = load_teacher(self.teacher, verify)
+            say(f"distilling from {self.teacher.path} (step {self.teacher.step})")
         if self.start.checkpoint:
-            check_tokenizer(
-                self.start.checkpoint,
-                str(self.datamodule.tokenizer_path),
-                self.datamodule.tokenizer_fingerprint,
-            )
-            verify = self.config_init.checkpoint.verify
+            check_tokenizer(self.start.checkpoint, *tokenizer)
             state = read_data_state(self.start.checkpoint, PackedDataModule.__qualname__, verify)
             self.datamodule.load_state_dict(state)
             warn_of_unknown_data(self.start.checkpoint, state)
             settings = run_settings(self.trainer, self.model, self.datamodule.global_batch_size)
             check_settings(self.start.checkpoint, settings, self.config_init.allow_changes)
         elif self.init_from:
-            check_tokenizer(self.init_from, str(self.datamodule.tokenizer_path), self.datamodule.tokenizer_fingerprint)
-            verify = self.config_init.checkpoint.verify
+            check_tokenizer(self.init_from, *tokenizer)
             self.model.taken_over = transfer_weights(self.init_from, self.model.model, verify)
         config = self.parser.dump(self.config, skip_none=False)
         record_session(self.run_dir, self.start.step, config, self.version)

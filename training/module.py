@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.checks import check_number
 from model.compiling import share_cores
 from model.config import ModelConfig
-from model.flops import train_flops
+from model.flops import forward_flops, train_flops
 from model.sequence_parallel import SequenceShards
 from model.sparse_attention import collected_auxiliary, freeze_dense
 from model.trained_sparse import auxiliary_loss
@@ -23,10 +23,19 @@ from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_
 from training.step.cuda_graphs import GraphedLoss, check_graphs
 from training.step.float8 import Float8, convert_linears
 from training.step.forms import Batch, forms
-from training.step.loss import IGNORE_INDEX, linear_cross_entropy, resolve_loss_backend
+from training.step.loss import (
+    IGNORE_INDEX,
+    TeacherHead,
+    linear_cross_entropy,
+    linear_distillation,
+    resolve_loss_backend,
+)
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
 from training.step.recomputation import checkpoint_blocks
+from training.step.teacher import DistillConfig, Teacher, check_distillation
 from training.tracking import say
+
+NO_TEACHER = DistillConfig()
 
 
 class LanguageModule(LightningModule):
@@ -40,7 +49,9 @@ class LanguageModule(LightningModule):
     Where ranks share sequences, each computes the losses of its own slice, and the same holds: slices are equally long.
     A rank's backward pass also carries the gradients that the others' losses send through the exchange in attention.
 
-    What layers learn from besides (model.trained_sparse.auxiliary_loss) is added, divided by the tokens likewise.
+    What layers learn from besides (model.trained_sparse.auxiliary_loss) is added, divided by the tokens likewise. With
+    a teacher the token loss shares its place with the divergence from the teacher (step/loss.py: linear_distillation),
+    whose sum over labelled tokens is divided by the number of all tokens too. The logged loss stays the token loss.
 
     Args:
         network: architecture.
@@ -60,11 +71,13 @@ class LanguageModule(LightningModule):
             initial values (ZeroStrategy).
         cuda_graphs: replay forward and backward as CUDA graphs: for small models on one device, whose batches have one
             shape (data.task). The loss backend is the chunked one.
+        distill: a frozen teacher's predictions as a target (step/teacher.py); `teacher` has to be set before training.
+            The loss backend is the chunked one.
 
     Raises:
         ValueError: a loss_backend that is unknown or that this machine cannot run, an unknown activation_checkpointing,
-            an unknown float8 or one without torchao, loss_chunk_tokens below 1, z_loss outside [0, 1], or
-            mlp_tile_tokens below 0.
+            an unknown float8 or one without torchao, loss_chunk_tokens below 1, z_loss outside [0, 1],
+            mlp_tile_tokens below 0, or a teacher beside cuda_graphs or loss_backend liger.
     """
 
     def __init__(
@@ -80,10 +93,12 @@ class LanguageModule(LightningModule):
         mlp_tile_tokens: int = 0,
         cuda_graphs: bool = False,
         deferred: bool = False,
+        distill: DistillConfig = NO_TEACHER,
     ) -> None:
         super().__init__()
         if cuda_graphs and loss_backend == "liger":
             raise ValueError("model.loss_backend is 'liger', which CUDA graphs cannot capture: set it to auto")
+        check_distillation(distill, loss_backend=loss_backend, cuda_graphs=cuda_graphs)
         check_number("model.loss_chunk_tokens", loss_chunk_tokens, least=1, whole=True)
         check_number("model.z_loss", z_loss, least=0, most=1, zero="none")
         check_number("model.mlp_tile_tokens", mlp_tile_tokens, least=0, whole=True, zero="all at once")
@@ -95,8 +110,10 @@ class LanguageModule(LightningModule):
                 raise ValueError(f"model.{name} is {value!r}: expected one of {known}")
         self.network_config, self.optimizer_config = network, optimizer
         self.loss_backend, self.loss_chunk_tokens, self.z_loss = loss_backend, loss_chunk_tokens, z_loss
-        if cuda_graphs:
-            self.loss_backend = "chunked"  # liger waits for the device
+        self.distill = distill
+        self.teacher: Teacher | None = None  # no module, hence no part of this one's parameters
+        if cuda_graphs or distill.teacher is not None:
+            self.loss_backend = "chunked"  # liger waits for the device, and has no such divergence
         self.model, self.float8 = Transformer(network, deferred), float8
         if network.attention.freezes:
             freeze_dense(self.model)
@@ -130,6 +147,9 @@ class LanguageModule(LightningModule):
                 self.network_config, device=device, world_size=self.trainer.world_size,
                 accumulation=self.trainer.accumulate_grad_batches, mode=self.checkpointing,
             )  # fmt: skip
+        if self.teacher is not None:
+            tiles, precision = self.model.layers()[0].feed_forward.tile_tokens, str(self.trainer.precision)
+            self.teacher.place(device, precision, compile=self.compiled, tile_tokens=tiles)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Take this rank's slice, and count its share of FLOPs and its valid tokens, while the batch is still on the
@@ -138,6 +158,8 @@ class LanguageModule(LightningModule):
         kernels are faster with."""
         lengths = batch["cu_seqlens"].diff().tolist()
         flops = train_flops(self.network_config, lengths)
+        if self.teacher is not None and self.training:
+            flops += forward_flops(self.teacher.model.config, lengths)
         if self.shards is not None:
             flops /= self.shards.size
             batch = {**batch, **{key: self.shards.local_tokens(batch[key], dim=1) for key in ("tokens", "labels")}}
@@ -159,10 +181,10 @@ class LanguageModule(LightningModule):
         if self.compiled and not self.forms_compiled:
             self._compile_forms(batch)
         sums = self.graphed_loss(batch) if self.graphed_loss else self.loss_sum(batch)
-        total, z_sum, auxiliary = sums.unbind()
-        loss_sum, tokens = (total - z_sum).detach(), batch["labels"].numel()
+        total, loss_sum, z_sum, kl_sum, auxiliary = sums.unbind()
+        loss_sum, tokens = loss_sum.detach(), batch["labels"].numel()
         if self.guard:
-            self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum, auxiliary / tokens)
+            self.guard.observe(loss_sum, batch["valid_tokens"], self.sample_ids, z_sum, kl_sum, auxiliary / tokens)
         besides = auxiliary_loss(self.network_config, auxiliary / tokens, self.steps_done)
         return {"loss": total / tokens + besides, "loss_sum": loss_sum}
 
@@ -176,7 +198,7 @@ class LanguageModule(LightningModule):
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         for form in forms(batch, data.sequence_length):
             # not backward, whose gradients strategies exchange
-            total, _, auxiliary = self.loss_sum(form).unbind()
+            total, *_, auxiliary = self.loss_sum(form).unbind()
             torch.autograd.grad(total + auxiliary, weights, allow_unused=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any] | None:
@@ -185,22 +207,36 @@ class LanguageModule(LightningModule):
         return {"loss_sum": self.loss_sum(batch)[0]}
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Of one micro-batch (3,): the sum of token losses in nats, with z-loss while the module trains; the z-loss in
-        it, which carries no gradient; and the sum of what layers learn from besides, over tokens and layers, likewise
-        in training alone."""
+        """Of one micro-batch (5,), in nats: what is trained on, summed over labelled tokens, which carries the
+        gradient: token losses and, while the module trains, z-loss and the divergence from a teacher; of these the
+        token losses, the z-loss and the divergence each, without a gradient; and the sum of what layers learn from
+        besides, over tokens and layers, with its gradient and likewise in training alone."""
         if self.compiled and batch["cu_seqlens"] is not None:
             torch._dynamo.maybe_mark_dynamic(batch["cu_seqlens"], 0)  # or the second number of documents compiles again
+        teacher = self._teacher_head(batch)  # before there are activations to keep beside its own
         with self._activations(batch["tokens"]), collected_auxiliary(self.model) as auxiliary:
             hidden = self.model(  # (B, T, C)
                 batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards, self._numbers(batch)
             )
-        sums = linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.head_weight, batch["labels"].flatten(),
-            backend=self.loss_backend, chunk_tokens=self.loss_chunk_tokens,
-            z_loss=self.z_loss if self.training else 0.0,
-        )  # fmt: skip
-        besides = torch.stack(auxiliary).sum().to(sums[0].dtype) if auxiliary else torch.zeros_like(sums[1])
-        return torch.stack([*sums, besides])
+        operands = hidden.flatten(0, 1), self.model.head_weight, batch["labels"].flatten()
+        z_loss, chunk = self.z_loss if self.training else 0.0, self.loss_chunk_tokens
+        if teacher is not None:
+            total, parts = linear_distillation(*operands, teacher, chunk_tokens=chunk, z_loss=z_loss)
+        else:
+            total, z_sum = linear_cross_entropy(*operands, backend=self.loss_backend, chunk_tokens=chunk, z_loss=z_loss)
+            parts = torch.stack([total.detach() - z_sum, z_sum, torch.zeros_like(z_sum)])
+        besides = torch.stack(auxiliary).sum().to(total.dtype) if auxiliary else torch.zeros_like(parts[1])
+        return torch.stack([total, *parts, besides])
+
+    def _teacher_head(self, batch: Batch) -> TeacherHead | None:
+        """What the teacher says of a micro-batch; None without one, and outside of training."""
+        if self.distill.teacher is None or not self.training:
+            return None
+        if self.teacher is None:
+            raise RuntimeError("model.distill names a teacher, which is to be loaded (`teacher`) before training")
+        hidden = self.teacher.hidden(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], self.shards)
+        head = self.teacher.model.head_weight
+        return TeacherHead(hidden.flatten(0, 1), head, self.distill.weight, self.distill.temperature)
 
     def _numbers(self, batch: Batch) -> Tensor | None:
         """The place of each token in the run, for kinds that train with noise: int64, as tokens. None for others, and

@@ -56,7 +56,8 @@ def speed_metrics(
     """Throughput of a window.
 
     MFU = model FLOPs / (seconds * devices * peak), where the model FLOPs (model.flops.train_flops) count forward and
-    backward of the documents in the batch, causal attention at half, without recomputation, and peak is the dense peak
+    backward of the documents in the batch, causal attention at half, without recomputation, and a teacher's forward
+    pass where there is one, which the loss needs (model.flops.forward_flops), and peak is the dense peak
     of one device for the training dtype in FLOP/s (bfloat16's, where FP8 takes its place). It is left out where the
     peak is not known, as on CPUs.
 

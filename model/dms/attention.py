@@ -1,7 +1,7 @@
 """Dynamic Memory Sparsification (arXiv 2506.05345): softmax attention to the tokens that each KV head has not evicted.
 
-Left out: the Kullback-Leibler divergence from the frozen model that one starts from, which the paper adds to the loss.
-Here the language model's loss alone keeps what the model can do.
+The paper's loss is the Kullback-Leibler divergence from the frozen model that one starts from, and what asks for
+eviction: model.distill of train.py gives the first, `add_auxiliary` the second.
 """
 
 import torch

@@ -95,3 +95,4 @@ def test_cost_is_that_of_softmax_and_less_for_sparse_attention() -> None:
     assert dense == pytest.approx(train_flops(softmax, lengths.tolist()))
     products = 6.0 * matmul_parameters(softmax) * lengths.sum()
     assert sparse - products == pytest.approx(0.6 * (dense - products)) and dense > 1.1 * products
+    assert sequence_cost(entmax, lengths, teacher=softmax) == pytest.approx(sparse + dense / 3)  # forward alone

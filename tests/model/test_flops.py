@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.config import AttentionConfig, ModelConfig, NSAConfig
-from model.flops import matmul_parameters, peak_flops, sequence_cost, train_flops
+from model.flops import forward_flops, matmul_parameters, peak_flops, sequence_cost, train_flops
 from model.transformer import Transformer
 
 
@@ -51,6 +51,7 @@ def test_formula_by_hand() -> None:
     config = ModelConfig(n_layers=3, n_heads=8, n_kv_heads=8, head_dim=16, attention=AttentionConfig(kind="softmax"))
     weights = matmul_parameters(config)
     assert train_flops(config, [100]) == 6 * weights * 100 + 6 * 3 * 8 * 16 * 100**2
+    assert forward_flops(config, [100]) == 2 * weights * 100 + 2 * 3 * 8 * 16 * 100**2
     assert train_flops(config, [50, 50]) == 6 * weights * 100 + 6 * 3 * 8 * 16 * 2 * 50**2
 
 

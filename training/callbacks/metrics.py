@@ -73,9 +73,10 @@ class MetricsLogger(Callback):
     """Logs loss and speed every trainer.log_every_n_steps optimizer steps.
 
     train/loss is the mean over the valid tokens of the steps since the last line; skipped ones do not count, and if all
-    were skipped it is NaN. train/z_loss and train/index_kl, where there is one, are no part of it; the latter is
-    the loss of DSA's indexer, in nats, the mean over tokens and layers. train/evicted is the share of tokens that DMS's
-    KV heads evict in training, noise included, train/evicted_target what the last step aimed at.
+    were skipped it is NaN. train/z_loss, train/distill_kl and train/index_kl, where there is one, are no part of it.
+    train/distill_kl is KL(teacher || student) at model.distill.temperature, in nats, the mean over the same tokens.
+    train/index_kl is the loss of DSA's indexer, in nats, the mean over tokens and layers. train/evicted is the share of
+    tokens that DMS's KV heads evict in training, noise included, train/evicted_target what the last step aimed at.
 
     Args:
         clock: shared with whoever interrupts training.
@@ -100,7 +101,7 @@ class MetricsLogger(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.work, self.loss_sum, self.z_loss_sum, self.valid_tokens = Work(), 0.0, 0.0, 0.0
+        self.work, self.loss_sum, self.z_loss_sum, self.kl_sum, self.valid_tokens = Work(), 0.0, 0.0, 0.0, 0.0
         self.auxiliary, self.taken = 0.0, 0
         self.clock.reset()
 
@@ -114,6 +115,7 @@ class MetricsLogger(Callback):
         if not self.guard.skipped:
             self.loss_sum += self.guard.outcome.loss_sum
             self.z_loss_sum += self.guard.outcome.z_loss_sum
+            self.kl_sum += self.guard.outcome.kl_sum
             self.valid_tokens += self.guard.outcome.valid_tokens
             self.auxiliary += self.guard.outcome.auxiliary
             self.taken += 1
@@ -126,8 +128,9 @@ class MetricsLogger(Callback):
         local = torch.tensor([work.tokens, work.flops], dtype=torch.float64, device=device)
         totals = trainer.strategy.reduce(local, reduce_op="sum")
         tokens, flops = totals.tolist()  # waits for the device, so the time below is true
-        loss, z_loss = (
-            (x / self.valid_tokens if self.valid_tokens else math.nan) for x in (self.loss_sum, self.z_loss_sum)
+        loss, z_loss, kl = (
+            (x / self.valid_tokens if self.valid_tokens else math.nan)
+            for x in (self.loss_sum, self.z_loss_sum, self.kl_sum)
         )
         self.tokens += int(tokens)
         data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -136,6 +139,7 @@ class MetricsLogger(Callback):
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
             **({"train/z_loss": z_loss} if module.z_loss else {}),
+            **({"train/distill_kl": kl} if module.teacher else {}),
             **self._auxiliary(module),
             "train/lr": module.step_lr,
             "train/grad_norm": float(module.step_gradient_norm),

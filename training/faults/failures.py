@@ -19,13 +19,15 @@ LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel", "torchao")  # t
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of this rank: global samples, summed loss in nats (scalar), labelled tokens, summed z-loss
-    in nats (scalar), which is not part of the loss, and what layers learn from besides, a token (scalar)."""
+    """One micro-batch of this rank: global samples, summed loss in nats (scalar), labelled tokens; summed z-loss and
+    divergence from a teacher in nats (scalars), which are not part of the loss; and what layers learn from besides, a
+    token (scalar)."""
 
     sample_ids: list[int]
     loss_sum: Tensor
     valid_tokens: int
     z_loss_sum: Tensor
+    kl_sum: Tensor
     auxiliary: Tensor
 
 

@@ -52,13 +52,14 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """An optimizer step as all ranks know it: loss in nats, labelled tokens and z-loss, summed over all ranks; what
-    layers learn from besides, summed over layers, a token."""
+    """An optimizer step as all ranks know it: loss in nats, labelled tokens, z-loss and divergence from a teacher,
+    summed over all ranks; what layers learn from besides, summed over layers, a token."""
 
     loss_sum: float = 0.0
     valid_tokens: float = 0.0
     gradient_norm: float = 0.0
     z_loss_sum: float = 0.0
+    kl_sum: float = 0.0
     auxiliary: float = 0.0
 
     @property
@@ -96,7 +97,7 @@ class History:
 class StepGuard(Callback):
     """Looks at every optimizer step before it is taken.
 
-    One all-reduce of six numbers and one read by the host a step decide for all ranks: the loss that is logged,
+    One all-reduce of seven numbers and one read by the host a step decide for all ranks: the loss that is logged,
     whether the step is skipped, and whether a rank has been told to stop. The read waits for the backward pass; its
     cost is that the optimizer's few kernels are launched after it and not while the device is still busy.
 
@@ -128,11 +129,17 @@ class StepGuard(Callback):
         self.history = History(self.config.window, **state_dict)
 
     def observe(
-        self, loss_sum: Tensor, valid_tokens: int, sample_ids: list[int], z_loss_sum: Tensor, auxiliary: Tensor
+        self,
+        loss_sum: Tensor,
+        valid_tokens: int,
+        sample_ids: list[int],
+        z_loss_sum: Tensor,
+        kl_sum: Tensor,
+        auxiliary: Tensor,
     ) -> None:
         """Take note of a micro-batch of this rank: its summed loss (scalar), labelled tokens and global samples, its
-        summed z-loss (scalar), and what layers learn from besides, a token (scalar)."""
-        scalars = loss_sum.detach(), z_loss_sum.detach(), auxiliary.detach()
+        summed z-loss and divergence from a teacher (scalars), and what layers learn from besides, a token (scalar)."""
+        scalars = loss_sum.detach(), z_loss_sum.detach(), kl_sum.detach(), auxiliary.detach()
         self.micro_batches.append(MicroBatch(sample_ids, scalars[0], valid_tokens, *scalars[1:]))
 
     def admits(self, trainer: Trainer, engine: Engine, norm: Tensor) -> bool:
@@ -170,15 +177,20 @@ class StepGuard(Callback):
         """Set the outcome of the step from all ranks; whether any of them has a gradient norm that is not finite."""
         device = trainer.strategy.root_device
         norm = norm.detach().to(device, torch.float64)
-        each = [torch.stack([micro.loss_sum, micro.z_loss_sum, micro.auxiliary]) for micro in self.micro_batches]
-        loss_sums = torch.stack(each).to(torch.float64).sum(dim=0)  # (3,)
+        each = [
+            torch.stack([micro.loss_sum, micro.z_loss_sum, micro.kl_sum, micro.auxiliary])
+            for micro in self.micro_batches
+        ]
+        loss_sums = torch.stack(each).to(torch.float64).sum(dim=0)  # (4,)
         valid_tokens = sum(micro.valid_tokens for micro in self.micro_batches)
         counts = torch.tensor([valid_tokens, self.interruption.requested], dtype=torch.float64, device=device)
         local = torch.cat([loss_sums, (~norm.isfinite()).double()[None], counts])
         totals = trainer.strategy.reduce(local, reduce_op="sum")
-        loss_sum, z_sum, auxiliary, bad_norms, all_valid, requests, own_norm = torch.cat([totals, norm[None]]).tolist()
+        loss_sum, z_sum, kl_sum, auxiliary, bad_norms, all_valid, requests, own_norm = torch.cat(
+            [totals, norm[None]]
+        ).tolist()
         auxiliary /= len(self.micro_batches) * trainer.world_size
-        self.outcome = StepOutcome(loss_sum, all_valid, own_norm, z_sum, auxiliary)
+        self.outcome = StepOutcome(loss_sum, all_valid, own_norm, z_sum, kl_sum, auxiliary)
         self.interruption.agreed |= requests > 0
         return bad_norms > 0
 

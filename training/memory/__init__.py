@@ -24,6 +24,9 @@ With float8, weights that are multiplied with in FP8 have no cast copies. Eager 
 it, and round the largest one through float32 (9 bytes an element). Compiled ones, but for "rowwise_with_gw_hp", keep
 wo's operand and the second norm's output in FP8, and compute the feed-forward layer's product again.
 
+A teacher (model.distill) is whole on each rank. Its forward pass ends before the student's begins, of which the last
+hidden states are left.
+
 Sizes in formulas: P parameters, W ranks, S ranks that share a sequence, N tokens of a micro-batch, n = N / S of a rank,
 L layers, C width, F width of the feed-forward layer, H query heads, G key/value heads, D head dim, V vocabulary. r and
 w: bytes of the residual stream and of matrix products (4 and 4 in float32; 4 and 2 under autocast; 2 and 2 where ZeRO

@@ -14,6 +14,7 @@ from training.memory.estimate import Estimate, estimate
 from training.memory.setup import Setup
 from training.memory.states import parameter_count
 from training.options import PRECISIONS, check_trainer_options, count_processes
+from training.step.teacher import check_distillation, find_teacher
 from training.throughput import GIB
 
 
@@ -57,7 +58,10 @@ class MemoryCLI(TrainingCLI):
         parallel, ranks = config.parallel, count_processes(config.trainer)
         tokens = config.data.micro_batch_size * config.data.sequence_length
         check_sequence_parallel(ParallelConfig(**parallel.as_dict()), network, tokens, ranks)
+        distill = config.model.distill
+        teacher = find_teacher(distill.teacher, network, parallel.sequence_parallel)
         accelerator, backend = config.trainer.accelerator, config.model.loss_backend
+        check_distillation(distill, loss_backend=backend, cuda_graphs=config.model.cuda_graphs)
         cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
         self.setup = Setup(
             network=network,
@@ -71,12 +75,13 @@ class MemoryCLI(TrainingCLI):
             activation_checkpointing=config.model.activation_checkpointing,
             mlp_tile_tokens=config.model.mlp_tile_tokens,
             loss_chunk_tokens=config.model.loss_chunk_tokens,
-            loss_backend={"auto": "liger" if cuda else "chunked"}.get(backend, backend),
+            loss_backend={"auto": "liger" if cuda and not teacher else "chunked"}.get(backend, backend),
             cuda=cuda,
             compiled=config.model.compile,
             float8=config.model.float8,
             optimizer=config.model.optimizer.name,
             asynchronous_saves=config.checkpoint.asynchronous,
+            teacher=teacher.architecture if teacher else None,
             keeps_gradients=ranks > 1 or config.data.global_batch_size > config.data.micro_batch_size,
         )
 

@@ -12,6 +12,7 @@ from training.memory.activations import (
 from training.memory.dsa import index_loss_workspace, operands
 from training.memory.setup import FLOAT32, Setup
 from training.memory.states import Part, block_matrices, states
+from training.memory.teacher import teacher_forward, teacher_weights
 from training.memory.workspace import backward_workspace, compiled_backward, loss_workspace
 
 
@@ -57,6 +58,9 @@ def estimate(setup: Setup) -> Estimate:
     result.lasting["activations"] = Part(
         layers * per_layer + outside, f"{formula}n x (last norm, positions, token ids)"
     )
+    if setup.teacher is not None:
+        weights = teacher_weights(setup.teacher, setup.product_bytes)
+        result.lasting["teacher"] = Part(weights, "w bytes of its blocks' matrices, 4 of the rest")
     gradients = 0 if setup.keeps_gradients else result.lasting["gradients"].bytes  # that are still to come
     own = 0 if setup.keeps_gradients else FLOAT32 * sum(block_matrices(setup.network))
     table = FLOAT32 * setup.network.vocab_size * setup.network.d_model
@@ -85,6 +89,12 @@ def estimate(setup: Setup) -> Estimate:
             "n C r, 4 V C, and the head's gradient",
         ),
     }
+    if setup.teacher is not None:
+        there = result.lasting["activations"].bytes + gradients
+        result.phases["teacher's forward"] = Part(
+            teacher_forward(setup, setup.teacher) - there,
+            "its residual stream and most of one block, before the student's",
+        )
     if setup.network.attention.dsa is not None:
         work = index_loss_workspace(setup, setup.network.attention.dsa)
         later = kept["feed-forward"] + kept["attention's output"] + kept["norms"] / 2

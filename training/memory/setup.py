@@ -31,6 +31,7 @@ class Setup:
         float8: as model.float8.
         optimizer: as model.optimizer.name.
         asynchronous_saves: as checkpoint.asynchronous.
+        teacher: architecture of model.distill.teacher.
     """
 
     network: ModelConfig
@@ -51,6 +52,7 @@ class Setup:
     float8: Float8 = "none"
     optimizer: str = "adamw"
     asynchronous_saves: bool = False
+    teacher: ModelConfig | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("32-true", "bf16-mixed"):

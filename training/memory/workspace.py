@@ -6,13 +6,14 @@ from training.memory.hierarchical import block_choice_workspace, learned_bias_wo
 from training.memory.nsa import branch_workspace
 from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
+from training.memory.teacher import teacher_head, teacher_hidden
 
 BLOCKWISE_BYTES = {True: 6 * 2**27, False: 6 * 2**20}  # scores and temporaries of the PyTorch entmax; CUDA, CPU
 
 
 def loss_workspace(setup: Setup) -> float:
     """Bytes of step/loss.py or Liger's fused loss: hidden states and their gradient, the head's weights in w bytes and
-    their gradient in float32, logits of one chunk."""
+    their gradient in float32, logits of one chunk. With a teacher its hidden states and head too."""
     n, width, vocab, w = setup.local_tokens, setup.network.d_model, setup.network.vocab_size, setup.product_bytes
     hidden = n * width * (setup.residual_bytes + w)
     head = vocab * width * (FLOAT32 + (w if setup.casts else 0))
@@ -21,6 +22,10 @@ def loss_workspace(setup: Setup) -> float:
         chunk = min(n, _next_power_of_2(-(-n // -(-vocab // width))))
         return hidden + copy + head + chunk * vocab * w
     chunk = min(n, setup.loss_chunk_tokens)
+    if setup.teacher is not None:
+        # logits, log-probabilities of both at the temperature, and the teacher's probabilities, in float32
+        head += teacher_head(setup, setup.teacher)
+        return hidden + teacher_hidden(setup, setup.teacher) + head + chunk * vocab * 4 * FLOAT32
     # logits and their log-softmax in float32, then the residual in w bytes beside one of them
     return hidden + head + chunk * vocab * (2 * FLOAT32 if w == FLOAT32 else 2 * FLOAT32 + w)
 

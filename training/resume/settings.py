@@ -25,11 +25,15 @@ SCHEDULE = (
 
 
 NAME = f"{OPTIMIZER}name"
+TEACHER = "model.distill.teacher"
 
 
 def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: int) -> dict[str, Any]:
     """By option of train.py, JSON-able; recorded in each checkpoint. What only decides where and how fast a run
     computes is not among them."""
+    distill: dict[str, Any] = {"teacher": None}
+    if module.teacher:  # by what it is: a run's newest checkpoint changes while that run goes on
+        distill = {**asdict(module.distill), "teacher": module.teacher.identity}
     settings = {
         "trainer": {
             "max_steps": trainer.max_steps,
@@ -40,6 +44,7 @@ def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: in
         "model": {
             "z_loss": module.z_loss,
             "float8": module.float8,
+            "distill": distill,
             "optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
         },
     }
@@ -52,8 +57,9 @@ def run_settings(trainer: Trainer, module: LanguageModule, global_batch_size: in
 def check_allowed(allowed: Collection[str]) -> None:
     """Raises ValueError for what --allow_changes does not know."""
     for key in allowed:
-        if IN_STEPS.get(key, key) not in SCHEDULE:
-            raise ValueError(f"--allow_changes has {key!r}: expected some of {', '.join((*SCHEDULE, *IN_STEPS))}")
+        if IN_STEPS.get(key, key) not in (*SCHEDULE, TEACHER):
+            known = ", ".join((*SCHEDULE, *IN_STEPS, TEACHER))
+            raise ValueError(f"--allow_changes has {key!r}: expected some of {known}")
 
 
 def warmup_of(checkpoint: CheckpointInfo | None) -> int | None:
@@ -68,7 +74,7 @@ def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed
 
     A schedule that agrees with the recorded one in all steps that were taken is an extension. One that does not would
     leave a run that neither schedule describes, and needs leave: `allowed`, the options in which it may differ. What
-    either makes of the next step's learning rate is said.
+    either makes of the next step's learning rate is said. Another teacher, or none, needs leave too.
 
     Raises ValueError that lists the options without leave, with both values.
     """
@@ -78,12 +84,18 @@ def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed
             "or batch have changed, that goes unnoticed"
         )
         return
-    saved = checkpoint.require(settings=dict)["settings"]
+    saved = {TEACHER: None, **checkpoint.require(settings=dict)["settings"]}  # older records have none
     before, now = saved.get(NAME, "adamw"), settings.get(NAME, "adamw")  # older records have none
     if before != now:
         raise ValueError(
             f"{NAME} {before} (config: {now}): {checkpoint.path} has the state of {before}, which {now} cannot go on "
             "with; restore it, or start a new run from its weights with --init_from"
+        )
+    teachers = saved[TEACHER], settings.get(TEACHER)
+    if teachers[0] != teachers[1] and TEACHER not in allowed:
+        raise ValueError(
+            f"{TEACHER} {teachers[0]} (config: {teachers[1]}): not the teacher that {checkpoint.path} has; "
+            f'give that one, or go on with the other: --allow_changes "[{TEACHER}]"'
         )
     changed = [key for key in sorted(settings.keys() & saved.keys()) if settings[key] != saved[key]]
     if not changed:

@@ -215,13 +215,16 @@ def check_architecture(checkpoint: CheckpointInfo, architecture: dict[str, Any])
         )
 
 
-def check_tokenizer(checkpoint: CheckpointInfo, path: str, fingerprint: str) -> None:
-    """Raises ValueError if the checkpoint was trained with another tokenizer than that of the data."""
+def check_tokenizer(
+    checkpoint: CheckpointInfo, path: str, fingerprint: str, instead: str = "another --run_dir"
+) -> None:
+    """Raises ValueError if the checkpoint was trained with another tokenizer than that of the data. instead: what else
+    to give."""
     saved = checkpoint.tokenizer
     if saved["fingerprint"] != fingerprint:
         raise ValueError(
             f"{checkpoint.path} was trained with tokenizer {saved['path']} ({saved['fingerprint'][:12]}), the data has "
-            f"{path} ({fingerprint[:12]}): use the data it was trained on, or another --run_dir"
+            f"{path} ({fingerprint[:12]}): use the data it was trained on, or {instead}"
         )
 
 

@@ -84,10 +84,12 @@ def make_guard(tmp_path: Path, config: GuardConfig) -> tuple[StepGuard, Trainer,
 def admitted(parts: tuple[StepGuard, Trainer, PlainEngine], loss: float, norm: float = 1.0) -> bool:
     guard, trainer, engine = parts
     for share in (0.25, 0.75):  # two micro-batches
-        guard.observe(torch.tensor(100 * share * loss), 50, [0], torch.tensor(0.0), torch.tensor(0.5))
+        others = torch.tensor([0.0, 3.0, 0.5]).unbind()  # z-loss, divergence from a teacher, what layers learn besides
+        guard.observe(torch.tensor(100 * share * loss), 50, [0], *others)
     took = guard.admits(trainer, engine, torch.tensor(norm))
     assert took is not guard.skipped and not guard.micro_batches
     assert guard.outcome.loss == pytest.approx(loss, nan_ok=True)
+    assert (guard.outcome.z_loss_sum, guard.outcome.kl_sum, guard.outcome.auxiliary) == (0, 6, 0.5)
     return took
 
 

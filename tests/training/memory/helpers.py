@@ -1,14 +1,17 @@
 """Small models, and how they train, for the tests of the memory estimate."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from model.config import AttentionConfig, DMSConfig, DSAConfig, HierarchicalConfig, ModelConfig, NSAConfig
+from model.transformer import Transformer
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
+from training.step.teacher import DistillConfig, Teacher
 
 TOKENS, LENGTH = 512, 256
 BASE: dict[str, Any] = dict(vocab_size=128, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=160)
@@ -48,12 +51,20 @@ needs_float8_by_row = pytest.mark.skipif(
 )
 
 
-def make(network: ModelConfig, precision: str = "32-true", **options: Any) -> tuple[LanguageModule, Setup]:
+def make(
+    network: ModelConfig, precision: str = "32-true", teacher: ModelConfig | None = None, **options: Any
+) -> tuple[LanguageModule, Setup]:
     torch.manual_seed(0)
     options = {"loss_chunk_tokens": 128, **options}
-    module = LanguageModule(network, OptimizerConfig(), loss_backend="chunked", **options)
+    distill = DistillConfig(None if teacher is None else "teacher", weight=0.5)
+    module = LanguageModule(network, OptimizerConfig(), loss_backend="chunked", distill=distill, **options)
+    if teacher is not None:
+        module.teacher = Teacher(Transformer(teacher), Path("teacher"), 0)
+        tiles = options.get("mlp_tile_tokens", 0)
+        module.teacher.place(torch.device("cpu"), precision, compile=False, tile_tokens=tiles)
     setup = Setup(
-        network=network, tokens=TOKENS, sequence_length=LENGTH, cuda=False, precision=precision, **options
+        network=network, tokens=TOKENS, sequence_length=LENGTH, cuda=False, precision=precision, teacher=teacher,
+        **options,
     )  # fmt: skip
     return module, setup
 

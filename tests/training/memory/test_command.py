@@ -1,11 +1,19 @@
 """The command, and what it prints."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import ROOT
+from model.loading import load_model
+from tests.training.conftest import ROOT, corpus, tiny_config, train, undisturbed
 from training.memory import command
+from training.memory.estimate import estimate
+from training.memory.states import parameter_count
+from training.memory.teacher import teacher_weights
+
+__all__ = ["corpus", "tiny_config", "train", "undisturbed"]  # fixtures
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
@@ -60,6 +68,23 @@ def test_float8_keeps_less(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         row = next(line for line in lines if line.split()[:1] == ["activations"])
         activations.append(float(row.split()[1]))
     assert activations == sorted(activations, reverse=True) and len(set(activations)) == 3
+
+
+def test_a_teacher_is_counted(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the run's architecture: two of four bytes for matrices of blocks, which have 4,608 of its weights."""
+    options = ("--data.sources", "[{path: not_needed}]", "--model.network.vocab_size", 384, "--trainer.max_steps", 2)
+    given = (*options, "--trainer.precision", "bf16-mixed", "--model.distill.teacher", undisturbed)
+    assert run(monkeypatch, *given) == 0
+    printed = capsys.readouterr().out
+    assert "teacher's forward" in printed and "\n  teacher  " in printed
+    setup = command.MemoryCLI().setup
+    assert estimate(setup).total > estimate(replace(setup, teacher=None)).total
+    assert run(monkeypatch, *options) == 0 and "teacher" not in capsys.readouterr().out
+    network = load_model(undisturbed).config
+    weights, matrices = parameter_count(network), 4608
+    assert teacher_weights(network, 2) == 4 * weights - 2 * matrices
 
 
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

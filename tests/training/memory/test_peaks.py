@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import training.step.float8
 from benchmarks.train_memory import network_of
-from model.config import HierarchicalConfig
+from model.config import AttentionConfig, HierarchicalConfig, ModelConfig
 from tests.training.memory.helpers import MODELS, MODES, autocast, batch, make, needs_float8_by_row
 from training.memory import workspace
 from training.memory.estimate import estimate
@@ -56,7 +56,8 @@ class LiveBytes(TorchDispatchMode):
 def peak_of_two_steps(module: LanguageModule, precision: str, accumulation: int) -> int:
     optimizer = torch.optim.AdamW(parameter_groups(module.model, OptimizerConfig(), fused=True))
     data = batch()
-    with LiveBytes([*module.parameters(), data["tokens"], data["labels"]]) as live:
+    frozen = [] if module.teacher is None else list(module.teacher.model.parameters())
+    with LiveBytes([*module.parameters(), *frozen, data["tokens"], data["labels"]]) as live:
         for micro_batch in range(2 * accumulation):
             with autocast(precision):
                 loss = module.training_step(data, 0)["loss"]
@@ -80,6 +81,28 @@ def test_estimated_peak_is_near_the_measured(
         found = peak_of_two_steps(module, precision, accumulation)
         expected = estimate(replace(setup, keeps_gradients=accumulation > 1))
         assert expected.total == pytest.approx(found, rel=0.05)
+
+
+LARGE = ModelConfig(
+    vocab_size=128, n_layers=2, d_model=128, n_heads=8, n_kv_heads=2, d_ff=320, positions="rope",
+    attention=AttentionConfig(kind="softmax"),
+)  # fmt: skip
+WIDE = replace(LARGE, vocab_size=4096)  # logits are the peak
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("teacher", [MODELS["softmax-rope"], LARGE, WIDE], ids=["as large", "larger", "many words"])
+@pytest.mark.parametrize(("mode", "accumulation"), [("none", 1), ("full-tiled", 2)])
+def test_estimated_peak_with_a_teacher(
+    mode: str, accumulation: int, teacher: ModelConfig, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(workspace.BLOCKWISE_BYTES, False, 0)
+    network = replace(MODELS["asentmax-nape"], vocab_size=teacher.vocab_size)
+    module, setup = make(network, precision, teacher, **MODES[mode])
+    found = peak_of_two_steps(module, precision, accumulation)
+    expected = estimate(replace(setup, keeps_gradients=accumulation > 1))
+    assert expected.total == pytest.approx(found, rel=0.05)
+    assert teacher is not WIDE or expected.peak_phase == "loss"
 
 
 @pytest.mark.parametrize("name", ["nsa-rope", "dsa-rope", "dms-rope", "hierarchical-rope"])

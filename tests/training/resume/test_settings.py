@@ -107,7 +107,24 @@ def test_another_optimizer_is_refused() -> None:
         resumed(50, saved={**BASE, "model.optimizer.name": "muon"})
 
 
+TEACHER = "model.distill.teacher"
+
+
+@pytest.mark.parametrize(("before", "now"), [("a (step 1)", "b (step 2)"), ("a (step 1)", None), (None, "b (step 2)")])
+def test_another_teacher_needs_leave(before: str | None, now: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Records from before there were teachers have none."""
+    for saved in [{**BASE, TEACHER: before}] + ([BASE] if before is None else []):
+        with pytest.raises(ValueError) as refused:
+            resumed(50, ("trainer.max_steps",), saved=saved, model__distill__teacher=now)
+        assert str(refused.value).startswith(f"{TEACHER} {before} (config: {now}): not the teacher that run/step has")
+        assert said(capsys) == ""
+        resumed(50, (TEACHER,), saved=saved, model__distill__teacher=now)
+        assert said(capsys) == f"changed since step: {TEACHER} {before} (config: {now})\n"
+        resumed(50, saved=saved, model__distill__teacher=before)
+        assert said(capsys) == ""
+
+
 def test_leave_for_what_does_not_exist() -> None:
-    check_allowed(["trainer.max_steps", "trainer.max_tokens", "model.optimizer.warmup_tokens"])
+    check_allowed(["trainer.max_steps", "trainer.max_tokens", "model.optimizer.warmup_tokens", TEACHER])
     with pytest.raises(ValueError, match="--allow_changes has 'max_steps': expected some of trainer.max_steps, model"):
         check_allowed(["max_steps"])
