@@ -68,16 +68,16 @@ class DeepSeekSparseAttention(SparseAttention):
         cache: LayerCache | None = None,
         alpha: Tensor | None = None,
     ) -> Tensor:
-        tokens = metadata.tokens
+        tokens, backend = metadata.tokens, "auto" if metadata.flex else "torch"
         index = self.indexer(x, metadata.rotary, v.dtype)
         if cache is not None:
             index = index._replace(k=cache.append_extra(index.k))
         chosen = block_mask = None
         if self.config.is_sparse:
             chosen = select_tokens(index, tokens, self.config.select_tokens)
-        view = tokens.dense_view(slopes) if chosen is None else tokens.chosen_view(slopes, chosen)
         if self.has_auxiliary:
-            self.add_auxiliary(index_loss(index, q, k, view))
+            self.add_auxiliary(index_loss(index, q, k, tokens, slopes, chosen, backend))
+        view = tokens.view(slopes, chosen)
         if not metadata.flex:
             return attend_masked(q, k, v, view)
         block_mask = metadata.dense if chosen is None else chosen_block_mask(chosen, view, tokens.n_keys)

@@ -161,7 +161,7 @@ def test_tiles_of_the_block_mask_are_those_with_chosen_tokens(monkeypatch: pytes
     sparse, (x, *_) = module(config), draw(110, config)
     tokens = metadata(config, 110, DOCUMENTS).tokens
     bits = select_tokens(sparse.indexer(x, None, torch.float64), tokens, 2)
-    view, token = tokens.chosen_view(None, bits), torch.arange(110)
+    view, token = tokens.view(None, bits), torch.arange(110)
     explicit, _ = mask_and_bias(view, (1, 4), token, token)
     assert explicit.shape == (1, 1, 110, 110)
     tiles = torch.nn.functional.pad(explicit, (0, 2, 0, 2)).unflatten(2, (7, 16)).unflatten(4, (7, 16)).any(5).any(3)

@@ -1,0 +1,1 @@
+"""The lightning indexer of DeepSeek Sparse Attention: its loss and gradients, without scores in memory."""
