@@ -1,1 +1,1 @@
-"""The lightning indexer of DeepSeek Sparse Attention: its loss and gradients, without scores in memory."""
+"""The lightning indexer of DeepSeek Sparse Attention: what it chooses, its loss and gradients."""

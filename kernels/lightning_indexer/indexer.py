@@ -6,22 +6,28 @@ from torch import Tensor
 
 from kernels.alpha_entmax.attention import checked_scale
 from kernels.block_sparse.attention import unsupported as unsupported_attention
-from kernels.common.arguments import check_tensor, readable
+from kernels.common.arguments import check_integer, check_tensor, readable
 from kernels.common.derivatives import refuse_transforms
-from kernels.lightning_indexer.operator import loss_operator
+from kernels.lightning_indexer.operator import loss_operator, select_operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT32_MAX = 2**31 - 1
 INDEX_DIM_MAX = 128  # of one head, in one tile
 
 
-def unsupported(q: Tensor, index_q: Tensor) -> str | None:
-    """What the kernels cannot do for attention's and the indexer's queries; None where they can."""
+def unsupported_loss(q: Tensor, index_q: Tensor) -> str | None:
+    """What the kernels of the loss cannot do for attention's and the indexer's queries; None where they can."""
+    return unsupported(index_q) or unsupported_attention(q)
+
+
+def unsupported(index_q: Tensor) -> str | None:
+    """What the kernels cannot do for the indexer's queries; None where they can."""
     if index_q.dtype not in DTYPES or index_q.shape[3] > INDEX_DIM_MAX:
         return (
             f"takes an indexer of float32, bfloat16 or float16 and up to {INDEX_DIM_MAX} channels a head, got "
             f"{index_q.dtype} and {index_q.shape[3]}"
         )
-    return unsupported_attention(q)
+    return None
 
 
 def indexer_loss(
@@ -63,11 +69,11 @@ def indexer_loss(
     """
     _check_index(index_q, index_k, weights)
     _check_attention(q, k, index_q, index_k)
-    check_rows(first_key, own_key, index_q)
+    _check_rows(first_key, own_key, index_q)
     if chosen is not None:
         _check_bits(chosen, q.shape[0], q.shape[2], k.shape[2], q.device)
     scale = checked_scale(q, scale, alibi_slopes)
-    if (lacking := unsupported(q, index_q)) is not None:
+    if (lacking := unsupported_loss(q, index_q)) is not None:
         raise ValueError(f"indexer_loss {lacking}; use model.dsa.loss with backend='torch'")
     refuse_transforms("indexer_loss", "use model.dsa.loss with backend='torch'", index_q, index_k, weights)
     with torch.autocast(q.device.type, enabled=False):
@@ -75,6 +81,49 @@ def indexer_loss(
             index_q, index_k, weights, q.detach(), k.detach(), first_key, own_key, chosen, alibi_slopes, scale
         )
     return loss
+
+
+@torch.no_grad()
+def select_keys(
+    index_q: Tensor,
+    index_k: Tensor,
+    weights: Tensor,
+    first_key: Tensor,
+    own_key: Tensor,
+    *,
+    count: int,
+    reach: int | None = None,
+    score_bits: int = 12,
+) -> Tensor:
+    """The `count` keys of the highest I (as in `indexer_loss`) of those that each query sees, of equal ones the later;
+    all that it sees where these are fewer (DeepSeek-V3.2-Exp, equation 2). Without gradient, since choosing has none.
+    Scores of some queries are in memory at once, at most 256 MiB.
+
+    Args:
+        index_q, index_k, weights, first_key, own_key: as in `indexer_loss`.
+        reach: keys from first_key to own_key at most, where query i is key i; None where these differ. It bounds how
+            much memory a query's scores take; what a query sees beyond it is not promised to be found.
+        score_bits: to which scores, float32, are rounded before they are compared, 8 to 23, ties to even.
+
+    Returns: uint8 (B, n, keys / 8, rounded up): key j is bit j % 8 of byte j // 8.
+
+    Raises: as `indexer_loss`.
+    """
+    _check_index(index_q, index_k, weights)
+    _check_rows(first_key, own_key, index_q)
+    for name, value, least, most in (("count", count, 1, INT32_MAX), ("score_bits", score_bits, 8, 23)):
+        check_integer(name, value)
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in {least} ... {most}, got {value}")
+    if reach is not None:
+        check_integer("reach", reach)
+        if reach < 0:
+            raise ValueError(f"reach must be None or at least 0, got {reach}")
+    if (lacking := unsupported(index_q)) is not None:
+        raise ValueError(f"select_keys {lacking}; use model.dsa.indexer with backend='torch'")
+    with torch.autocast(index_q.device.type, enabled=False):
+        found: Tensor = select_operator(index_q, index_k, weights, first_key, own_key, count, reach, score_bits)
+    return found
 
 
 def _check_index(index_q: Tensor, index_k: Tensor, weights: Tensor) -> None:
@@ -103,7 +152,7 @@ def _check_attention(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> 
         raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}")
 
 
-def check_rows(first_key: Tensor, own_key: Tensor, index_q: Tensor) -> None:
+def _check_rows(first_key: Tensor, own_key: Tensor, index_q: Tensor) -> None:
     batch, _, n_queries, _ = index_q.shape
     for name, x in (("first_key", first_key), ("own_key", own_key)):
         check_tensor(name, x)

@@ -16,7 +16,10 @@ from kernels.common.launching import (
 )
 from kernels.lightning_indexer.gradients import gradient_by_key, loss_by_query
 from kernels.lightning_indexer.log_sum_exp import attention_log_sum_exp, index_log_sum_exp
-from kernels.lightning_indexer.tuning import IndexerLaunch, indexer_launch
+from kernels.lightning_indexer.selection import choose_keys, write_scores
+from kernels.lightning_indexer.tuning import CHUNK, DIGIT_BITS, IndexerLaunch, indexer_launch
+
+SCORES_AT_ONCE = 2**26  # float32 scores of queries that choose together, 256 MiB
 
 
 @bfloat16_as_float32(n_outputs=0)
@@ -59,6 +62,44 @@ def differentiate_loss(
     return loss.sum(), dq, dk, dw
 
 
+def select(
+    index_q: Tensor, index_k: Tensor, weights: Tensor, first_key: Tensor, own_key: Tensor, count: int,
+    reach: int | None, score_bits: int,
+) -> Tensor:  # fmt: skip
+    """Arguments as in `select_keys`, where they are checked, and what it returns."""
+    shape = (len(index_q), index_q.shape[2], ceil_div(index_k.shape[1], 8))
+    bits = torch.zeros(shape, dtype=torch.uint8, device=index_q.device)
+    if bits.numel() > 0:
+        with on_device(index_q):
+            _fill_bits(index_q, index_k, weights, first_key, own_key, bits, count, reach, score_bits)
+    return bits
+
+
+@bfloat16_as_float32(n_outputs=0)
+def _fill_bits(
+    index_q: Tensor, index_k: Tensor, weights: Tensor, first_key: Tensor, own_key: Tensor, bits: Tensor, count: int,
+    reach: int | None, score_bits: int,
+) -> tuple[()]:  # fmt: skip
+    (batch, n_queries, n_bytes), n_keys = bits.shape, index_k.shape[1]
+    index, rows = _Index(index_q, index_k, weights), _Rows(first_key, own_key, None).intervals
+    launch = indexer_launch("scores", index.padded_dim, index.dtype, bits.device)
+    # columns of a tile of queries begin at its first key, in whole bytes, and end at its last query
+    width = ceil_div(7 + (n_keys if reach is None else min(n_keys, reach + launch.rows)), launch.keys) * launch.keys
+    step = max(1, SCORES_AT_ONCE // (batch * width * launch.rows)) * launch.rows
+    scores = torch.empty(batch * min(step, n_queries) * width, dtype=torch.float32, device=bits.device)
+    for start in range(0, n_queries, step):
+        stop = min(start + step, n_queries)
+        part: dict[str, Any] = dict(p_scores=scores, start_row=start, stop_row=stop, width=width, count=count)
+        write_scores[(width // launch.keys, ceil_div(stop - start, launch.rows), batch)](
+            n_keys=n_keys, **index.arguments, **rows, **part, **_options(launch)
+        )
+        choose_keys[(stop - start, batch)](
+            p_bits=bits, stride_bits=n_bytes, SCORE_BITS=score_bits, DIGIT_BITS=DIGIT_BITS, BM=launch.rows,
+            CHUNK=CHUNK, num_warps=4, **rows, **part,
+        )  # fmt: skip
+    return ()
+
+
 def _options(launch: IndexerLaunch) -> dict[str, int]:
     return dict(BM=launch.rows, BN=launch.keys, STAGES=launch.stages, num_warps=launch.warps)
 
@@ -94,9 +135,11 @@ class _Attention:
 
 class _Rows:
     def __init__(self, first_key: Tensor, own_key: Tensor, chosen: Tensor | None):
-        first_key, own_key = first_key.contiguous(), own_key.contiguous()
-        self.arguments: dict[str, Any] = dict(
-            p_first=first_key, p_own=own_key, p_bits=None if chosen is None else chosen.contiguous(),
-            stride_rows=0 if len(own_key) == 1 else own_key.shape[1], n_queries=own_key.shape[1],
-            stride_bits=0 if chosen is None else chosen.shape[2], CHOSEN=chosen is not None,
+        self.intervals: dict[str, Any] = dict(
+            p_first=first_key.contiguous(), p_own=own_key.contiguous(), n_queries=own_key.shape[1],
+            stride_rows=0 if len(own_key) == 1 else own_key.shape[1],
+        )  # fmt: skip
+        self.arguments: dict[str, Any] = self.intervals | dict(
+            p_bits=None if chosen is None else chosen.contiguous(), CHOSEN=chosen is not None,
+            stride_bits=0 if chosen is None else chosen.shape[2],
         )  # fmt: skip

@@ -1,20 +1,27 @@
-"""The Triton kernels as a registered operator: shapes for tracing, autograd."""
+"""The Triton kernels as registered operators: shapes for tracing, autograd of the loss."""
 
 import torch
 from torch import Tensor
 
 from kernels.common.backends import operator_name
 from kernels.common.derivatives import once
-from kernels.lightning_indexer.launches import differentiate_loss
+from kernels.lightning_indexer.launches import differentiate_loss, select
 
 NAME = operator_name("indexer_loss_triton")
 loss_operator = torch.library.custom_op(NAME, differentiate_loss, mutates_args=())
+select_operator = torch.library.custom_op(operator_name("indexer_select_triton"), select, mutates_args=())
 
 
 @loss_operator.register_fake
 def _(index_q, index_k, weights, *_):
     gradients = (x.new_empty(x.shape, dtype=torch.float32) for x in (index_q, index_k, weights))
     return index_q.new_empty((), dtype=torch.float32), *gradients
+
+
+@select_operator.register_fake
+def _(index_q, index_k, *_):
+    shape = (index_q.shape[0], index_q.shape[2], (index_k.shape[1] + 7) // 8)
+    return index_q.new_empty(shape, dtype=torch.uint8)
 
 
 def _setup_context(ctx, inputs, output):

@@ -22,17 +22,21 @@ class IndexerLaunch:
 # by padded head dim, the larger of attention's and the indexer's
 TABLES = {
     64: {
+        "scores": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
         "log_sum_exp": IndexerLaunch(rows=64, keys=64, warps=4, stages=3),
         "query": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
         "key": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
     },
     128: {
+        "scores": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
         "log_sum_exp": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
         "query": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
         "key": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
     },
 }
 WIDE = IndexerLaunch(rows=32, keys=32, warps=4, stages=1)  # float32, and head dims past 128
+DIGIT_BITS = 7  # of scores that one pass over a row looks at: 128 bins, since a histogram's time grows with them
+CHUNK = 2048  # scores of a row that are looked at together where keys are chosen
 INTERPRETED = IndexerLaunch(rows=32, keys=64, warps=4, stages=1)
 
 

@@ -74,7 +74,7 @@ class DeepSeekSparseAttention(SparseAttention):
             index = index._replace(k=cache.append_extra(index.k))
         chosen = block_mask = None
         if self.config.is_sparse:
-            chosen = select_tokens(index, tokens, self.config.select_tokens)
+            chosen = select_tokens(index, tokens, self.config.select_tokens, backend)
         if self.has_auxiliary:
             self.add_auxiliary(index_loss(index, q, k, tokens, slopes, chosen, backend))
         view = tokens.view(slopes, chosen)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.block_sparse.attention import BACKENDS
 from kernels.common.backends import choose_backend
-from kernels.lightning_indexer.indexer import indexer_loss, unsupported
+from kernels.lightning_indexer.indexer import indexer_loss, unsupported_loss
 from model.dsa.indexer import IndexInputs, head_scores, wide
 from model.dsa.tokens import Tokens
 from model.visible_attention import View, blocks_of_rows, keys_of, mask_and_bias
@@ -36,9 +36,9 @@ def index_loss(
         backend: "triton" (kernels.lightning_indexer: CUDA, or the CPU under TRITON_INTERPRET=1; not float64), "torch"
             or "auto": triton on CUDA where it can, else torch.
     """
-    if choose_backend(backend, BACKENDS, q, unsupported(q, index.q)) == "triton":
-        rows = tokens.first_key, tokens.own_key
-        return indexer_loss(*index, q, k, *rows, chosen=chosen, alibi_slopes=slopes)
+    if choose_backend(backend, BACKENDS, q, unsupported_loss(q, index.q)) == "triton":
+        seen = tokens.first_key, tokens.own_key
+        return indexer_loss(*index, q, k, *seen, chosen=chosen, alibi_slopes=slopes)
     loss: Tensor = _IndexLoss.apply(*index, q.detach(), k.detach(), tokens.view(slopes, chosen))
     return loss
 

@@ -31,7 +31,7 @@ import kernels.selected_blocks.attention
 import kernels.selected_blocks.launches
 from kernels import block_sparse_softmax_attention, entmax, entmax_attention, selected_block_attention
 from kernels.block_sparse.reference import QUERY_BLOCKS
-from kernels.lightning_indexer.indexer import indexer_loss
+from kernels.lightning_indexer.indexer import indexer_loss, select_keys
 
 LAUNCHING = {
     kernels.alpha_entmax.launches: ("scan_launch", "pass_launch", "program_count", "dot_precision"),
@@ -139,9 +139,9 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         out.sum().backward()
     index_dim = min(head_dim, kernels.lightning_indexer.indexer.INDEX_DIM_MAX)
     index = torch.randn(1, 4, 128, index_dim).to(dtype), torch.randn(1, 128, index_dim).to(dtype)
-    chosen = torch.ones(1, 128, 16, dtype=torch.uint8)
-    attention = torch.randn(1, 4, 128).to(dtype), q.detach(), k[:, :1].detach(), own - own, own
-    indexer_loss(*index, *attention, chosen=chosen, alibi_slopes=slopes)
+    weights, rows = torch.randn(1, 4, 128).to(dtype), (own - own, own)
+    chosen = select_keys(*index, weights, *rows, count=10)
+    indexer_loss(*index, weights, q.detach(), k[:, :1].detach(), *rows, chosen=chosen, alibi_slopes=slopes)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import model.dsa.indexer
 import model.visible_attention
+from kernels.common.backends import INTERPRETED
 from model.attention import make_metadata
 from model.config import DSAConfig, ModelConfig
 from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
 from model.dsa.indexer import IndexInputs, chosen_block_mask, coarse, index_scores, select_tokens, wide
-from model.dsa.tokens import packed_tokens
+from model.dsa.tokens import cached_tokens, packed_tokens
+from model.kv_cache import Extension
 from model.softmax import make_block_mask
 from model.transformer import Transformer
 from model.visible_attention import mask_and_bias
@@ -96,6 +98,27 @@ def test_equal_scores_choose_the_later_key(at_once: int, monkeypatch: pytest.Mon
         assert ours == [chosen(found, t, 6) for t in range(40)]
     nothing = IndexInputs(q.abs(), -k.abs(), torch.ones(1, 2, 40))
     assert chosen_keys(select_tokens(nothing, tokens, 6), 40)[0][30] == list(range(25, 31))
+
+
+def whole_numbers(rows: int, n: int) -> IndexInputs:
+    """Scores are exact, and often tie."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (rows, 3, n, 8), (rows, n, 8), (rows, 3, n)
+    return IndexInputs(*(torch.randint(-2, 3, size, generator=generator).float() for size in sizes))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("count", [7, 50])
+def test_kernels_choose_what_masks_choose(count: int) -> None:
+    index = whole_numbers(1, 110)
+    tokens = packed_tokens(110, DOCUMENTS, 57, CPU)
+    bits = [select_tokens(index, tokens, count, backend) for backend in ("triton", "torch")]
+    assert torch.equal(*bits) and bits[0].any()
+    cached = cached_tokens(Extension(torch.tensor([[70, 71], [108, 109]]), None, slice(0, 110), None))
+    index = whole_numbers(2, 110)
+    index = index._replace(q=index.q[:, :, :2], weights=index.weights[:, :, :2])
+    bits = [select_tokens(index, cached, count, backend) for backend in ("triton", "torch")]
+    assert torch.equal(*bits) and bits[0].any()
 
 
 @torch.no_grad()
