@@ -137,19 +137,23 @@ def rounding(inputs: tuple[Tensor, ...], dtype: torch.dtype, truth: list[Tensor]
     """What kernels may lose beyond plain PyTorch's error, as norms: two float32 roundings of every result, and those of
     terms that cancel, which add up as squares. more: as `weights_and_scores` takes it, behind the inputs.
 
-    A score carries a few EPS of the size of its products, and its power carries that relatively: so do p and
+    A product carries about EPS |q| |k|, a score the sum of that, and its power carries it relatively: so do p and
     softmax(I), which may both be large where their difference, the gradient of I, is small. In bfloat16 that difference
-    is rounded to it once, in dq and dk, as attention's backward does.
+    is rounded to it once, in dq and dk, as attention's backward does. A product within 16 roundings of 0 may fall on
+    ReLU's other side.
     """
     index_q, index_k, weights, q, k = (x.double() for x in inputs)
     p, log_q, x = weights_and_scores(index_q, index_k, weights, q, k, *more)
     seen, softmax = more[1], log_q.exp() * more[1]
-    size = (x * weights.abs()[..., None]).sum(1)
+    product = index_q.norm(dim=-1)[..., None] * index_k.norm(dim=-1)[:, None, None]  # [B, J, n, keys]
+    size = (product * weights.abs()[..., None]).sum(1)
     size += (q.norm(dim=-1).amax(1)[..., None] * k.norm(dim=-1).amax(1)[:, None]) * (more[2] or q.shape[3] ** -0.5)
     size = 1 + (size * seen).amax(-1, keepdim=True)
     off = EPS * (p + softmax) * size
     once = off + (torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0) * (softmax - p).abs()
-    dx = (3 * once[:, None] * weights.abs()[..., None] * (x > 0)) ** 2
+    doubt = (index_q @ index_k[:, None].mT).abs() <= 16 * EPS * product
+    dx = torch.where(doubt, (softmax - p).abs()[:, None], once[:, None] * (x > 0))
+    dx = (3 * dx * weights.abs()[..., None]) ** 2
     terms = [
         (EPS * p * (size + (p.clamp(min=1e-300).log() - log_q).abs())).norm(),
         (dx @ index_k[:, None] ** 2).sum().sqrt(),
