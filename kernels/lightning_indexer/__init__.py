@@ -1,1 +1,1 @@
-"""The lightning indexer of DeepSeek Sparse Attention: what it chooses, its loss and gradients."""
+"""The lightning indexer of DeepSeek Sparse Attention: what it chooses, attention to that, its loss."""

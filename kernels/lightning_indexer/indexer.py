@@ -4,10 +4,11 @@ CPU path, is model/dsa."""
 import torch
 from torch import Tensor
 
-from kernels.alpha_entmax.attention import checked_scale
+from kernels.alpha_entmax.attention import check_tensors, checked_scale
 from kernels.block_sparse.attention import unsupported as unsupported_attention
 from kernels.common.arguments import check_integer, check_tensor, readable
 from kernels.common.derivatives import refuse_transforms
+from kernels.lightning_indexer.chosen_launches import attention_operator
 from kernels.lightning_indexer.operator import loss_operator, select_operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +82,39 @@ def indexer_loss(
             index_q, index_k, weights, q.detach(), k.detach(), first_key, own_key, chosen, alibi_slopes, scale
         )
     return loss
+
+
+def chosen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    own_key: Tensor,
+    chosen: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of each query over the keys that it has chosen (DeepSeek-V3.2-Exp, equation 2), which all heads
+    share. Forward and backward, once; the same inputs give the same bits.
+
+    Args:
+        q, k, v: as in `entmax_attention`, not float64.
+        first_key, own_key, chosen, alibi_slopes, scale: as in `indexer_loss`.
+
+    Returns: (B, H, n, D) in q's dtype. A row that sees no key is 0, and so are its gradients.
+
+    Raises: as `indexer_loss`.
+    """
+    check_tensors(q, k, v)
+    _check_rows(first_key, own_key, q)
+    _check_bits(chosen, q.shape[0], q.shape[2], k.shape[2], q.device)
+    scale = checked_scale(q, scale, alibi_slopes)
+    if (lacking := unsupported_attention(q)) is not None:
+        raise ValueError(f"chosen_attention {lacking}; use model.visible_attention.attend_masked")
+    refuse_transforms("chosen_attention", "use model.visible_attention.attend_masked", q, k, v)
+    out, _ = attention_operator(q, k, v, first_key, own_key, chosen, alibi_slopes, scale)
+    return out
 
 
 @torch.no_grad()

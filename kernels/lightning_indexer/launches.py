@@ -38,26 +38,26 @@ def differentiate_loss(
     dw = torch.empty(weights.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
     index_lse, loss = torch.empty(2, batch, n_queries, dtype=torch.float32, device=q.device).unbind()
-    index, attention = _Index(index_q, index_k, weights), _Attention(q, k, alibi_slopes, scale)
-    rows = _Rows(first_key, own_key, chosen)
+    index, attention = _Index(index_q, index_k, weights), AttentionOperands(q, k, alibi_slopes, scale)
+    rows = Rows(first_key, own_key, chosen)
     head_dim, dtype = max(index.padded_dim, attention.padded_dim), torch.promote_types(index.dtype, attention.dtype)
     with on_device(q):
         launch = indexer_launch("log_sum_exp", head_dim, dtype, q.device)
         attention_log_sum_exp[(ceil_div(n_queries, launch.rows), batch * heads)](
-            p_lse=lse, **attention.arguments, **rows.arguments, **_options(launch)
+            p_lse=lse, **attention.arguments, **rows.arguments, **options(launch)
         )
         launch = indexer_launch("query", head_dim, dtype, q.device)
         index_log_sum_exp[(ceil_div(n_queries, launch.rows), batch)](
-            p_index_lse=index_lse, n_keys=k.shape[2], **index.arguments, **rows.arguments, **_options(launch)
+            p_index_lse=index_lse, n_keys=k.shape[2], **index.arguments, **rows.arguments, **options(launch)
         )
         shared: dict[str, Any] = dict(p_lse=lse, p_index_lse=index_lse)
         shared |= index.arguments | attention.arguments | rows.arguments
         loss_by_query[(ceil_div(n_queries, launch.rows), batch)](
-            p_loss=loss, p_dq=dq, p_dw=dw, BH=1 << (index_q.shape[1] - 1).bit_length(), **shared, **_options(launch)
+            p_loss=loss, p_dq=dq, p_dw=dw, BH=1 << (index_q.shape[1] - 1).bit_length(), **shared, **options(launch)
         )
         launch = indexer_launch("key", head_dim, dtype, q.device)
         gradient_by_key[(ceil_div(k.shape[2], launch.keys), batch)](
-            p_dk=dk, search_steps=n_queries.bit_length(), **shared, **_options(launch)
+            p_dk=dk, search_steps=n_queries.bit_length(), **shared, **options(launch)
         )
     return loss.sum(), dq, dk, dw
 
@@ -81,7 +81,7 @@ def _fill_bits(
     reach: int | None, score_bits: int,
 ) -> tuple[()]:  # fmt: skip
     (batch, n_queries, n_bytes), n_keys = bits.shape, index_k.shape[1]
-    index, rows = _Index(index_q, index_k, weights), _Rows(first_key, own_key, None).intervals
+    index, rows = _Index(index_q, index_k, weights), Rows(first_key, own_key, None).intervals
     launch = indexer_launch("scores", index.padded_dim, index.dtype, bits.device)
     # columns of a tile of queries begin at its first key, in whole bytes, and end at its last query
     width = ceil_div(7 + (n_keys if reach is None else min(n_keys, reach + launch.rows)), launch.keys) * launch.keys
@@ -91,7 +91,7 @@ def _fill_bits(
         stop = min(start + step, n_queries)
         part: dict[str, Any] = dict(p_scores=scores, start_row=start, stop_row=stop, width=width, count=count)
         write_scores[(width // launch.keys, ceil_div(stop - start, launch.rows), batch)](
-            n_keys=n_keys, **index.arguments, **rows, **part, **_options(launch)
+            n_keys=n_keys, **index.arguments, **rows, **part, **options(launch)
         )
         choose_keys[(stop - start, batch)](
             p_bits=bits, stride_bits=n_bytes, SCORE_BITS=score_bits, DIGIT_BITS=DIGIT_BITS, BM=launch.rows,
@@ -100,7 +100,7 @@ def _fill_bits(
     return ()
 
 
-def _options(launch: IndexerLaunch) -> dict[str, int]:
+def options(launch: IndexerLaunch) -> dict[str, int]:
     return dict(BM=launch.rows, BN=launch.keys, STAGES=launch.stages, num_warps=launch.warps)
 
 
@@ -121,7 +121,7 @@ class _Index:
         )  # fmt: skip
 
 
-class _Attention:
+class AttentionOperands:
     def __init__(self, q: Tensor, k: Tensor, alibi_slopes: Tensor | None, scale: float):
         q, k = unit_stride(q), unit_stride(k)
         self.dtype, self.padded_dim = q.dtype, padded_head_dim(q.shape[3])
@@ -133,7 +133,7 @@ class _Attention:
         )  # fmt: skip
 
 
-class _Rows:
+class Rows:
     def __init__(self, first_key: Tensor, own_key: Tensor, chosen: Tensor | None):
         self.intervals: dict[str, Any] = dict(
             p_first=first_key.contiguous(), p_own=own_key.contiguous(), n_queries=own_key.shape[1],

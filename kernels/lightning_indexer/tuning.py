@@ -26,12 +26,16 @@ TABLES = {
         "log_sum_exp": IndexerLaunch(rows=64, keys=64, warps=4, stages=3),
         "query": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
         "key": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
+        "attend": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
+        "attend backward": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
     },
     128: {
         "scores": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
         "log_sum_exp": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
         "query": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
         "key": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
+        "attend": IndexerLaunch(rows=64, keys=64, warps=4, stages=2),
+        "attend backward": IndexerLaunch(rows=64, keys=64, warps=8, stages=2),
     },
 }
 WIDE = IndexerLaunch(rows=32, keys=32, warps=4, stages=1)  # float32, and head dims past 128

@@ -128,7 +128,7 @@ def _bits(chosen: Tensor) -> Tensor:
 
 
 def chosen_block_mask(chosen: Tensor, view: View, n_keys: int) -> BlockMask:
-    """The tiles that hold a key which any query of the tile has chosen. Scattered keys leave few tiles out."""
+    """The tiles that hold a key which any query of the tile has chosen, for FlexAttention."""
     n, width = chosen.shape[1:]
     padded = pad(chosen, (0, -width % (TILE // 8), 0, -n % TILE))
     live = padded.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE // 8)).ne(0).any(4).any(2)

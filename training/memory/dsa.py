@@ -18,7 +18,8 @@ def chosen_activations(setup: Setup, dsa: DSAConfig) -> float:
     token += FLOAT32 * (dsa.index_heads * dsa.index_dim + dsa.index_dim + dsa.index_heads)
     bits = setup.tokens / 8 if dsa.is_sparse else 0
     if setup.cuda:
-        tiles = 2 * FLOAT32 * setup.tokens / TILE**2  # FlexAttention's lists of them; its output is wo's operand
+        # FlexAttention's lists of them; its output is wo's operand, as our kernel's is
+        tiles = 0.0 if dsa.is_sparse else 2 * FLOAT32 * setup.tokens / TILE**2
         return n * (token + FLOAT32 * heads + bits + tiles)
     if in_blocks_of_rows(setup):
         return n * (token + bits)
