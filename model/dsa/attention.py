@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from kernels.block_sparse.attention import unsupported
+from kernels.lightning_indexer.indexer import chosen_attention
 from model.config import ModelConfig
 from model.dsa.indexer import LightningIndexer, chosen_block_mask, select_tokens
 from model.dsa.loss import index_loss
@@ -20,7 +22,8 @@ from model.visible_attention import attend_flex, attend_masked, uses_flex
 @dataclass(frozen=True)
 class DSAMetadata:
     """What all layers of one forward pass share. rotary: cos and sin of the indexer's channels, None where positions
-    are not rotary. flex: whether FlexAttention attends. dense: its block mask of all that is visible, in "warmup"."""
+    are not rotary. flex: whether kernels choose, attend and learn, FlexAttention where ours do not attend. dense: its
+    block mask of all that is visible, in "warmup"."""
 
     tokens: Tokens
     rotary: tuple[Tensor, Tensor] | None
@@ -68,16 +71,18 @@ class DeepSeekSparseAttention(SparseAttention):
         cache: LayerCache | None = None,
         alpha: Tensor | None = None,
     ) -> Tensor:
-        tokens = metadata.tokens
+        tokens, backend = metadata.tokens, "auto" if metadata.flex else "torch"
         index = self.indexer(x, metadata.rotary, v.dtype)
         if cache is not None:
             index = index._replace(k=cache.append_extra(index.k))
         chosen = block_mask = None
         if self.config.is_sparse:
-            chosen = select_tokens(index, tokens, self.config.select_tokens)
-        view = tokens.dense_view(slopes) if chosen is None else tokens.chosen_view(slopes, chosen)
+            chosen = select_tokens(index, tokens, self.config.select_tokens, backend)
         if self.has_auxiliary:
-            self.add_auxiliary(index_loss(index, q, k, view))
+            self.add_auxiliary(index_loss(index, q, k, tokens, slopes, chosen, backend))
+        if chosen is not None and metadata.flex and q.is_cuda and unsupported(q) is None:
+            return chosen_attention(q, k, v, tokens.first_key, tokens.own_key, chosen, alibi_slopes=slopes)
+        view = tokens.view(slopes, chosen)
         if not metadata.flex:
             return attend_masked(q, k, v, view)
         block_mask = metadata.dense if chosen is None else chosen_block_mask(chosen, view, tokens.n_keys)

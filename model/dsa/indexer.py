@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
+from kernels.block_sparse.attention import BACKENDS
+from kernels.common.backends import choose_backend
+from kernels.lightning_indexer.indexer import select_keys, unsupported
 from model.config import ModelConfig
 from model.dsa.tokens import Tokens
 from model.rotary import rotate
@@ -71,14 +74,20 @@ def index_scores(index: IndexInputs, rows: slice, keys: slice) -> Tensor:
 
 
 @torch.no_grad()
-def select_tokens(index: IndexInputs, tokens: Tokens, count: int) -> Tensor:
+def select_tokens(index: IndexInputs, tokens: Tokens, count: int, backend: str = "auto") -> Tensor:
     """The `count` visible keys of the highest scores, of equal ones the later; all that are visible where these are
     fewer. Returns bits, uint8 (B, n, keys / 8, rounded up): key j is bit j % 8 of byte j // 8. Without gradient, since
     choosing has none.
 
     ReLU makes many scores 0, and without positions the same token has the same score wherever it stands, but for the
     rounding of products, which chunks of a prompt change: so scores are compared with SCORE_BITS bits.
+
+    Args:
+        backend: as in `index_loss`.
     """
+    if choose_backend(backend, BACKENDS, index.q, unsupported(index.q)) == "triton":
+        seen = tokens.first_key, tokens.own_key
+        return select_keys(*index, *seen, count=count, reach=tokens.reach, score_bits=SCORE_BITS)
     with torch.autocast(index.q.device.type, enabled=False):
         index = wide(index)
         batch, heads, n, _ = index.q.shape
@@ -119,7 +128,7 @@ def _bits(chosen: Tensor) -> Tensor:
 
 
 def chosen_block_mask(chosen: Tensor, view: View, n_keys: int) -> BlockMask:
-    """The tiles that hold a key which any query of the tile has chosen. Scattered keys leave few tiles out."""
+    """The tiles that hold a key which any query of the tile has chosen, for FlexAttention."""
     n, width = chosen.shape[1:]
     padded = pad(chosen, (0, -width % (TILE // 8), 0, -n % TILE))
     live = padded.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE // 8)).ne(0).any(4).any(2)

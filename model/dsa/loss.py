@@ -6,20 +6,40 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.block_sparse.attention import BACKENDS
+from kernels.common.backends import choose_backend
+from kernels.lightning_indexer.indexer import indexer_loss, unsupported_loss
 from model.dsa.indexer import IndexInputs, head_scores, wide
+from model.dsa.tokens import Tokens
 from model.visible_attention import View, blocks_of_rows, keys_of, mask_and_bias
 
 
-def index_loss(index: IndexInputs, q: Tensor, k: Tensor, view: View) -> Tensor:
-    """sum_t KL(p_t || softmax(I_t)) over the keys of `view`, in nats, float32 (float64 for such): a scalar that only
-    `index` gets gradients from. p: the softmax weights of the view's keys, averaged over the heads, which sums to 1.
+def index_loss(
+    index: IndexInputs,
+    q: Tensor,
+    k: Tensor,
+    tokens: Tokens,
+    slopes: Tensor | None,
+    chosen: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """sum_t KL(p_t || softmax(I_t)) over the visible keys, or those of them that are chosen, in nats, float32 (float64
+    for such): a scalar that only `index` gets gradients from. p: the softmax weights of these keys, averaged over the
+    heads, which sums to 1.
 
     Scores of all queries and keys never exist at once: the gradient is computed with the loss, in blocks of rows.
 
     Args:
         q: (B, H, n, D), k: (B, G, keys, D), of attention.
+        slopes: of ALiBi, float32 (H,) or None.
+        chosen: bits, as `select_tokens` gives them, None for all that is visible.
+        backend: "triton" (kernels.lightning_indexer: CUDA, or the CPU under TRITON_INTERPRET=1; not float64), "torch"
+            or "auto": triton on CUDA where it can, else torch.
     """
-    loss: Tensor = _IndexLoss.apply(*index, q.detach(), k.detach(), view)
+    if choose_backend(backend, BACKENDS, q, unsupported_loss(q, index.q)) == "triton":
+        seen = tokens.first_key, tokens.own_key
+        return indexer_loss(*index, q, k, *seen, chosen=chosen, alibi_slopes=slopes)
+    loss: Tensor = _IndexLoss.apply(*index, q.detach(), k.detach(), tokens.view(slopes, chosen))
     return loss
 
 

@@ -1,6 +1,7 @@
 """Where queries and keys stand, and which keys a query may see."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,17 +15,16 @@ from model.visible_attention import View, Visible, alibi
 class Tokens(TokenPositions):
     """Of one forward pass, alike in all layers."""
 
-    @property
+    @cached_property
     def first_key(self) -> Tensor:
         """int64 (b or 1, n), index of the first token of each query's document among the keys."""
         return self.own_key - self.position
 
-    def dense_view(self, slopes: Tensor | None) -> View:
-        """All that is visible."""
-        return self.view_of(self.visible_keys(), self._bias(slopes))
-
-    def chosen_view(self, slopes: Tensor | None, chosen: Tensor) -> View:
-        """What is chosen. chosen: uint8 (B, n, keys / 8), bits, as `select_tokens` gives them."""
+    def view(self, slopes: Tensor | None, chosen: Tensor | None = None) -> View:
+        """All that is visible, or what is chosen of it. chosen: uint8 (B, n, keys / 8), bits, as `select_tokens` gives
+        them."""
+        if chosen is None:
+            return self.view_of(self.visible_keys(), self._bias(slopes))
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             bit = (j & 7).to(torch.uint8)  # int64 would make int64 of what is shifted

@@ -26,10 +26,13 @@ import kernels.alpha_entmax.results
 import kernels.alpha_entmax.rowwise
 import kernels.block_sparse.attention
 import kernels.block_sparse.operator
+import kernels.lightning_indexer.chosen_launches
+import kernels.lightning_indexer.launches
 import kernels.selected_blocks.attention
 import kernels.selected_blocks.launches
 from kernels import block_sparse_softmax_attention, entmax, entmax_attention, selected_block_attention
 from kernels.block_sparse.reference import QUERY_BLOCKS
+from kernels.lightning_indexer.indexer import chosen_attention, indexer_loss, select_keys
 
 LAUNCHING = {
     kernels.alpha_entmax.launches: ("scan_launch", "pass_launch", "program_count", "dot_precision"),
@@ -37,6 +40,8 @@ LAUNCHING = {
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
     kernels.selected_blocks.launches: ("selected_launch", "dot_precision"),
+    kernels.lightning_indexer.chosen_launches: ("indexer_launch",),
+    kernels.lightning_indexer.launches: ("indexer_launch", "dot_precision"),
 }
 CHOOSING = (
     kernels.alpha_entmax.attention,
@@ -107,7 +112,7 @@ def pretend(capability: str) -> None:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Training, decoding, block-sparse softmax and selected blocks, with position bias."""
+    """Training, decoding, block-sparse softmax, selected blocks and the lightning indexer, with position bias."""
 
     def draw(tokens: int) -> Tensor:
         return torch.randn(1, 2, tokens, head_dim).to(dtype).requires_grad_()
@@ -134,6 +139,12 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         selected = (q.detach().requires_grad_(), k[:, :1], v[:, :1], first, own)
         out = selected_block_attention(*selected, block_size=64, alibi_slopes=slopes, backend="triton")
         out.sum().backward()
+    index_dim = min(head_dim, kernels.lightning_indexer.indexer.INDEX_DIM_MAX)
+    index = torch.randn(1, 4, 128, index_dim).to(dtype), torch.randn(1, 128, index_dim).to(dtype)
+    weights, rows = torch.randn(1, 4, 128).to(dtype), (own - own, own)
+    chosen = select_keys(*index, weights, *rows, count=10)
+    chosen_attention(q, k[:, :1], v[:, :1], *rows, chosen, alibi_slopes=slopes).sum().backward()
+    indexer_loss(*index, weights, q.detach(), k[:, :1].detach(), *rows, chosen=chosen, alibi_slopes=slopes)
 
 
 if __name__ == "__main__":

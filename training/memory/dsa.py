@@ -5,6 +5,8 @@ from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE, TILE
 from training.memory.nsa import in_blocks_of_rows
 from training.memory.setup import FLOAT32, Setup
 
+CHOOSING_SCORES, INDEX_ROWS, INDEX_DIM_MAX = 2**26, 64, 128  # of kernels/lightning_indexer
+
 
 def chosen_activations(setup: Setup, dsa: DSAConfig) -> float:
     """Bytes of n tokens: q, k, v, what attention gives, the bits of what is chosen, the indexer's key before its norm,
@@ -16,7 +18,8 @@ def chosen_activations(setup: Setup, dsa: DSAConfig) -> float:
     token += FLOAT32 * (dsa.index_heads * dsa.index_dim + dsa.index_dim + dsa.index_heads)
     bits = setup.tokens / 8 if dsa.is_sparse else 0
     if setup.cuda:
-        tiles = 2 * FLOAT32 * setup.tokens / TILE**2  # FlexAttention's lists of them; its output is wo's operand
+        # FlexAttention's lists of them; its output is wo's operand, as our kernel's is
+        tiles = 0.0 if dsa.is_sparse else 2 * FLOAT32 * setup.tokens / TILE**2
         return n * (token + FLOAT32 * heads + bits + tiles)
     if in_blocks_of_rows(setup):
         return n * (token + bits)
@@ -54,10 +57,15 @@ def rows_at_once(setup: Setup, scores: int, width: int) -> int:
     return max(1, min(at_once // (scores * width), setup.sequence_length, setup.local_tokens))
 
 
-def index_loss_workspace(setup: Setup, dsa: DSAConfig) -> float:
-    """Bytes of one block of rows of the indexer's loss: either attention's scores and their softmax, or what leads from
-    scores of the indexer to gradients of its products; the mask, and what ALiBi adds."""
+def index_workspace(setup: Setup, dsa: DSAConfig) -> float:
+    """Bytes of the indexer's kernels: scores of the queries that choose together, or the loss's log-sum-exps. Without
+    kernels one block of rows of the loss: either attention's scores and their softmax, or what leads from scores of the
+    indexer to gradients of its products; the mask, and what ALiBi adds."""
     heads, index_heads = setup.network.n_heads, dsa.index_heads
+    if setup.cuda and dsa.index_dim <= INDEX_DIM_MAX:
+        width = min(setup.tokens, setup.sequence_length + INDEX_ROWS)
+        rows = min(max(1, CHOOSING_SCORES // (width * INDEX_ROWS)) * INDEX_ROWS, setup.tokens)
+        return FLOAT32 * max(rows * width * dsa.is_sparse, setup.local_tokens * (heads + 2))
     rows = rows_at_once(setup, max(heads, index_heads), min(setup.tokens, 2 * setup.sequence_length))
     # a CPU takes the keys of the rows' documents, here of their full length
     pairs = rows * min(setup.tokens, setup.sequence_length + (rows if setup.cuda else 0))

@@ -9,7 +9,7 @@ from training.memory.activations import (
     norm_activations,
     outside_blocks,
 )
-from training.memory.dsa import index_loss_workspace, operands
+from training.memory.dsa import index_workspace, operands
 from training.memory.setup import FLOAT32, Setup
 from training.memory.states import Part, block_matrices, states
 from training.memory.teacher import teacher_forward, teacher_weights
@@ -96,12 +96,12 @@ def estimate(setup: Setup) -> Estimate:
             "its residual stream and most of one block, before the student's",
         )
     if setup.network.attention.dsa is not None:
-        work = index_loss_workspace(setup, setup.network.attention.dsa)
+        work = index_workspace(setup, setup.network.attention.dsa)
         later = kept["feed-forward"] + kept["attention's output"] + kept["norms"] / 2
         later += kept["attention"] - operands(setup)  # masks and what attention gives are to come
         # where blocks are recomputed, the last one is so with gradients of the residual stream and the head there
         there = -later if mode == "none" else block - per_layer - later + block_input + head - gradients
         result.phases["indexer's loss"] = Part(
-            work + there, "rows x keys: attention's weights, the indexer's gradients"
+            work + there, "rows x keys: the indexer's scores; on CPUs attention's weights, the indexer's gradients"
         )
     return result

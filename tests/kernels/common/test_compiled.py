@@ -27,7 +27,9 @@ ATTENTION = {
 }
 UNMOVED = {"entmax_scan", "entmax_refine", "entmax_sum", "entmax_backward_queries"}
 SELECTED = {"attend_by_query", "attend_by_key", "merge_slots", "row_products", "backward_by_key", "sum_parts"}
-BLOCKS, ROWS = {"block_sparse_softmax"} | SELECTED, {"entmax_rows_forward", "entmax_rows_backward"}
+INDEXER = {"attention_log_sum_exp", "index_log_sum_exp", "loss_by_query", "gradient_by_key"}
+INDEXER |= {"write_scores", "choose_keys", "attend_chosen", "chosen_backward_queries", "chosen_backward_keys"}
+BLOCKS, ROWS = {"block_sparse_softmax"} | SELECTED | INDEXER, {"entmax_rows_forward", "entmax_rows_backward"}
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
 EVERYWHERE = [

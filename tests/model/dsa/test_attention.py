@@ -7,11 +7,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import model.dsa.indexer
 import model.visible_attention
+from kernels.common.backends import INTERPRETED
 from model.attention import make_metadata
 from model.config import DSAConfig, ModelConfig
 from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
 from model.dsa.indexer import IndexInputs, chosen_block_mask, coarse, index_scores, select_tokens, wide
-from model.dsa.tokens import packed_tokens
+from model.dsa.tokens import cached_tokens, packed_tokens
+from model.kv_cache import Extension
 from model.softmax import make_block_mask
 from model.transformer import Transformer
 from model.visible_attention import mask_and_bias
@@ -98,6 +100,27 @@ def test_equal_scores_choose_the_later_key(at_once: int, monkeypatch: pytest.Mon
     assert chosen_keys(select_tokens(nothing, tokens, 6), 40)[0][30] == list(range(25, 31))
 
 
+def whole_numbers(rows: int, n: int) -> IndexInputs:
+    """Scores are exact, and often tie."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (rows, 3, n, 8), (rows, n, 8), (rows, 3, n)
+    return IndexInputs(*(torch.randint(-2, 3, size, generator=generator).float() for size in sizes))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("count", [7, 50])
+def test_kernels_choose_what_masks_choose(count: int) -> None:
+    index = whole_numbers(1, 110)
+    tokens = packed_tokens(110, DOCUMENTS, 57, CPU)
+    bits = [select_tokens(index, tokens, count, backend) for backend in ("triton", "torch")]
+    assert torch.equal(*bits) and bits[0].any()
+    cached = cached_tokens(Extension(torch.tensor([[70, 71], [108, 109]]), None, slice(0, 110), None))
+    index = whole_numbers(2, 110)
+    index = index._replace(q=index.q[:, :, :2], weights=index.weights[:, :, :2])
+    bits = [select_tokens(index, cached, count, backend) for backend in ("triton", "torch")]
+    assert torch.equal(*bits) and bits[0].any()
+
+
 @torch.no_grad()
 def test_scores_under_rope_equal_loops() -> None:
     config = network(positions="rope", rope_base=50.0)
@@ -161,7 +184,7 @@ def test_tiles_of_the_block_mask_are_those_with_chosen_tokens(monkeypatch: pytes
     sparse, (x, *_) = module(config), draw(110, config)
     tokens = metadata(config, 110, DOCUMENTS).tokens
     bits = select_tokens(sparse.indexer(x, None, torch.float64), tokens, 2)
-    view, token = tokens.chosen_view(None, bits), torch.arange(110)
+    view, token = tokens.view(None, bits), torch.arange(110)
     explicit, _ = mask_and_bias(view, (1, 4), token, token)
     assert explicit.shape == (1, 1, 110, 110)
     tiles = torch.nn.functional.pad(explicit, (0, 2, 0, 2)).unflatten(2, (7, 16)).unflatten(4, (7, 16)).any(5).any(3)

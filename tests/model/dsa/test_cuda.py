@@ -1,4 +1,4 @@
-"""What is chosen, attended to by FlexAttention, compiled, against masks; needs a CUDA device."""
+"""Kernels that choose and learn, and FlexAttention, compiled, against masks; needs a CUDA device."""
 
 from dataclasses import replace
 
@@ -9,11 +9,26 @@ from torch import Tensor
 import model.dsa.attention
 from model.config import DSAConfig
 from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
+from model.dsa.indexer import IndexInputs, select_tokens
+from model.dsa.tokens import packed_tokens
 from model.sparse_attention import collected_auxiliary
 from tests.model.dsa.looped import module, network
 from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, longest, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_choose_what_masks_choose(dtype: torch.dtype, documents: Tensor | None) -> None:
+    """Of scores that are exact, and often tie."""
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
+    sizes = (1, 3, 1536, 8), (1, 1536, 8), (1, 3, 1536)
+    index = IndexInputs(*(torch.randint(-2, 3, size, generator=generator).to(device, dtype) for size in sizes))
+    bounds = None if documents is None else documents.cuda()
+    tokens = packed_tokens(1536, bounds, longest(1536, documents), device)
+    bits = [select_tokens(index, tokens, 60, backend) for backend in ("triton", "torch")]
+    assert torch.equal(*bits) and bits[0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

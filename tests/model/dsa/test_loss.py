@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import model.visible_attention
+from kernels.common.backends import INTERPRETED
 from model.config import DSAConfig
 from model.dsa.attention import DeepSeekSparseAttention
-from model.dsa.indexer import IndexInputs, index_scores, wide
+from model.dsa.indexer import IndexInputs, index_scores, select_tokens, wide
 from model.dsa.loss import index_loss
 from model.dsa.tokens import cached_tokens, packed_tokens
 from model.kv_cache import Extension
@@ -17,7 +18,7 @@ from model.sparse_attention import collected_auxiliary
 from model.transformer import Transformer
 from tests.model.dsa.looped import SIZES, WARMUP, attended, module, network, scores
 from tests.model.dsa.test_attention import CPU, DOCUMENTS, EXACT, SLOPES, metadata
-from tests.model.sparse_inputs import draw
+from tests.model.sparse_inputs import draw, relative
 
 DOCUMENT_TOKENS = packed_tokens(110, DOCUMENTS, 110, CPU)
 
@@ -63,8 +64,8 @@ def test_gradients_are_those_of_autograd(at_once: int, monkeypatch: pytest.Monke
     monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
     index, q, k = drawn_index()
     index = IndexInputs(*(x.requires_grad_() for x in index))
-    view = packed_tokens(30, None, 30, CPU).dense_view(SLOPES)
-    ours = torch.autograd.grad(index_loss(index, q, k, view) * 3, index)
+    tokens = packed_tokens(30, None, 30, CPU)
+    ours = torch.autograd.grad(index_loss(index, q, k, tokens, SLOPES) * 3, index)
     token = torch.arange(30)
     hidden = token > token[:, None]
     bias = -SLOPES[:, None, None] * (token[:, None] - token)
@@ -73,7 +74,7 @@ def test_gradients_are_those_of_autograd(at_once: int, monkeypatch: pytest.Monke
     by_head = (index.q @ index.k[:, None].mT).relu()
     log_q = (by_head * index.weights[..., None]).sum(1).masked_fill(hidden, -torch.inf).log_softmax(-1)
     loss = torch.nn.functional.kl_div(log_q.masked_fill(hidden, 0), p, reduction="sum")
-    torch.testing.assert_close(index_loss(index, q, k, view), loss, **EXACT)
+    torch.testing.assert_close(index_loss(index, q, k, tokens, SLOPES), loss, **EXACT)
     for found, expected in zip(ours, torch.autograd.grad(loss * 3, index), strict=True):
         torch.testing.assert_close(found, expected, **EXACT)
 
@@ -83,20 +84,43 @@ def test_a_planted_indexer_has_no_loss() -> None:
     index, _, _ = drawn_index()
     index = IndexInputs(index.q[:, :1].abs(), index.k.abs(), torch.full((2, 1, 30), 8**-0.5, dtype=torch.float64))
     tokens = packed_tokens(30, None, 30, CPU)
-    alike = index_loss(index, index.q.expand(-1, 4, -1, -1), index.k[:, None], tokens.dense_view(None))
+    alike = index_loss(index, index.q.expand(-1, 4, -1, -1), index.k[:, None], tokens, None)
     torch.testing.assert_close(alike, torch.zeros((), dtype=torch.float64), **EXACT)
-    other = index_loss(index._replace(weights=-index.weights), index.q, index.k[:, None], tokens.dense_view(None))
+    other = index_loss(index._replace(weights=-index.weights), index.q, index.k[:, None], tokens, None)
     assert float(other) > 1
+
+
+@pytest.mark.parametrize("count", [None, 9], ids=["warmup", "sparse"])
+@pytest.mark.parametrize("case", ["packed", "rows of a cache"])
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_kernels_give_the_loss_of_masks(case: str, count: int | None) -> None:
+    """And its gradients, up to float32's roundings, some hundred of them: tests/kernels/lightning_indexer bounds
+    them."""
+    extension = Extension(torch.tensor([[78, 79], [107, 108]]), None, slice(0, 110), None)
+    packed = case == "packed"
+    tokens = DOCUMENT_TOKENS if packed else cached_tokens(extension)
+    index, q, k = drawn_index(110, 1 if packed else 2)
+    if not packed:
+        index, q = index._replace(q=index.q[:, :, :2], weights=index.weights[:, :, :2]), q[:, :, :2]
+    index, q, k = IndexInputs(*(x.float().requires_grad_() for x in index)), q.float(), k.float()
+    chosen = None if count is None else select_tokens(index, tokens, count)
+    found = []
+    for backend in ("triton", "torch"):
+        loss = index_loss(index, q, k, tokens, SLOPES, chosen, backend)
+        found.append([loss.detach(), *torch.autograd.grad(loss, index)])
+    for ours, masked in zip(*found, strict=True):
+        assert relative(ours, masked.double()) < 200 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loses_what_rounding_loses(dtype: torch.dtype) -> None:
     """Scores are float32: the loss is that of the rounded inputs."""
     index, q, k = drawn_index()
-    view = packed_tokens(30, None, 30, CPU).dense_view(None)
+    tokens = packed_tokens(30, None, 30, CPU)
     rounded = IndexInputs(*(x.to(dtype) for x in index))
-    found = index_loss(rounded, q.to(dtype), k.to(dtype), view)
-    expected = index_loss(IndexInputs(*(x.double() for x in rounded)), q.to(dtype).double(), k.to(dtype).double(), view)
+    found = index_loss(rounded, q.to(dtype), k.to(dtype), tokens, None)
+    exact = IndexInputs(*(x.double() for x in rounded))
+    expected = index_loss(exact, q.to(dtype).double(), k.to(dtype).double(), tokens, None)
     assert found.dtype == torch.float32
     # 1,860 terms of up to a few nats, each rounded a few times
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -187,11 +211,11 @@ def test_rows_of_several_lengths_see_their_own_keys() -> None:
     tokens = cached_tokens(extension)
     index, q, k = drawn_index(9)
     parts = IndexInputs(index.q[:, :, :2], index.k, index.weights[:, :, :2])
-    both = index_loss(parts, q[:, :, :2], k, tokens.dense_view(SLOPES))
+    both = index_loss(parts, q[:, :, :2], k, tokens, SLOPES)
     each = []
     for row in range(2):
         one = cached_tokens(replace(extension, position=extension.position[row : row + 1]))
         row_slice = slice(row, row + 1)
         alone = IndexInputs(*(x[row_slice] for x in parts))
-        each.append(index_loss(alone, q[row_slice, :, :2], k[row_slice], one.dense_view(SLOPES)))
+        each.append(index_loss(alone, q[row_slice, :, :2], k[row_slice], one, SLOPES))
     torch.testing.assert_close(both, sum(each), **EXACT)

@@ -1,0 +1,1 @@
+"""The lightning indexer of DeepSeek Sparse Attention: what it chooses, attention to that, its loss."""
