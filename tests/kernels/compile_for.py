@@ -24,22 +24,32 @@ import kernels.alpha_entmax.decode
 import kernels.alpha_entmax.launches
 import kernels.alpha_entmax.results
 import kernels.alpha_entmax.rowwise
+import kernels.block_bias.attention
+import kernels.block_bias.launches
 import kernels.block_sparse.attention
 import kernels.block_sparse.operator
 import kernels.selected_blocks.attention
 import kernels.selected_blocks.launches
-from kernels import block_sparse_softmax_attention, entmax, entmax_attention, selected_block_attention
+from kernels import (
+    block_bias_attention,
+    block_sparse_softmax_attention,
+    entmax,
+    entmax_attention,
+    selected_block_attention,
+)
 from kernels.block_sparse.reference import QUERY_BLOCKS
 
 LAUNCHING = {
     kernels.alpha_entmax.launches: ("scan_launch", "pass_launch", "program_count", "dot_precision"),
     kernels.alpha_entmax.backward_launches: ("program_count",),
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
+    kernels.block_bias.launches: ("block_bias_launch", "dot_precision"),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
     kernels.selected_blocks.launches: ("selected_launch", "dot_precision"),
 }
 CHOOSING = (
     kernels.alpha_entmax.attention,
+    kernels.block_bias.attention,
     kernels.block_sparse.attention,
     kernels.alpha_entmax.rowwise,
     kernels.selected_blocks.attention,
@@ -107,7 +117,7 @@ def pretend(capability: str) -> None:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Training, decoding, block-sparse softmax and selected blocks, with position bias."""
+    """Training, decoding, block-sparse softmax, selected blocks and a bias for each block, with position bias."""
 
     def draw(tokens: int) -> Tensor:
         return torch.randn(1, 2, tokens, head_dim).to(dtype).requires_grad_()
@@ -134,6 +144,10 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         selected = (q.detach().requires_grad_(), k[:, :1], v[:, :1], first, own)
         out = selected_block_attention(*selected, block_size=64, alibi_slopes=slopes, backend="triton")
         out.sum().backward()
+    for size in (64, 16):
+        bias, leaf = torch.zeros(1, 2, 128, 128 // size), q.detach().requires_grad_()
+        options = dict(block_size=size, alibi_slopes=slopes, backend="triton")
+        block_bias_attention(leaf, k[:, :1], v[:, :1], bias, 0 * own, own, **options).sum().backward()  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
