@@ -4,20 +4,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import entmax
+from kernels import block_bias_attention, entmax
+from kernels.block_sparse.attention import runs_on_triton
 from model.config import ModelConfig
 from model.hierarchical.blocks import Blocks, cached_blocks, packed_blocks
 from model.kv_cache import Extension, LayerCache
 from model.sparse_attention import SparseAttention
-from model.visible_attention import (
-    AGAIN,
-    TILE,
-    attend_flex,
-    attend_masked,
-    block_mask_of_tiles,
-    blocks_of_rows,
-    uses_flex,
-)
+from model.visible_attention import AGAIN, attend_masked, blocks_of_rows
 
 
 class HierarchicalEntmax(SparseAttention):
@@ -48,7 +41,7 @@ class HierarchicalEntmax(SparseAttention):
         assert config.attention.hierarchical is not None
         return cached_blocks(config.attention.hierarchical, extension)
 
-    @torch.compiler.disable  # what is live decides on masks; FlexAttention is compiled by itself
+    @torch.compiler.disable  # rows are weighed in parts
     def forward(
         self,
         x: Tensor,
@@ -86,11 +79,11 @@ class HierarchicalEntmax(SparseAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, blocks: Blocks, slopes: Tensor | None) -> Tensor:
         """log_p: as `choose` gives it for all queries."""
-        if not uses_flex(q.device, blocks.n_queries, blocks.n_keys):
+        if not runs_on_triton(q):
             return attend_masked(q, k, v, lambda log_p: blocks.view(log_p, slopes), log_p)
-        view = blocks.view(log_p, slopes)
-        live = blocks.tiles(log_p.detach() != -torch.inf, TILE)
-        return attend_flex(q, k, v, view, block_mask_of_tiles(live, view.visible, blocks.n_queries, blocks.n_keys))
+        return block_bias_attention(
+            q, k, v, log_p, *blocks.seen_keys, block_size=blocks.size, alibi_slopes=slopes
+        )  # fmt: skip
 
 
 def _log_p(

@@ -24,7 +24,8 @@ class Blocks(TokenPositions):
     key_block: int64 (keys,), each key's. first_key: int64 (P,), index of the first token of each block of each document
     (some token where there is no such block). own_place: int64 (b or 1, n), where each query's own mean stands among
     the P * size of `running_means`. full: int64 (F,), the places among P of full blocks. first_full: int64 (n,), where
-    those of each query's document begin among F.
+    those of each query's document begin among F. seen_keys: int32 (b or 1, n) each, the first and the last key that
+    each query may see.
     """
 
     size: int
@@ -35,6 +36,7 @@ class Blocks(TokenPositions):
     own_place: Tensor
     full: Tensor
     first_full: Tensor
+    seen_keys: tuple[Tensor, Tensor]
 
     def visible(self, rows: Tensor) -> Tensor:
         """bool (b or 1, rows, C): blocks up to the query's own. rows: int64, indices of queries."""
@@ -127,4 +129,5 @@ def _blocks(config: HierarchicalConfig, tokens: TokenPositions) -> Blocks:
         own_place=(first[tokens.document] + own_block) * size + tokens.position % size,
         full=(first[full_of] + full - first_full[full_of]).clamp(max=len(place) - 1),
         first_full=first_full[tokens.document],
+        seen_keys=((tokens.own_key - tokens.position).int(), tokens.own_key.int()),
     )  # fmt: skip
