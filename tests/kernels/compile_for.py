@@ -26,12 +26,15 @@ import kernels.alpha_entmax.results
 import kernels.alpha_entmax.rowwise
 import kernels.block_bias.attention
 import kernels.block_bias.launches
+import kernels.block_means.attention
+import kernels.block_means.launches
 import kernels.block_sparse.attention
 import kernels.block_sparse.operator
 import kernels.selected_blocks.attention
 import kernels.selected_blocks.launches
 from kernels import (
     block_bias_attention,
+    block_mean_scores,
     block_sparse_softmax_attention,
     entmax,
     entmax_attention,
@@ -44,12 +47,14 @@ LAUNCHING = {
     kernels.alpha_entmax.backward_launches: ("program_count",),
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
     kernels.block_bias.launches: ("block_bias_launch", "dot_precision"),
+    kernels.block_means.launches: ("dot_precision",),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
     kernels.selected_blocks.launches: ("selected_launch", "dot_precision"),
 }
 CHOOSING = (
     kernels.alpha_entmax.attention,
     kernels.block_bias.attention,
+    kernels.block_means.attention,
     kernels.block_sparse.attention,
     kernels.alpha_entmax.rowwise,
     kernels.selected_blocks.attention,
@@ -117,7 +122,8 @@ def pretend(capability: str) -> None:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Training, decoding, block-sparse softmax, selected blocks and a bias for each block, with position bias."""
+    """Training, decoding, block-sparse softmax, selected blocks, a bias for each block and scores of blocks, with
+    position bias."""
 
     def draw(tokens: int) -> Tensor:
         return torch.randn(1, 2, tokens, head_dim).to(dtype).requires_grad_()
@@ -148,6 +154,13 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         bias, leaf = torch.zeros(1, 2, 128, 128 // size), q.detach().requires_grad_()
         options = dict(block_size=size, alibi_slopes=slopes, backend="triton")
         block_bias_attention(leaf, k[:, :1], v[:, :1], bias, 0 * own, own, **options).sum().backward()  # type: ignore[arg-type]
+    start = own[0].int() // 64 * 64
+    leaf, keys = q.detach().requires_grad_(), k[:, :1].detach().requires_grad_()
+    scores = block_mean_scores(
+        leaf, keys, 0 * own, own, start, start[::64] + 63, block_size=64, n_blocks=2, alibi_slopes=slopes,
+        backend="triton",
+    )  # fmt: skip
+    scores.sum().backward()
 
 
 if __name__ == "__main__":

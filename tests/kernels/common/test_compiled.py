@@ -28,7 +28,8 @@ ATTENTION = {
 UNMOVED = {"entmax_scan", "entmax_refine", "entmax_sum", "entmax_backward_queries"}
 SELECTED = {"attend_by_query", "attend_by_key", "merge_slots", "row_products", "backward_by_key", "sum_parts"}
 BIAS = {"mark_live_blocks", "attend_live_blocks", "backward_live_queries", "backward_live_keys"}
-BLOCKS, ROWS = {"block_sparse_softmax"} | SELECTED | BIAS, {"entmax_rows_forward", "entmax_rows_backward"}
+MEANS = {"running_means", "score_means", "score_means_dq", "score_means_dmeans"}
+BLOCKS, ROWS = {"block_sparse_softmax"} | SELECTED | BIAS | MEANS, {"entmax_rows_forward", "entmax_rows_backward"}
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
 EVERYWHERE = [
