@@ -150,10 +150,13 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         selected = (q.detach().requires_grad_(), k[:, :1], v[:, :1], first, own)
         out = selected_block_attention(*selected, block_size=64, alibi_slopes=slopes, backend="triton")
         out.sum().backward()
-    for size in (64, 16):
-        bias, leaf = torch.zeros(1, 2, 128, 128 // size), q.detach().requires_grad_()
-        options = dict(block_size=size, alibi_slopes=slopes, backend="triton")
-        block_bias_attention(leaf, k[:, :1], v[:, :1], bias, 0 * own, own, **options).sum().backward()  # type: ignore[arg-type]
+    for size, last in ((64, 128), (16, 128), (64, 16)):  # the last queries, all or as few as share a small tile
+        rows = own[:, -last:]
+        bias, leaf = torch.zeros(1, 2, last, 128 // size), q.detach()[:, :, -last:].requires_grad_()
+        out = block_bias_attention(
+            leaf, k[:, :1], v[:, :1], bias, 0 * rows, rows, block_size=size, alibi_slopes=slopes, backend="triton"
+        )  # fmt: skip
+        out.sum().backward()
     start = own[0].int() // 64 * 64
     leaf, keys = q.detach().requires_grad_(), k[:, :1].detach().requires_grad_()
     scores = block_mean_scores(

@@ -1,6 +1,7 @@
 """Hierarchical entmax against loops, on the path with masks and on that of the kernels, by their PyTorch references."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kernels.common.stats import count_live_tiles
 from model.hierarchical.attention import HierarchicalEntmax
 from model.hierarchical.blocks import Blocks
 from model.visible_attention import mask_and_bias
+from tests.kernels.helpers import needs_triton
 from tests.model.hierarchical.looped import BLOCK, attend, block_weights, dense, draw, network
 from tests.model.sparse_inputs import longest
 
@@ -245,3 +247,26 @@ def test_one_bound_of_lengths_for_documents_that_end_anywhere(monkeypatch: pytes
             found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)  # gradients pass log p, up to 1 / p
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(n, marks=needs_triton) for n in (2**22, 1000)])
+def test_kernels_lose_what_masks_lose(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, in float32: outputs at most twice, gradients at most three times, or a few roundings."""
+    monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
+    alpha = torch.tensor([1.1, 1.5, 1.75, 1.9], dtype=torch.float64)
+    inputs, blocks = [*draw(110), alpha], blocks_of(110, DOCUMENTS)
+    cotangent = torch.randn(1, 4, 110, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = ours(*leaves[:3], blocks, leaves[3], SLOPES)
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+    truth, masks = run(torch.float64), run(torch.float32)
+    module = model.hierarchical.attention
+    monkeypatch.setattr(module, "runs_on_triton", lambda _: True)
+    for name in ("block_bias_attention", "block_mean_scores", "entmax"):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), backend="triton"))
+    for i, (found, plain, exact) in enumerate(zip(run(torch.float32), masks, truth, strict=True)):
+        limit = max((3 if i else 2) * relative(plain, exact), 4 * torch.finfo(torch.float32).eps)
+        assert relative(found, exact) <= limit, i
