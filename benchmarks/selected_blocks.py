@@ -132,7 +132,7 @@ def selected(bench: Bench) -> None:
             try:
                 _one_selection(bench, n_tokens, head_dim, heads, groups, kind)
             except (RuntimeError, ValueError) as error:
-                _add(bench, (n_tokens, head_dim, heads, groups), kind, "inputs", note=_line(error))
+                _add(bench, (n_tokens, head_dim, heads, groups), kind, "inputs", note=error_line(error))
     for n_tokens in DECODING:
         _decoding(bench, n_tokens)
 
@@ -152,9 +152,9 @@ def _one_selection(bench: Bench, n_tokens: int, head_dim: int, heads: int, group
             forward = prepare()
             if checked:
                 check(*inputs, forward, backward)
-            _add(bench, shape, kind, name, times, *_timed(bench, forward, (q, k, v) if backward else ()))
+            _add(bench, shape, kind, name, times, *timed(bench, forward, (q, k, v) if backward else ()))
         except Exception as error:  # whatever it is, the other rows count
-            _add(bench, shape, kind, name, note=_line(error))
+            _add(bench, shape, kind, name, note=error_line(error))
 
     one("ours", lambda: lambda: ours(*inputs, few=0), True)
     one("ours by query", lambda: lambda: ours(*inputs, few=2**30), True, backward=False)
@@ -191,12 +191,12 @@ def _decoding(bench: Bench, n_tokens: int) -> None:
         try:
             if forward is by_query:
                 check(*inputs, forward, gradients=False)
-            _add(bench, shape, "decoding", name, times, *_timed(bench, forward, ()))
+            _add(bench, shape, "decoding", name, times, *timed(bench, forward, ()))
         except Exception as error:
-            _add(bench, shape, "decoding", name, note=_line(error))
+            _add(bench, shape, "decoding", name, note=error_line(error))
 
 
-def _timed(bench: Bench, forward: Forward, wanted: tuple[Tensor, ...]) -> tuple[float, float | None, int]:
+def timed(bench: Bench, forward: Forward, wanted: tuple[Tensor, ...]) -> tuple[float, float | None, int]:
     """Milliseconds of forward alone under no_grad, of forward and backward (None without `wanted`), peak bytes."""
 
     def alone() -> None:
@@ -205,7 +205,7 @@ def _timed(bench: Bench, forward: Forward, wanted: tuple[Tensor, ...]) -> tuple[
 
     if not wanted:
         return measure_time(alone, bench.repeats).median, None, measure_extra_bytes(alone)
-    cotangent = torch.randn_like(wanted[0])
+    cotangent = torch.randn_like(forward().detach())
 
     def both() -> None:
         torch.autograd.grad(forward(), wanted, cotangent)
@@ -232,5 +232,5 @@ def _add(
     bench.report.add(row)
 
 
-def _line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import errors
+from benchmarks.block_bias import biased
 from benchmarks.block_sparse import bsfa
 from benchmarks.measure import CheckFailed, Measurement, Repeats, Timing, measure, run_once, statistics_of
 from benchmarks.peers import OURS, OURS_WITHOUT_SKIP, PEERS
@@ -319,5 +320,5 @@ def full(bench: Bench) -> None:
 SUITES: dict[str, Callable[[Bench], None]] = {
     "table": table, "density": density, "length": length, "head_dim": head_dim, "alpha": alpha, "alibi": alibi,
     "documents": documents, "memory": memory, "errors": rounding, "patterns": patterns, "checkpoint": checkpoint,
-    "trained": trained, "full": full, "bsfa": bsfa, "selected": selected,
+    "trained": trained, "full": full, "bsfa": bsfa, "selected": selected, "biased": biased,
 }  # fmt: skip

@@ -16,6 +16,17 @@ def check_tensor(name: str, x: Any) -> None:
         raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
 
 
+POSITIONS = (torch.int32, torch.int64)
+
+
+def check_kind(name: str, x: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """Raises TypeError for what is no tensor, ValueError for one of another dtype or device."""
+    check_tensor(name, x)
+    if x.dtype not in dtypes or x.device != device:
+        kinds = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must be {kinds} on {device}, got {x.dtype} on {x.device}")
+
+
 def check_flag(name: str, x: Any) -> None:
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be True or False, got {_kind(x)}")

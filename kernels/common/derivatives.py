@@ -20,7 +20,7 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(
             "attention and entmax are differentiable once by this backend, but a gradient (create_graph=True) is being "
             "differentiated: take backend='reference' (entmax_attention) or backend='torch' (entmax, "
-            "selected_block_attention)"
+            "selected_block_attention, block_bias_attention, block_mean_scores)"
         )
 
 

@@ -27,6 +27,17 @@ class Launch:
         return dict(num_warps=self.warps, maxnreg=self.registers)
 
 
+@dataclass(frozen=True)
+class TileLaunch:
+    """rows: of a tile of queries. keys: of a tile, at most (a block of more is several tiles). warps, stages: of the
+    Triton compiler and its software pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
 L = TypeVar("L", bound=Launch)
 LARGE_SHARED_MEMORY = 160 * 1024  # bytes, of A100 and later data centre GPUs; RTX 30 to 50 have 99 KiB
 
@@ -52,6 +63,24 @@ def before_hopper(launch: L, head_dim: int, device: torch.device) -> L:
     """Ampere and Ada, by rule: operands of their dots live in registers, so no cap; Ada has 99 KiB of shared memory."""
     small = head_dim > 64 and shared_memory(device) < LARGE_SHARED_MEMORY
     return replace(launch, registers=None, programs=2, stages=1 if small else 2)
+
+
+def tile_launch(
+    tables: dict[int, dict[str, TileLaunch]], wide: dict[str, TileLaunch], design: str, head_dim: int,
+    dtype: torch.dtype, device: torch.device,
+) -> TileLaunch:  # fmt: skip
+    """Of tables by padded head dim, 64 and 128, and one for wide rows; by rule where shared memory is small."""
+    if is_wide(head_dim, dtype):
+        return wide[design]
+    launch = tables[128 if head_dim > 64 else 64][design]
+    if shared_memory(device) < LARGE_SHARED_MEMORY:
+        return replace(launch, stages=1 if head_dim > 64 else 2)
+    return launch
+
+
+def key_tile(launch: TileLaunch, block_size: int) -> int:
+    """A block's keys, padded to a power of two, or those of one of its tiles."""
+    return min(launch.keys, max(16, 1 << (block_size - 1).bit_length()))
 
 
 @constant

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.alpha_entmax.attention import check_tensors, checked_scale
 from kernels.block_sparse.attention import BACKENDS, unsupported
-from kernels.common.arguments import check_integer, check_tensor, readable
+from kernels.common.arguments import POSITIONS, check_integer, check_kind, readable
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import refuse_transforms
 from kernels.selected_blocks.operator import attention_operator
@@ -75,14 +75,8 @@ def selected_block_attention(
 
 def _check_blocks(q: Tensor, k: Tensor, first_key: Tensor, own_key: Tensor, n_blocks: int) -> None:
     (batch, _, n_queries, _), groups, n_keys = q.shape, k.shape[1], k.shape[2]
-    for name, x, dtypes in (
-        ("first_key", first_key, (torch.int32,)),
-        ("own_key", own_key, (torch.int32, torch.int64)),
-    ):
-        check_tensor(name, x)
-        if x.dtype not in dtypes or x.device != q.device:
-            kinds = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name} must be {kinds} on {q.device}, got {x.dtype} on {x.device}")
+    check_kind("first_key", first_key, (torch.int32,), q.device)
+    check_kind("own_key", own_key, POSITIONS, q.device)
     if first_key.dim() != 4 or first_key.shape[:3] != (batch, groups, n_queries):
         raise ValueError(
             f"first_key must be ({batch}, {groups}, {n_queries}, count): blocks of each batch row, key head and query, "

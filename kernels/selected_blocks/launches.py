@@ -14,11 +14,12 @@ from kernels.common.launching import (
     strides,
     unit_stride,
 )
+from kernels.common.tuning import TileLaunch, key_tile
 from kernels.selected_blocks import tuning
 from kernels.selected_blocks.backward import backward_by_key, row_products, sum_parts
 from kernels.selected_blocks.forward import attend_by_key, attend_by_query, merge_slots
 from kernels.selected_blocks.readers import FIELDS, list_readers
-from kernels.selected_blocks.tuning import SelectedLaunch, selected_launch
+from kernels.selected_blocks.tuning import selected_launch
 
 PART_ELEMENTS = 2**28  # float32 values of rows' shares held at once, 1 GiB
 
@@ -62,7 +63,7 @@ def differentiate(
     # sums over several parts of the queries are float32
     dk, dv = (torch.empty_like(x, dtype=x.dtype if len(parts) == 1 else torch.float32) for x in (k, v))
     with on_device(q):
-        delta = _delta(shared, grad, out)
+        delta = row_deltas(grad, out)
         for i, part in enumerate(parts):
             rows = q[:, :, part], grad[:, :, part], lse[:, :, part], delta[:, :, part]
             blocks = first_key[:, :, part].contiguous(), own_key[:, part].int().contiguous()
@@ -81,12 +82,11 @@ class _Shared:
         self.block_size, self.scale = block_size, scale
         self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
 
-    def launch(self, design: str) -> SelectedLaunch:
+    def launch(self, design: str) -> TileLaunch:
         return selected_launch(design, self.padded_dim, self.dtype, self.device)
 
     def key_tile(self, design: str) -> int:
-        """BN: the block's keys, padded to a power of two, or one of its tiles."""
-        return min(self.launch(design).keys, max(16, 1 << (self.block_size - 1).bit_length()))
+        return key_tile(self.launch(design), self.block_size)
 
     def chunks(self, design: str) -> int:
         """Tiles of keys in a block."""
@@ -165,13 +165,14 @@ def _merge(
     )  # fmt: skip
 
 
-def _delta(shared: _Shared, grad: Tensor, out: Tensor) -> Tensor:
-    """float32 (B, H, n): the mean of dP with weights p."""
+def row_deltas(grad: Tensor, out: Tensor) -> Tensor:
+    """float32 (B, H, n): the mean of dP with weights p, from the gradient of the output, (B, H, n, D), and it."""
     delta = torch.empty(grad.shape[:3], dtype=torch.float32, device=grad.device)
-    launch = shared.launch("merge")
+    padded_dim = padded_head_dim(grad.shape[3])
+    launch = selected_launch("merge", padded_dim, grad.dtype, grad.device)
     row_products[(ceil_div(delta.numel(), launch.rows),)](
         p_a=grad, p_b=out, p_sums=delta, n_rows=delta.numel(), n_queries=grad.shape[2], heads=grad.shape[1],
-        D=shared.head_dim, BD=shared.padded_dim, BM=launch.rows, num_warps=launch.warps,
+        D=grad.shape[3], BD=padded_dim, BM=launch.rows, num_warps=launch.warps,
         **strides("a", grad), **strides("b", out),
     )  # fmt: skip
     return delta

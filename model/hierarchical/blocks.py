@@ -24,7 +24,9 @@ class Blocks(TokenPositions):
     key_block: int64 (keys,), each key's. first_key: int64 (P,), index of the first token of each block of each document
     (some token where there is no such block). own_place: int64 (b or 1, n), where each query's own mean stands among
     the P * size of `running_means`. full: int64 (F,), the places among P of full blocks. first_full: int64 (n,), where
-    those of each query's document begin among F.
+    those of each query's document begin among F. seen_keys: int32 (b or 1, n) each, the first and the last key that
+    each query may see. block_start: int32 (keys,), the first key of each key's block. block_ends: int32 (F,), the last
+    key of each full block, -1 behind the last one.
     """
 
     size: int
@@ -35,6 +37,9 @@ class Blocks(TokenPositions):
     own_place: Tensor
     full: Tensor
     first_full: Tensor
+    seen_keys: tuple[Tensor, Tensor]
+    block_start: Tensor
+    block_ends: Tensor
 
     def visible(self, rows: Tensor) -> Tensor:
         """bool (b or 1, rows, C): blocks up to the query's own. rows: int64, indices of queries."""
@@ -121,10 +126,16 @@ def _blocks(config: HierarchicalConfig, tokens: TokenPositions) -> Blocks:
     full = torch.arange(max(1, tokens.n_keys // size), device=device)
     full_of = torch.searchsorted(full_ends, full, right=True).clamp(max=len(starts) - 1)
     own_block = tokens.position // size
+    full = (first[full_of] + full - first_full[full_of]).clamp(max=len(place) - 1)
+    first_key = (starts[of] + first_position).clamp(max=tokens.n_keys - 1)
+    is_full = torch.arange(len(full), device=device) < full_ends[-1]
+    key = torch.arange(tokens.n_keys, device=device)
     return Blocks(
         **vars(tokens), size=size, n_blocks=-(-longest // size), own_block=own_block,
-        key_block=tokens.key_position // size, first_key=(starts[of] + first_position).clamp(max=tokens.n_keys - 1),
+        key_block=tokens.key_position // size, first_key=first_key,
         own_place=(first[tokens.document] + own_block) * size + tokens.position % size,
-        full=(first[full_of] + full - first_full[full_of]).clamp(max=len(place) - 1),
-        first_full=first_full[tokens.document],
+        full=full, first_full=first_full[tokens.document],
+        seen_keys=((tokens.own_key - tokens.position).int(), tokens.own_key.int()),
+        block_start=(key - tokens.key_position % size).int(),
+        block_ends=(first_key[full] + size - 1).where(is_full, -1).int(),
     )  # fmt: skip

@@ -24,13 +24,24 @@ import kernels.alpha_entmax.decode
 import kernels.alpha_entmax.launches
 import kernels.alpha_entmax.results
 import kernels.alpha_entmax.rowwise
+import kernels.block_bias.attention
+import kernels.block_bias.launches
+import kernels.block_means.attention
+import kernels.block_means.launches
 import kernels.block_sparse.attention
 import kernels.block_sparse.operator
 import kernels.lightning_indexer.chosen_launches
 import kernels.lightning_indexer.launches
 import kernels.selected_blocks.attention
 import kernels.selected_blocks.launches
-from kernels import block_sparse_softmax_attention, entmax, entmax_attention, selected_block_attention
+from kernels import (
+    block_bias_attention,
+    block_mean_scores,
+    block_sparse_softmax_attention,
+    entmax,
+    entmax_attention,
+    selected_block_attention,
+)
 from kernels.block_sparse.reference import QUERY_BLOCKS
 from kernels.lightning_indexer.indexer import chosen_attention, indexer_loss, select_keys
 
@@ -38,6 +49,8 @@ LAUNCHING = {
     kernels.alpha_entmax.launches: ("scan_launch", "pass_launch", "program_count", "dot_precision"),
     kernels.alpha_entmax.backward_launches: ("program_count",),
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
+    kernels.block_bias.launches: ("block_bias_launch", "dot_precision"),
+    kernels.block_means.launches: ("dot_precision",),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
     kernels.selected_blocks.launches: ("selected_launch", "dot_precision"),
     kernels.lightning_indexer.chosen_launches: ("indexer_launch",),
@@ -45,6 +58,8 @@ LAUNCHING = {
 }
 CHOOSING = (
     kernels.alpha_entmax.attention,
+    kernels.block_bias.attention,
+    kernels.block_means.attention,
     kernels.block_sparse.attention,
     kernels.alpha_entmax.rowwise,
     kernels.selected_blocks.attention,
@@ -112,7 +127,8 @@ def pretend(capability: str) -> None:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Training, decoding, block-sparse softmax, selected blocks and the lightning indexer, with position bias."""
+    """Training, decoding, block-sparse softmax, selected blocks, the lightning indexer, a bias for each block and
+    scores of blocks, with position bias."""
 
     def draw(tokens: int) -> Tensor:
         return torch.randn(1, 2, tokens, head_dim).to(dtype).requires_grad_()
@@ -145,6 +161,20 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
     chosen = select_keys(*index, weights, *rows, count=10)
     chosen_attention(q, k[:, :1], v[:, :1], *rows, chosen, alibi_slopes=slopes).sum().backward()
     indexer_loss(*index, weights, q.detach(), k[:, :1].detach(), *rows, chosen=chosen, alibi_slopes=slopes)
+    for size, last in ((64, 128), (16, 128), (64, 16)):  # the last queries, all or as few as share a small tile
+        rows = own[:, -last:]
+        bias, leaf = torch.zeros(1, 2, last, 128 // size), q.detach()[:, :, -last:].requires_grad_()
+        out = block_bias_attention(
+            leaf, k[:, :1], v[:, :1], bias, 0 * rows, rows, block_size=size, alibi_slopes=slopes, backend="triton"
+        )  # fmt: skip
+        out.sum().backward()
+    start = own[0].int() // 64 * 64
+    leaf, keys = q.detach().requires_grad_(), k[:, :1].detach().requires_grad_()
+    scores = block_mean_scores(
+        leaf, keys, 0 * own, own, start, start[::64] + 63, block_size=64, n_blocks=2, alibi_slopes=slopes,
+        backend="triton",
+    )  # fmt: skip
+    scores.sum().backward()
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """What hierarchical entmax keeps for backward, and has beside it."""
 
 from model.hierarchical.config import HierarchicalConfig
-from model.visible_attention import MASK_ELEMENTS, TILE
+from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.dsa import operands, rows_at_once
 from training.memory.setup import FLOAT32, Setup
 
-INT64 = 8  # bytes
+INT64, INT32 = 8, 4  # bytes
+QUERY_TILE = 64  # of the kernels, queries and keys
 REFERENCE_TEMPORARIES, KERNEL_TEMPORARIES = 17, 8  # of entmax with its scores
 
 
 def block_choice_activations(setup: Setup, sizes: HierarchicalConfig) -> float:
-    """Bytes of n tokens: q, k, v, the running means of keys, log p of all blocks; weights are computed again."""
+    """Bytes of n tokens: q, k, v, log p of all blocks, on a CPU the running means of keys; weights are computed
+    again."""
     network, n = setup.network, setup.local_tokens
     heads, kv_heads, head_dim = network.n_heads, network.n_kv_heads, network.head_size
+    size = operands(setup) + n * FLOAT32 * heads * n_blocks(setup, sizes)
+    if setup.cuda:  # log-sum-exp
+        return size + n * FLOAT32 * heads
     places = setup.tokens // sizes.block + -(-setup.tokens // setup.sequence_length)  # documents at their full length
-    size = operands(setup)
     size += places * sizes.block * (FLOAT32 * kv_heads * head_dim + INT64)  # means, and which tokens they are of
-    size += n * (FLOAT32 * heads * n_blocks(setup, sizes) + INT64)
-    if setup.cuda:  # log-sum-exp, FlexAttention's lists of tiles, by queries and by keys
-        size += n * (FLOAT32 * heads + 2 * FLOAT32 * heads * setup.tokens / TILE**2)
-    return size
+    return size + n * INT64
 
 
 def n_blocks(setup: Setup, sizes: HierarchicalConfig) -> int:
@@ -29,15 +30,28 @@ def n_blocks(setup: Setup, sizes: HierarchicalConfig) -> int:
 
 def block_choice_workspace(setup: Setup, sizes: HierarchicalConfig) -> float:
     """Bytes in backward beside gradients of q, k and v, of what a block of rows computes again: where blocks are
-    weighed (as many numbers of their size as exist at once: counted on a CPU, read off the code for CUDA), or on a CPU
-    where tokens are."""
-    network, cuda = setup.network, setup.cuda
-    blocks, full = n_blocks(setup, sizes), setup.tokens // sizes.block
+    weighed (as many numbers of their size as exist at once: counted on a CPU, read off the code for CUDA), or where
+    tokens are."""
+    network, blocks = setup.network, n_blocks(setup, sizes)
+    if setup.cuda:
+        rows = max(1, min(SCORES_AT_ONCE["cuda"] // (network.n_heads * blocks), setup.local_tokens))
+        choice = float(KERNEL_TEMPORARIES * FLOAT32 * network.n_heads * rows * blocks)
+        # running means and their gradients; each query's share of these
+        choice += FLOAT32 * network.head_size * (2 * setup.tokens * network.n_kv_heads + rows * network.n_heads)
+        return max(choice, biased_attention_workspace(setup, blocks))
+    full = setup.tokens // sizes.block
     rows = rows_at_once(setup, network.n_heads, min(full + blocks, -(-2 * setup.sequence_length // sizes.block)))
-    scores = network.n_heads * rows * blocks
-    choice = float((KERNEL_TEMPORARIES if cuda else REFERENCE_TEMPORARIES) * FLOAT32 * scores)
+    choice = float(REFERENCE_TEMPORARIES * FLOAT32 * network.n_heads * rows * blocks)
     choice += FLOAT32 * network.n_heads * rows * min(full, (rows + setup.sequence_length) // sizes.block)
-    return choice if cuda else max(choice, learned_bias_workspace(setup))
+    return max(choice, learned_bias_workspace(setup))
+
+
+def biased_attention_workspace(setup: Setup, blocks: int) -> float:
+    """Bytes of the kernels' backward: the gradient of log p, and for each tile of queries which blocks it reads, a byte
+    and a number each, and for each tile of keys which tiles of queries read it; delta."""
+    heads, tiles = setup.network.n_heads, -(-setup.local_tokens // QUERY_TILE)
+    lists = (1 + INT32) * tiles * blocks + INT32 * tiles * -(-setup.tokens // QUERY_TILE)
+    return float(heads * (FLOAT32 * setup.local_tokens * (blocks + 1) + lists))
 
 
 def learned_bias_workspace(setup: Setup) -> float:

@@ -29,7 +29,10 @@ UNMOVED = {"entmax_scan", "entmax_refine", "entmax_sum", "entmax_backward_querie
 SELECTED = {"attend_by_query", "attend_by_key", "merge_slots", "row_products", "backward_by_key", "sum_parts"}
 INDEXER = {"attention_log_sum_exp", "index_log_sum_exp", "loss_by_query", "gradient_by_key"}
 INDEXER |= {"write_scores", "choose_keys", "attend_chosen", "chosen_backward_queries", "chosen_backward_keys"}
-BLOCKS, ROWS = {"block_sparse_softmax"} | SELECTED | INDEXER, {"entmax_rows_forward", "entmax_rows_backward"}
+BIAS = {"mark_live_blocks", "attend_live_blocks", "backward_live_queries", "backward_live_keys"}
+MEANS = {"running_means", "score_means", "score_means_dq", "score_means_dmeans"}
+BLOCKS = {"block_sparse_softmax"} | SELECTED | INDEXER | BIAS | MEANS
+ROWS = {"entmax_rows_forward", "entmax_rows_backward"}
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs
 EVERYWHERE = [

@@ -1,11 +1,11 @@
-"""Hierarchical entmax against loops, on the path with masks and on FlexAttention's."""
+"""Hierarchical entmax against loops, on the path with masks and on that of the kernels, by their PyTorch references."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import model.hierarchical.attention
@@ -14,8 +14,9 @@ from kernels.common.stats import count_live_tiles
 from model.hierarchical.attention import HierarchicalEntmax
 from model.hierarchical.blocks import Blocks
 from model.visible_attention import mask_and_bias
+from tests.kernels.helpers import needs_triton
 from tests.model.hierarchical.looped import BLOCK, attend, block_weights, dense, draw, network
-from tests.model.sparse_inputs import graphs_of_flex, longest
+from tests.model.sparse_inputs import longest
 
 # one of no tokens, some shorter than a block, ends inside of blocks
 DOCUMENTS = torch.tensor([0, 5, 5, 6, 12, 53, 110], dtype=torch.int32)
@@ -38,21 +39,14 @@ def ours(
     return layer(torch.empty(0), q, k, v, blocks, slopes, alpha=alpha)
 
 
-@pytest.fixture(params=["masks", "masks in blocks of rows", "flex"])
+@pytest.fixture(params=["masks", "masks in blocks of rows", "kernels", "kernels in blocks of rows"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "flex":  # as on CUDA, but that it computes all scores, under the same mask
-        monkeypatch.setattr(model.hierarchical.attention, "uses_flex", lambda *_: True)
-        monkeypatch.setattr(model.visible_attention, "compiled_flex", lambda: flex_attention)
-    elif request.param != "masks":
+    if "kernels" in request.param:  # as on CUDA, but that the kernels' references run
+        monkeypatch.setattr(model.hierarchical.attention, "runs_on_triton", lambda _: True)
+    if "rows" in request.param:
         monkeypatch.setattr(model.visible_attention, "MASK_ELEMENTS", 4 * 16)
         monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", 1000)
     return str(request.param)
-
-
-@pytest.fixture
-def flex_backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain PyTorch's, which torch refuses since it has no compiled one there."""
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
 
 
 @torch.no_grad()
@@ -123,7 +117,6 @@ def test_equal_summaries_and_alpha_near_1_are_plain_softmax() -> None:
         torch.testing.assert_close(found, dense, **EXACT)
 
 
-@pytest.mark.usefixtures("flex_backward_on_cpu")
 def test_gradients_are_those_of_differences(path: str) -> None:
     """In q, k, v and alpha, with dead blocks, away from where one comes to life."""
     q, k, v = draw(21)
@@ -150,7 +143,6 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["plain", "alibi"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("flex_backward_on_cpu")
 def test_errors_are_those_of_dense_products(dtype: torch.dtype, slopes: Tensor | None, path: str) -> None:
     """Of outputs at most twice, of gradients three times what dense products in that dtype lose against float64, as
     flash-attention's tests have it: root mean squares of four draws, since alpha's gradient is four numbers."""
@@ -241,23 +233,40 @@ def test_tiles_are_those_with_keys_that_are_read(documents: Tensor | None, tile:
         assert torch.equal(expected.sum((2, 3)), count_live_tiles(read, 0))
 
 
-@pytest.mark.usefixtures("flex_backward_on_cpu")
-def test_flex_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents that end elsewhere and other live blocks are values, not code: no later step compiles again. Forward
-    and backward, whose gradients are those under masks."""
-    graphs = graphs_of_flex(monkeypatch)
+def test_one_bound_of_lengths_for_documents_that_end_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training has it. The kernel's path, forward and backward, gives what masks give."""
     alpha = ALPHA.clone().clamp(max=1.9).requires_grad_()
     for seed, ends in enumerate(([40, 110], [7, 110], [30, 110])):
         inputs = [*(x.requires_grad_() for x in draw(110, seed=seed)), alpha]
         bounds = torch.tensor([0, *ends], dtype=torch.int32)
-        blocks = HierarchicalEntmax.metadata(
-            network(), 110, bounds, 104, torch.device("cpu")
-        )  # one bound, as training has
+        blocks = HierarchicalEntmax.metadata(network(), 110, bounds, 104, torch.device("cpu"))
         found = []
-        for flex in (True, False):
-            monkeypatch.setattr(model.hierarchical.attention, "uses_flex", lambda *_, flex=flex: flex)
+        for kernel in (True, False):
+            monkeypatch.setattr(model.hierarchical.attention, "runs_on_triton", lambda _, kernel=kernel: kernel)
             out = ours(*inputs[:3], blocks, alpha, SLOPES)
             found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)  # gradients pass log p, up to 1 / p
-        assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(n, marks=needs_triton) for n in (2**22, 1000)])
+def test_kernels_lose_what_masks_lose(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, in float32: outputs at most twice, gradients at most three times, or a few roundings."""
+    monkeypatch.setitem(model.visible_attention.SCORES_AT_ONCE, "cpu", at_once)
+    alpha = torch.tensor([1.1, 1.5, 1.75, 1.9], dtype=torch.float64)
+    inputs, blocks = [*draw(110), alpha], blocks_of(110, DOCUMENTS)
+    cotangent = torch.randn(1, 4, 110, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = ours(*leaves[:3], blocks, leaves[3], SLOPES)
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+    truth, masks = run(torch.float64), run(torch.float32)
+    module = model.hierarchical.attention
+    monkeypatch.setattr(module, "runs_on_triton", lambda _: True)
+    for name in ("block_bias_attention", "block_mean_scores", "entmax"):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), backend="triton"))
+    for i, (found, plain, exact) in enumerate(zip(run(torch.float32), masks, truth, strict=True)):
+        limit = max((3 if i else 2) * relative(plain, exact), 4 * torch.finfo(torch.float32).eps)
+        assert relative(found, exact) <= limit, i

@@ -1,4 +1,4 @@
-"""FlexAttention, compiled, with gradients into blocks' weights, against masks; needs a CUDA device."""
+"""The kernels, with gradients into blocks' weights, against masks; needs a CUDA device."""
 
 import pytest
 import torch
@@ -18,10 +18,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_outputs_and_gradients(
     documents: Tensor | None, slopes: Tensor | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlexAttention's error against float64 is at most twice (of gradients three times) that of masks in its dtype."""
+    """The kernels' error against float64 is at most twice (of gradients three times) that of masks in its dtype."""
     config, device = network(64, head_dim=32), torch.device("cuda")
     layer = HierarchicalEntmax(config, 0)
-    # heads of 32, which compiled FlexAttention takes
     inputs = [torch.cat([x] * 4, dim=-1).to(device) for x in draw(1536, scale=6.0)]
     inputs.append(torch.tensor([1.1, 1.5, 1.75, 1.9], dtype=torch.float64, device=device))
     cotangent = torch.randn(1, 4, 1536, 32, dtype=torch.float64, device=device)
@@ -32,8 +31,8 @@ def test_outputs_and_gradients(
     dead = (layer.choose(q, k, blocks, slopes, alpha) == -torch.inf) & visible
     assert 0.3 < float(dead.sum() / (4 * visible.sum())) < 0.95
 
-    def run(flex: bool, dtype: torch.dtype) -> list[Tensor]:
-        monkeypatch.setattr(model.hierarchical.attention, "uses_flex", lambda *_: flex)
+    def run(kernels: bool, dtype: torch.dtype) -> list[Tensor]:
+        monkeypatch.setattr(model.hierarchical.attention, "runs_on_triton", lambda _: kernels)
         leaves = [x.to(dtype).requires_grad_() for x in inputs[:3]]
         leaves.append(alpha.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
         out = layer(torch.empty(0), *leaves[:3], blocks, slopes, alpha=leaves[3])

@@ -17,17 +17,25 @@ import training.memory.nsa
 import training.module
 import training.step.float8
 import training.step.recomputation
+from kernels.block_bias.tuning import TABLES as BLOCK_BIAS_TABLES
 from kernels.lightning_indexer.launches import SCORES_AT_ONCE
-from kernels.lightning_indexer.tuning import TABLES
+from kernels.lightning_indexer.tuning import TABLES as INDEXER_TABLES
 from kernels.selected_blocks.launches import PART_ELEMENTS
 from kernels.selected_blocks.readers import READERS
 from model.attention import kept_bits, make_metadata
+from model.hierarchical.config import HierarchicalConfig
 from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
 from tests.training.memory.helpers import MODELS, MODES, NSA, TOKENS, autocast, batch, make, needs_float8_by_row
 from training.memory.activations import block_activations, kept_of_attention
 from training.memory.dsa import CHOOSING_SCORES, INDEX_DIM_MAX, INDEX_ROWS, index_workspace
 from training.memory.estimate import estimate
+from training.memory.hierarchical import (
+    QUERY_TILE,
+    biased_attention_workspace,
+    block_choice_activations,
+    block_choice_workspace,
+)
 from training.memory.nsa import branch_activations, branch_workspace
 from training.memory.setup import Setup
 from training.module import LanguageModule
@@ -214,7 +222,7 @@ def test_sizes_of_the_kernel_of_selected_blocks() -> None:
 
 def test_the_indexer_on_cuda() -> None:
     """Scores of the queries that choose together, up to a bound, or in warm-up log-sum-exps of all heads."""
-    launch = TABLES[64]["scores"]
+    launch = INDEXER_TABLES[64]["scores"]
     assert (SCORES_AT_ONCE, launch.rows) == (CHOOSING_SCORES, INDEX_ROWS)
     assert INDEX_DIM_MAX == kernels.lightning_indexer.indexer.INDEX_DIM_MAX
     setup = replace(make(MODELS["dsa-rope"])[1], cuda=True)
@@ -243,6 +251,18 @@ def test_selected_blocks_on_cuda() -> None:
     long = replace(setup, cuda=True, tokens=2**22, sequence_length=2**22)
     shares = 2**30 + 2 * 2 * (2**22 / 8 + 2**22 * 4 / 1024) * 8 * 16 * 4
     assert branch_workspace(long, NSA) - branch_workspace(setup, NSA) * 2**22 / TOKENS == pytest.approx(shares)
+
+
+def test_blocks_with_a_bias_on_cuda() -> None:
+    """log p and the log-sum-exp are kept, 4 bytes each; backward of attention has the gradient of log p, and lists."""
+    assert {launch.rows for launch in BLOCK_BIAS_TABLES[64].values()} == {QUERY_TILE}
+    setup, sizes = replace(make(MODELS["hierarchical-rope"])[1], cuda=True), HierarchicalConfig(block=8)
+    kept = [block_choice_activations(setup, replace(sizes, block=block)) for block in (8, 4)]
+    assert kept[1] - kept[0] == TOKENS * 4 * 4 * 32  # heads, bytes, blocks more
+    assert kept[0] == TOKENS * 16 * 4 * (4 + 2 * 2) + TOKENS * 4 * 4 * (32 + 1)
+    lists = 4 * (8 * 32 * 5 + 8 * 8 * 4)  # of 8 tiles of queries or keys
+    assert biased_attention_workspace(setup, 32) == TOKENS * 4 * 4 * (32 + 1) + lists
+    assert block_choice_workspace(setup, sizes) >= biased_attention_workspace(setup, 32)
 
 
 def test_offloaded_inputs_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Scores of queries with the mean key of each block of their document, forward and backward."""
