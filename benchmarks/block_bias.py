@@ -20,10 +20,10 @@ from benchmarks.peers import PEERS
 from benchmarks.selected_blocks import Forward, error_line, timed
 from benchmarks.workloads import Workload, gaussian
 from kernels import block_bias_attention, block_mean_scores
+from model.block_masks import TILE, block_mask_of_tiles
 from model.config import HierarchicalConfig
 from model.hierarchical.blocks import Blocks, packed_blocks
-from model.softmax import TILE
-from model.visible_attention import attend_flex, block_mask_of_tiles
+from model.visible_attention import attend_flex
 
 if TYPE_CHECKING:
     from benchmarks.suites import Bench

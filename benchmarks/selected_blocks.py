@@ -18,8 +18,8 @@ from benchmarks.peers import PEERS
 from benchmarks.workloads import Workload, gaussian
 from kernels import selected_block_attention
 from kernels.selected_blocks import tuning
-from model.softmax import TILE
-from model.visible_attention import View, attend_flex, block_mask_of_tiles
+from model.block_masks import TILE, block_mask_of_tiles
+from model.visible_attention import View, attend_flex
 
 if TYPE_CHECKING:
     from benchmarks.suites import Bench

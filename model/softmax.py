@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from model.block_masks import block_mask_of_intervals
 from model.compiling import share_cores
 from model.kv_cache import Extension
 
 # torch 2.11 takes grouped heads as they are, later releases want to be told
 VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 HALF = (torch.bfloat16, torch.float16)  # what FlashAttention takes
-TILE = 128  # of FlexAttention's block masks, queries and keys
 FLEX_KINDS = 256  # of inputs (dtype, heads, head dim, gradients or not, ...) for which one process compiles it
 FLEX_SCORES = 2**18  # scores of a head below which a mask costs less than compiling FlexAttention
 # without cuDNN's, which plans anew for each number of keys, and so for each decoded token
@@ -113,13 +113,18 @@ def document_block_mask(
 ) -> BlockMask:
     """Causal visibility within documents and window, made once a step and shared by all layers."""
     query = torch.arange(n_tokens, device=device)
-    document = torch.zeros_like(query) if cu_seqlens is None else torch.searchsorted(cu_seqlens, query, right=True)
+    document = first = torch.zeros_like(query)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, query, right=True)
+        first = cu_seqlens[document - 1].long()
+    if window is not None:
+        first = torch.maximum(first, query - window + 1)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = (j <= i) & (document[i] == document[j])
         return seen if window is None else seen & (j > i - window)
 
-    return make_block_mask(visible, None, n_tokens, n_tokens, device)
+    return block_mask_of_intervals(visible, first[None], query[None], n_tokens)
 
 
 def cached_softmax_attention(
@@ -193,19 +198,8 @@ def cached_block_mask(extension: Extension, window: int | None) -> BlockMask:
         seen = j <= query[i]
         return seen if window is None else seen & (j > query[i] - window)
 
-    return make_block_mask(visible, None, len(query), n_keys, query.device)
-
-
-def make_block_mask(
-    visible: Callable[..., Tensor], rows: int | None, n_queries: int, n_keys: int, device: torch.device
-) -> BlockMask:
-    """Of what is alike in all heads and layers, in tiles of TILE x TILE.
-
-    visible: (b, h, i, j) -> bool tensor of batch row, query head, query and key. rows: B where it is not alike in them.
-    """
-    share_cores(1)
-    compiled = device.type == "cuda"  # on a CPU it costs more than the mask
-    return create_block_mask(visible, rows, None, n_queries, n_keys, device=device, BLOCK_SIZE=TILE, _compile=compiled)
+    first = torch.zeros_like(query) if window is None else (query - window + 1).clamp(min=0)
+    return block_mask_of_intervals(visible, first[None], query[None], n_keys)
 
 
 def _masked(

@@ -12,13 +12,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from model.softmax import FLEX_SCORES, MASK_ELEMENTS, TILE, compiled_flex, steady_backends
+from model.block_masks import Visible, block_mask_of_intervals
+from model.softmax import FLEX_SCORES, MASK_ELEMENTS, compiled_flex, steady_backends
 
 # float32 scores of one block of rows, 16 MiB or 128 MiB, and a few temporaries of their size, where keys are rated
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint
-# (b, h, i, j) -> bool tensor of batch row, query head, query and key, as FlexAttention takes it
-Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]  # (b, i, j) -> tokens between query i and key j
 
 
@@ -141,7 +140,6 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, view: View, block_mask: BlockMa
     return out
 
 
-def block_mask_of_tiles(live: Tensor, visible: Visible, n_queries: int, n_keys: int) -> BlockMask:
-    """live: bool (B, H or 1, tiles of queries, tiles of keys), those that hold a key which a query of theirs sees."""
-    numbers, order = live.sum(-1, dtype=torch.int32), live.int().argsort(dim=-1, descending=True, stable=True).int()
-    return BlockMask.from_kv_blocks(numbers, order, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(n_queries, n_keys))
+def block_mask_of_view(view: View, n_keys: int, exact: bool = True) -> BlockMask:
+    """exact: each query of the view sees all keys between its first and last."""
+    return block_mask_of_intervals(view.visible, view.first_key, view.last_key, n_keys, exact)

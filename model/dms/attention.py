@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from model.block_masks import TILE, block_mask_of_tiles
 from model.config import ModelConfig
 from model.dms.cache import ForgettingKeys
 from model.dms.eviction import EvictionLogits, logistic_noise
 from model.dms.tokens import DelayedKeys
 from model.kv_cache import Extension, LayerCache
-from model.softmax import make_block_mask
 from model.sparse_attention import SparseAttention
 from model.token_positions import TokenPositions, cached_positions, packed_positions
-from model.visible_attention import TILE, attend_flex, attend_masked, block_mask_of_tiles, uses_flex
+from model.visible_attention import attend_flex, attend_masked, block_mask_of_view, uses_flex
 
 TEMPERATURE = 0.1  # of Gumbel-sigmoid
 
@@ -107,6 +107,6 @@ def _delayed(config: ModelConfig, tokens: TokenPositions, number: Tensor | None)
     device, n_queries = tokens.own_key.device, tokens.n_queries
     flex, dense = uses_flex(device, n_queries, tokens.n_keys), None
     if flex and torch.is_grad_enabled():
-        dense = make_block_mask(tokens.visible_keys(), len(tokens.own_key), n_queries, tokens.n_keys, device)
+        dense = block_mask_of_view(tokens.view_of(tokens.visible_keys(), None), tokens.n_keys)
     number = tokens.position if number is None else number
     return DelayedKeys(**vars(tokens), window=config.attention.dms.window, number=number, flex=flex, dense=dense)

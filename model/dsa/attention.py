@@ -14,9 +14,8 @@ from model.dsa.loss import index_loss
 from model.dsa.tokens import Tokens, cached_tokens, packed_tokens
 from model.kv_cache import Extension, LayerCache
 from model.rotary import rotary_tables
-from model.softmax import make_block_mask
 from model.sparse_attention import SparseAttention
-from model.visible_attention import attend_flex, attend_masked, uses_flex
+from model.visible_attention import attend_flex, attend_masked, block_mask_of_view, uses_flex
 
 
 @dataclass(frozen=True)
@@ -99,5 +98,5 @@ def _shared(config: ModelConfig, tokens: Tokens) -> DSAMetadata:
         rotary = rotary_tables(position, replace(config, head_dim=half), position.max())  # [b or 1, 1, n, dim / 4]
     flex = uses_flex(device, n_queries, tokens.n_keys)
     if flex and not config.attention.dsa.is_sparse:
-        dense = make_block_mask(tokens.visible_keys(), len(tokens.own_key), n_queries, tokens.n_keys, device)
+        dense = block_mask_of_view(tokens.view_of(tokens.visible_keys(), None), tokens.n_keys)
     return DSAMetadata(tokens, rotary, flex, dense)

@@ -10,10 +10,11 @@ from torch.nn.functional import pad
 from kernels.block_sparse.attention import BACKENDS
 from kernels.common.backends import choose_backend
 from kernels.lightning_indexer.indexer import select_keys, unsupported
+from model.block_masks import TILE, block_mask_of_tiles
 from model.config import ModelConfig
 from model.dsa.tokens import Tokens
 from model.rotary import rotate
-from model.visible_attention import TILE, View, block_mask_of_tiles, blocks_of_rows, reached
+from model.visible_attention import View, blocks_of_rows, reached
 
 SCORE_BITS = 12  # of scores that are compared
 

@@ -14,9 +14,8 @@ from model.nsa.blocks import Blocks, cached_blocks, packed_blocks
 from model.nsa.branches import compression_branch, selection_branch, window_branch
 from model.nsa.config import BRANCHES, NSAConfig
 from model.nsa.selection import select_blocks
-from model.softmax import make_block_mask
 from model.sparse_attention import SparseAttention
-from model.visible_attention import View, attend_flex, attend_masked, uses_flex
+from model.visible_attention import View, attend_flex, attend_masked, block_mask_of_view, uses_flex
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,8 @@ def _with_masks(blocks: Blocks) -> NSAMetadata:
 
 def block_masks(blocks: Blocks) -> tuple[BlockMask, BlockMask]:
     """Of compression and window."""
-    sizes = len(blocks.position), blocks.position.shape[1]
-    device = blocks.position.device
+    compression = compression_branch(blocks, None)  # it may see the last of its blocks
     return (
-        make_block_mask(blocks.sees_compressed(), *sizes, len(blocks.first_key), device),
-        make_block_mask(blocks.sees_window(), *sizes, blocks.n_keys, device),
+        block_mask_of_view(compression, len(blocks.first_key), exact=False),
+        block_mask_of_view(window_branch(blocks, None), blocks.n_keys),
     )

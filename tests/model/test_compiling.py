@@ -4,12 +4,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 import torch._inductor.config as inductor
 
 from model import softmax
 from model.compiling import MOST, compile_workers, share_cores
-from model.kv_cache import Extension
 from tests.model.test_transformer import make, tiny
 
 
@@ -44,23 +42,14 @@ def test_the_fewest_of_several_calls_stay(monkeypatch: pytest.MonkeyPatch) -> No
     assert [share_cores(ranks) for ranks in (1, 32, 1)] == [MOST, 2, 2]
 
 
-def mask_of_documents() -> None:
-    softmax.document_block_mask(8, None, None, torch.device("cpu"))
-
-
-def mask_of_a_chunk() -> None:
-    softmax.cached_block_mask(Extension(torch.arange(2, 8)[None], slice(2, 8), slice(0, 8), None), None)
-
-
 def flex_attention() -> None:
     softmax.compiled_flex.__wrapped__()
 
 
-@pytest.mark.parametrize("compiled", [mask_of_documents, mask_of_a_chunk, flex_attention, make(tiny()).compile_blocks])
+@pytest.mark.parametrize("compiled", [flex_attention, make(tiny()).compile_blocks])
 def test_what_is_compiled_without_training_takes_few_workers(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     workers = []
-    for name in ("create_block_mask", "flex_attention"):
-        monkeypatch.setattr(softmax, name, lambda *_, **__: workers.append(inductor.compile_threads))
+    monkeypatch.setattr(softmax, "flex_attention", lambda *_, **__: workers.append(inductor.compile_threads))
     for name in ("torch.compile", "torch.nn.Module.compile"):
         monkeypatch.setattr(name, lambda *_, **__: workers.append(inductor.compile_threads))
     compiled()

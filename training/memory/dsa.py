@@ -1,7 +1,8 @@
 """What DeepSeek Sparse Attention keeps for backward, besides a layer's projections."""
 
+from model.block_masks import TILE
 from model.dsa.config import DSAConfig
-from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE, TILE
+from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.nsa import in_blocks_of_rows
 from training.memory.setup import FLOAT32, Setup
 

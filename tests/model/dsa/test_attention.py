@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import model.dsa.indexer
+import model.block_masks
 import model.visible_attention
 from kernels.common.backends import INTERPRETED
 from model.attention import make_metadata
@@ -14,9 +15,8 @@ from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
 from model.dsa.indexer import IndexInputs, chosen_block_mask, coarse, index_scores, select_tokens, wide
 from model.dsa.tokens import cached_tokens, packed_tokens
 from model.kv_cache import Extension
-from model.softmax import make_block_mask
 from model.transformer import Transformer
-from model.visible_attention import mask_and_bias
+from model.visible_attention import block_mask_of_view, mask_and_bias
 from tests.model.dsa.looped import SIZES, WARMUP, attended, chosen, module, network, scores
 from tests.model.sparse_inputs import draw, graphs_of_flex, longest
 
@@ -36,7 +36,7 @@ def metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = Non
 def flex_metadata(config: ModelConfig, n_tokens: int, cu_seqlens: Tensor | None = None) -> DSAMetadata:
     """As on CUDA."""
     made = metadata(config, n_tokens, cu_seqlens)
-    dense = make_block_mask(made.tokens.visible_keys(), 1, n_tokens, n_tokens, CPU)
+    dense = block_mask_of_view(made.tokens.view_of(made.tokens.visible_keys(), None), n_tokens)
     return DSAMetadata(made.tokens, made.rotary, True, dense)
 
 
@@ -178,7 +178,7 @@ def test_later_tokens_and_other_documents_change_nothing() -> None:
 
 @torch.no_grad()
 def test_tiles_of_the_block_mask_are_those_with_chosen_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in (model.dsa.indexer, model.visible_attention):
+    for one in (model.dsa.indexer, model.block_masks):
         monkeypatch.setattr(one, "TILE", 16)
     config = network(DSAConfig(3, 8, 2))
     sparse, (x, *_) = module(config), draw(110, config)
