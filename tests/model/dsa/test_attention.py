@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import model.dsa.indexer
 import model.block_masks
+import model.dsa.indexer
 import model.visible_attention
 from kernels.common.backends import INTERPRETED
 from model.attention import make_metadata
