@@ -127,7 +127,7 @@ class _Call:
             BD=padded_head_dim(head_dim),
             BN=self.key_tile(design),
             SLOPES=self.slopes is not None,
-            PRECISION=dot_precision(head_dim, self.q.dtype, self.q.device),
+            PRECISION=dot_precision(head_dim, self.q.dtype, self.q.device, enlarged=True),
             STAGES=launch.stages,
             num_warps=launch.warps,
             **strides("q", self.q),

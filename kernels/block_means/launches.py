@@ -99,7 +99,7 @@ class _Call:
             SIZE=block_size,
             D=self.head_dim,
             BD=padded_head_dim(self.head_dim),
-            PRECISION=dot_precision(self.head_dim, torch.float32, q.device),
+            PRECISION=dot_precision(self.head_dim, torch.float32, q.device, enlarged=q.dtype == torch.float32),
             num_warps=8 if self.wide else 4,
         )
 

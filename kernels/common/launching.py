@@ -64,11 +64,15 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
 
 
-def dot_precision(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def dot_precision(head_dim: int, dtype: torch.dtype, device: torch.device, enlarged: bool = False) -> str:
     """Precision of tl.dot. float32: three TF32 products, about float32's own accuracy, where their operands, each in
-    two parts, fit on the chip, else plain float32 units, which compile slowly."""
+    two parts, fit on the chip, else plain float32 units, which compile slowly. enlarged: whether their errors are, by
+    logarithms of small weights or differences of near ones; then plain units too, since tensor cores' sums lose several
+    units in the last place (seen on an H200: up to 24 times plain PyTorch's errors)."""
     if dtype != torch.float32:
         return "tf32"
+    if enlarged:
+        return "ieee"
     large = device.type == "cpu" or shared_memory(device) >= LARGE_SHARED_MEMORY
     return "tf32x3" if head_dim <= (128 if large else 64) else "ieee"
 

@@ -109,6 +109,7 @@ class _Index:
     it, as in attention's backward; float16 would lose small differences of weights, so it goes as float32."""
 
     def __init__(self, q: Tensor, k: Tensor, weights: Tensor):
+        half = torch.float16 in (q.dtype, k.dtype)
         self.dtype = torch.bfloat16 if q.dtype == k.dtype == torch.bfloat16 else torch.float32
         q, k = (unit_stride(x.to(self.dtype)) for x in (q, k[:, None]))
         self.padded_dim = padded_head_dim(q.shape[3])
@@ -116,7 +117,7 @@ class _Index:
         self.arguments: dict[str, Any] = dict(
             p_index_q=q, p_index_k=k, p_weights=weights, stride_jb=key["stride_jb"], stride_jt=key["stride_jt"],
             INDEX_HEADS=q.shape[1], ID=q.shape[3], BID=self.padded_dim,
-            INDEX_PRECISION=dot_precision(self.padded_dim, self.dtype, q.device),
+            INDEX_PRECISION=dot_precision(self.padded_dim, self.dtype, q.device, enlarged=not half),
             **strides("i", q), **strides("w", weights),
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ class AttentionOperands:
         self.arguments: dict[str, Any] = dict(
             p_q=q, p_k=k, p_slopes=None if alibi_slopes is None else alibi_slopes.float().contiguous(), scale=scale,
             n_keys=k.shape[2], HEADS=q.shape[1], REPEAT=q.shape[1] // k.shape[1], D=q.shape[3], BD=self.padded_dim,
-            BIAS=alibi_slopes is not None, PRECISION=dot_precision(self.padded_dim, q.dtype, q.device),
+            BIAS=alibi_slopes is not None, PRECISION=dot_precision(self.padded_dim, q.dtype, q.device, enlarged=True),
             **strides("q", q), **strides("k", k),
         )  # fmt: skip
 

@@ -99,7 +99,7 @@ class Properties:
 
 def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with CUDA in place of the device that it is asked for."""
-    return lambda *given: function(*(CUDA if isinstance(x, torch.device) else x for x in given))
+    return lambda *given, **named: function(*(CUDA if isinstance(x, torch.device) else x for x in given), **named)
 
 
 def pretend(capability: str) -> None:
