@@ -303,3 +303,29 @@ def test_what_is_compiled_is_compiled_in_the_first_step() -> None:
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-14)
         compiled.append(len(graphs))
     assert compiled == [compiled[0]] * 4 and compiled[0] >= 4
+
+
+def test_a_compiled_teacher_is_compiled_whatever_its_student_has_used_up() -> None:
+    """torch counts recompilations of both together, since their blocks are one class's."""
+    network = ModelConfig(32, 1, 16, 2, 2, 32, attention=AttentionConfig(kind="softmax"))
+    student, teacher = Transformer(network), Teacher(Transformer(network), Path("teacher"), 0)
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for model in (student, teacher.model):
+            model.compile_blocks = lambda model=model: [  # type: ignore[method-assign,misc]
+                block.compile(backend=backend, dynamic=False) for block in model.blocks
+            ]
+        student.compile_blocks()
+        teacher.place(torch.device("cpu"), "32-true", compile=True, tile_tokens=0)
+        for length in range(2, 10):
+            student(torch.zeros(1, length, dtype=torch.int64), None, length)
+        used = len(compiled)
+        teacher.hidden(torch.zeros(1, 20, dtype=torch.int64), None, 20, None)
+    torch._dynamo.reset()
+    assert used >= 8 and len(compiled) > used
