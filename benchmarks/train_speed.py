@@ -47,7 +47,7 @@ from model.flops import peak_flops
 from training.distributed.engine import PlainEngine
 from training.module import LanguageModule
 from training.step.activations import ActivationCheckpointing
-from training.step.float8 import Float8, check_device
+from training.step.float8 import Float8, check_device, check_installed
 from training.step.loss import resolve_loss_backend
 from training.step.optim import OptimizerConfig, build_optimizer
 from training.throughput import peak_memory_gib, speed_metrics
@@ -95,7 +95,6 @@ class Trial:
 
     def __init__(self, model: str, kind: str, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
         self.device = torch.device("cuda")
-        check_device(options.get("float8", "none"), self.device)
         self.config, self.ranks = network(model, kind), ranks
         with self.device:
             self.module = LanguageModule(self.config, OptimizerConfig(), **options)
@@ -232,6 +231,9 @@ def main() -> int:
             from benchmarks import litgpt_peer  # it builds on this module
 
             litgpt_peer.check_installed()
+        for recipe in options.float8:
+            check_installed(recipe)
+            check_device(recipe, torch.device("cuda"))
         for model, tokens in product(options.models, step_tokens.values()):
             first_rank(network(model, "softmax"), ranks, tokens)
     except ValueError as error:
@@ -251,6 +253,7 @@ def main() -> int:
         row = run(trial, row, steps, warm_up, live)
         rows.append(row)
         show(row)
+        write_rows(options.output, rows)  # each time: what fails later takes none with it
         return row
 
     for model, kind, float8 in product(options.models, options.kinds, options.float8):
@@ -278,7 +281,6 @@ def main() -> int:
         trial = litgpt_peer.LitGPTTrial(max(options.lengths))
         for length in options.lengths:
             add(trial, litgpt_peer.MODEL, "litgpt", ("none", "none"), length, options.steps, 2, live=False)
-    write_rows(options.output, rows)
     return 0
 
 

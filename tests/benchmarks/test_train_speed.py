@@ -74,8 +74,8 @@ def test_rows_of_fp8(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             return {}
 
     monkeypatch.setattr(train_speed, "Trial", OnCpu)
-    for name, value in (("is_available", True), ("get_device_name", "H200")):
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name, value in (("is_available", True), ("get_device_name", "H200"), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     options = ["--models", "smoke", "--kinds", "softmax", "--lengths", "64", "--float8", "none", "rowwise"]
     monkeypatch.setattr("sys.argv", ["train_speed", *options, "--output", str(tmp_path / "x.csv")])
     assert main() == 0
@@ -94,6 +94,18 @@ def test_a_peer_that_is_not_installed_ends_before_anything_is_measured(
     assert main() == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: --peers litgpt needs the package litgpt") and not captured.out
+
+
+def test_fp8_without_torchao_ends_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("training.step.float8.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["train_speed", "--float8", "none", "rowwise"])
+    assert main() == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: model.float8 is 'rowwise', but torchao is not installed")
+    assert not captured.out
 
 
 def test_steps_of_litgpt_train(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,7 @@ def convert_linears(blocks: Sequence[Block], recipe: Float8) -> Converted:
     Raises:
         ValueError: torchao is not installed, or no linear has sizes that fit.
     """
-    if find_spec("torchao") is None:
-        raise ValueError(f"model.float8 is {recipe!r}, but torchao is not installed: pip install torchao, {INSTEAD}")
+    check_installed(recipe)
     check_linears(recipe, blocks)
     with _without_warnings():
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -71,6 +70,12 @@ def _fits(module: nn.Module, name: str) -> bool:
 def fits(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a block's matrix of this name and shape is multiplied with in FP8."""
     return not {"temperature", "sparse"} & set(name.split(".")) and all(size % MULTIPLE == 0 for size in shape)
+
+
+def check_installed(recipe: Float8) -> None:
+    """Raises ValueError where torchao is not."""
+    if recipe != "none" and find_spec("torchao") is None:
+        raise ValueError(f"model.float8 is {recipe!r}, but torchao is not installed: pip install torchao, {INSTEAD}")
 
 
 def check_device(recipe: Float8, device: torch.device) -> None:
