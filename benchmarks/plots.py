@@ -80,6 +80,12 @@ def read_plot(path: Path) -> Plot:
             raise ValueError(f"{path}: {name} is {getattr(plot, name)!r}: expected one of {known}")
     for line in plot.lines:
         lengths = {len(line.x), len(line.y), *(len(ends) for ends in (line.low, line.high) if ends)}
+        for axis, values in (("x", line.x), ("y", [*line.y, *line.low, *line.high])):
+            scale = getattr(plot, f"{axis}_scale")
+            if scale != "linear" and not all(value > 0 for value in values):
+                raise ValueError(
+                    f"{path}: line {line.name!r} has {axis} {min(values)}: expected above 0, as {scale} shows"
+                )
         if len(lengths) != 1:
             raise ValueError(f"{path}: line {line.name!r} has lists of {sorted(lengths)} points: expected one length")
     return plot

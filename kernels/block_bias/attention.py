@@ -7,11 +7,9 @@ from kernels.alpha_entmax.attention import check_tensors, checked_scale
 from kernels.block_bias.operator import attention_operator
 from kernels.block_bias.reference import block_bias_reference
 from kernels.block_sparse.attention import BACKENDS, unsupported
-from kernels.common.arguments import POSITIONS, check_integer, check_kind, readable
+from kernels.common.arguments import check_block_size, check_kind, check_positions, check_seen, readable
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import refuse_transforms
-
-INT32_MAX = 2**31 - 1
 
 
 def block_bias_attention(
@@ -55,9 +53,7 @@ def block_bias_attention(
     the CPU only.
     """
     check_tensors(q, k, v)
-    check_integer("block_size", block_size)
-    if not 1 <= block_size <= INT32_MAX // 2:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_block_size(block_size)
     _check_blocks(q, k, bias, first_key, own_key, block_size)
     scale = checked_scale(q, scale, alibi_slopes)
     if choose_backend(backend, BACKENDS, q, unsupported(q)) == "torch":
@@ -70,22 +66,16 @@ def block_bias_attention(
 def _check_blocks(q: Tensor, k: Tensor, bias: Tensor, first_key: Tensor, own_key: Tensor, block_size: int) -> None:
     (batch, heads, n_queries, _), n_keys = q.shape, k.shape[2]
     check_kind("bias", bias, (torch.float64 if q.dtype == torch.float64 else torch.float32,), q.device)
-    check_kind("first_key", first_key, POSITIONS, q.device)
-    check_kind("own_key", own_key, POSITIONS, q.device)
     if bias.dim() != 4 or bias.shape[:3] != (batch, heads, n_queries):
         raise ValueError(
             f"bias must be ({batch}, {heads}, {n_queries}, C): one of each query, head and block, got "
             f"{tuple(bias.shape)}"
         )
     for name, x in (("first_key", first_key), ("own_key", own_key)):
-        if x.shape not in ((batch, n_queries), (1, n_queries)):
-            raise ValueError(f"{name} must be ({batch} or 1, {n_queries}), got {tuple(x.shape)}")
+        check_positions(name, x, batch, n_queries, q.device)
+    check_seen(first_key, own_key, n_keys)
     if not readable(q) or n_queries == 0:
         return
-    if int(first_key.min()) < 0:
-        raise ValueError(f"first_key must be at least 0, got {int(first_key.min())}")
-    if int(own_key.max()) >= n_keys:
-        raise ValueError(f"own_key must lie below the number of keys, {n_keys}, got {int(own_key.max())}")
     most = int((own_key - first_key).max()) // block_size
     if most >= bias.shape[3]:
         raise ValueError(

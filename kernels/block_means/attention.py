@@ -7,7 +7,15 @@ from kernels.alpha_entmax.attention import check_tensors, checked_scale
 from kernels.block_means.operator import scores_operator
 from kernels.block_means.reference import block_mean_scores_reference
 from kernels.block_sparse.attention import BACKENDS, unsupported
-from kernels.common.arguments import POSITIONS, check_integer, check_kind, check_tensor
+from kernels.common.arguments import (
+    check_block_size,
+    check_integer,
+    check_kind,
+    check_positions,
+    check_seen,
+    check_tensor,
+    readable,
+)
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import refuse_transforms
 
@@ -53,20 +61,21 @@ def block_mean_scores(
     check_tensor("k", k)
     like_k = q.new_empty(()).expand(k.shape)
     check_tensors(q, like_k, like_k)
-    check_kind("k", k, (q.dtype, torch.float32), q.device)
-    check_integer("block_size", block_size)
+    check_kind("k", k, tuple(dict.fromkeys((q.dtype, torch.float32))), q.device)
+    check_block_size(block_size)
     check_integer("n_blocks", n_blocks)
-    if block_size < 1 or n_blocks < 0:
-        raise ValueError(f"block_size must be at least 1 and n_blocks 0, got {block_size} and {n_blocks}")
+    if n_blocks < 0:
+        raise ValueError(f"n_blocks must be at least 0, got {n_blocks}")
     (batch, _, n_queries, _), n_keys = q.shape, k.shape[2]
-    for name, x, dtypes in (("first_key", first_key, POSITIONS), ("own_key", own_key, POSITIONS)):
-        check_kind(name, x, dtypes, q.device)
-        if x.shape not in ((batch, n_queries), (1, n_queries)):
-            raise ValueError(f"{name} must be ({batch} or 1, {n_queries}), got {tuple(x.shape)}")
+    for name, x in (("first_key", first_key), ("own_key", own_key)):
+        check_positions(name, x, batch, n_queries, q.device)
+    check_seen(first_key, own_key, n_keys)
     for name, x in (("block_start", block_start), ("block_ends", block_ends)):
         check_kind(name, x, (torch.int32,), q.device)
         if x.dim() != 1 or (name == "block_start" and len(x) != n_keys):
             raise ValueError(f"block_start must be ({n_keys},) and block_ends (F,), got {name} {tuple(x.shape)}")
+        if readable(x) and x.numel() and not -1 <= int(x.min()) <= int(x.max()) < max(n_keys, 1):
+            raise ValueError(f"{name} must lie in -1 ... {n_keys - 1}, got {int(x.min())} ... {int(x.max())}")
     scale = checked_scale(q, scale, alibi_slopes)
     if choose_backend(backend, BACKENDS, q, unsupported(q)) == "torch":
         return block_mean_scores_reference(q, k, first_key, own_key, block_size, n_blocks, scale, alibi_slopes)

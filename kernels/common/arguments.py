@@ -17,6 +17,7 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 POSITIONS = (torch.int32, torch.int64)
+LARGEST_BLOCK = 2**20  # keys; kernels' numbers of keys have 32 bits
 
 
 def check_kind(name: str, x: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -25,6 +26,30 @@ def check_kind(name: str, x: Any, dtypes: tuple[torch.dtype, ...], device: torch
     if x.dtype not in dtypes or x.device != device:
         kinds = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must be {kinds} on {device}, got {x.dtype} on {x.device}")
+
+
+def check_positions(name: str, x: Any, batch: int, n_queries: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError for what is not int32 or int64 (B or 1, n) on the device."""
+    check_kind(name, x, POSITIONS, device)
+    if x.shape not in ((batch, n_queries), (1, n_queries)):
+        rows = "1" if batch == 1 else f"{batch} or 1"
+        raise ValueError(f"{name} must be ({rows}, {n_queries}), got {tuple(x.shape)}")
+
+
+def check_seen(first_key: Tensor, own_key: Tensor, n_keys: int) -> None:
+    """Raises ValueError for queries that see keys which there are not; values are read on the CPU only."""
+    if not readable(own_key) or own_key.numel() == 0:
+        return
+    if int(first_key.min()) < 0:
+        raise ValueError(f"first_key must be at least 0, got {int(first_key.min())}")
+    if int(own_key.max()) >= n_keys:
+        raise ValueError(f"own_key must lie below the number of keys, {n_keys}, got {int(own_key.max())}")
+
+
+def check_block_size(value: Any) -> None:
+    check_integer("block_size", value)
+    if not 1 <= value <= LARGEST_BLOCK:
+        raise ValueError(f"block_size must lie in 1 ... {LARGEST_BLOCK}, got {value}")
 
 
 def check_flag(name: str, x: Any) -> None:

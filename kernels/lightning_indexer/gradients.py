@@ -51,8 +51,8 @@ def loss_by_query(
             scale, n_queries, n_keys,
             INDEX_HEADS, ID, BID, HEADS, REPEAT, D, BD, BM, BN, BIAS, INDEX_PRECISION, PRECISION, STAGES,
         )  # fmt: skip
-        some = p > 0
-        loss += tl.sum(tl.where(some, p * (tl.log2(tl.where(some, p, 1.0)) - log_q), 0.0), 1)
+        none = p == 0  # not where p is NaN, which is to be seen
+        loss += tl.sum(tl.where(none, 0.0, p * (tl.log2(tl.where(none, 1.0, p)) - log_q)), 1)
         # not pipelined: what a tile of keys adds has to be there when the next one reads it
         for j in tl.range(0, INDEX_HEADS, num_stages=1):
             q = load_rows(p_index_q + tl.cast(j, tl.int64) * stride_ih, start, stride_it, n_queries, BM, ID, BID, True)

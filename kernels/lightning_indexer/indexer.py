@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.alpha_entmax.attention import check_tensors, checked_scale
 from kernels.block_sparse.attention import unsupported as unsupported_attention
-from kernels.common.arguments import check_integer, check_tensor, readable
+from kernels.common.arguments import check_integer, check_positions, check_seen, check_tensor, readable
 from kernels.common.derivatives import refuse_transforms
 from kernels.lightning_indexer.chosen_launches import attention_operator
 from kernels.lightning_indexer.operator import loss_operator, select_operator
@@ -70,7 +70,7 @@ def indexer_loss(
     """
     _check_index(index_q, index_k, weights)
     _check_attention(q, k, index_q, index_k)
-    _check_rows(first_key, own_key, index_q)
+    _check_rows(first_key, own_key, index_q, index_k.shape[1])
     if chosen is not None:
         _check_bits(chosen, q.shape[0], q.shape[2], k.shape[2], q.device)
     scale = checked_scale(q, scale, alibi_slopes)
@@ -107,7 +107,7 @@ def chosen_attention(
     Raises: as `indexer_loss`.
     """
     check_tensors(q, k, v)
-    _check_rows(first_key, own_key, q)
+    _check_rows(first_key, own_key, q, k.shape[2])
     _check_bits(chosen, q.shape[0], q.shape[2], k.shape[2], q.device)
     scale = checked_scale(q, scale, alibi_slopes)
     if (lacking := unsupported_attention(q)) is not None:
@@ -144,7 +144,7 @@ def select_keys(
     Raises: as `indexer_loss`.
     """
     _check_index(index_q, index_k, weights)
-    _check_rows(first_key, own_key, index_q)
+    _check_rows(first_key, own_key, index_q, index_k.shape[1])
     for name, value, least, most in (("count", count, 1, INT32_MAX), ("score_bits", score_bits, 8, 23)):
         check_integer(name, value)
         if not least <= value <= most:
@@ -186,22 +186,19 @@ def _check_attention(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> 
         raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}")
 
 
-def _check_rows(first_key: Tensor, own_key: Tensor, index_q: Tensor) -> None:
+def _check_rows(first_key: Tensor, own_key: Tensor, index_q: Tensor, n_keys: int) -> None:
     batch, _, n_queries, _ = index_q.shape
     for name, x in (("first_key", first_key), ("own_key", own_key)):
-        check_tensor(name, x)
-        if x.dtype not in (torch.int32, torch.int64) or x.device != index_q.device:
-            raise ValueError(
-                f"{name} must be torch.int32 or torch.int64 on {index_q.device}, got {x.dtype} on {x.device}"
-            )
-        if x.shape not in ((batch, n_queries), (1, n_queries)) or x.shape != first_key.shape:
-            raise ValueError(f"{name} must be ({batch} or 1, {n_queries}), both alike, got {tuple(x.shape)}")
+        check_positions(name, x, batch, n_queries, index_q.device)
+        if x.shape != first_key.shape:
+            raise ValueError(f"{name} must be {tuple(first_key.shape)}, as first_key, got {tuple(x.shape)}")
         if readable(x) and bool((x.diff() < 0).any()):
             at = int((x.diff() < 0).flatten().nonzero()[0]) % (n_queries - 1)
             raise ValueError(
                 f"{name} must not fall from one query to the next, got {int(x[:, at].max())} and "
                 f"{int(x[:, at + 1].min())} at queries {at} and {at + 1}; sort the queries"
             )
+    check_seen(first_key, own_key, n_keys)
 
 
 def _check_bits(chosen: Tensor, batch: int, n_queries: int, n_keys: int, device: torch.device) -> None:

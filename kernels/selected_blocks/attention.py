@@ -5,13 +5,12 @@ from torch import Tensor
 
 from kernels.alpha_entmax.attention import check_tensors, checked_scale
 from kernels.block_sparse.attention import BACKENDS, unsupported
-from kernels.common.arguments import POSITIONS, check_integer, check_kind, readable
+from kernels.common.arguments import check_block_size, check_integer, check_kind, check_positions, readable
 from kernels.common.backends import choose_backend
 from kernels.common.derivatives import refuse_transforms
 from kernels.selected_blocks.operator import attention_operator
 from kernels.selected_blocks.reference import selected_blocks_reference
 
-INT32_MAX = 2**31 - 1
 REPEAT_MAX = 128  # query heads of a group that one tile of the kernels takes
 
 
@@ -55,9 +54,7 @@ def selected_block_attention(
     the CPU only. There more blocks than n_blocks are refused; on CUDA they end in a device-side assertion.
     """
     check_tensors(q, k, v)
-    check_integer("block_size", block_size)
-    if not 1 <= block_size <= INT32_MAX // 2:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_block_size(block_size)
     if n_blocks is None:
         n_blocks = -(-k.shape[2] // block_size)
     check_integer("n_blocks", n_blocks)
@@ -76,14 +73,12 @@ def selected_block_attention(
 def _check_blocks(q: Tensor, k: Tensor, first_key: Tensor, own_key: Tensor, n_blocks: int) -> None:
     (batch, _, n_queries, _), groups, n_keys = q.shape, k.shape[1], k.shape[2]
     check_kind("first_key", first_key, (torch.int32,), q.device)
-    check_kind("own_key", own_key, POSITIONS, q.device)
+    check_positions("own_key", own_key, batch, n_queries, q.device)
     if first_key.dim() != 4 or first_key.shape[:3] != (batch, groups, n_queries):
         raise ValueError(
             f"first_key must be ({batch}, {groups}, {n_queries}, count): blocks of each batch row, key head and query, "
             f"got {tuple(first_key.shape)}"
         )
-    if own_key.shape not in ((batch, n_queries), (1, n_queries)):
-        raise ValueError(f"own_key must be ({batch} or 1, {n_queries}), got {tuple(own_key.shape)}")
     if not readable(q) or first_key.numel() == 0:
         return
     least, most = int(first_key.min()), int(first_key.max())

@@ -208,6 +208,8 @@ CASES = [
     Case("Liger's loss on a CPU", train("--model.loss_backend", "liger"), ["loss_backend is 'liger'"]),
     Case("a teacher that is not there", train("--model.distill.teacher", "{tmp}/none"),
          ["model.distill.teacher: {tmp}/none: no such folder; expected a run folder"]),
+    Case("a weight without a teacher", train("--model.distill.weight", "0.5"),
+         ["model.distill has weight 0.5 and temperature 1, but no teacher: give model.distill.teacher"]),
     Case("a teacher without a name", train("--model.distill.teacher", ""), ["model.distill.teacher is empty"]),
     Case("a folder of no run as teacher", train("--model.distill.teacher", "{corpus}"),
          ["model.distill.teacher: {corpus} holds no complete checkpoint"]),

@@ -51,6 +51,8 @@ def test_every_picture_is_shown_and_its_page_names_the_command() -> None:
     ("change", "message"),
     [({"x_scale": "log3"}, "x_scale is 'log3': expected one of"),
      ({"y_scale": "log2"}, "y_scale is 'log2': expected one of"),
+     ({"y_scale": "log", "lines": [{"name": "a", "x": [1.0], "y": [0.0]}]}, "has y 0.0: expected above 0"),
+     ({"x_scale": "log2", "lines": [{"name": "a", "x": [0.0], "y": [1.0]}]}, "has x 0.0: expected above 0"),
      ({"lines": [{"name": "a", "x": [1.0, 2.0], "y": [1.0]}]}, "lists of [1, 2] points"),
      ({"source": None}, "source")],
 )  # fmt: skip

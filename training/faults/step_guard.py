@@ -149,7 +149,8 @@ class StepGuard(Callback):
             norm: gradient norm from engine.gradient_norm (scalar).
         """
         bad_norm = self._reduce(trainer, norm)
-        objection, finite = self._objection(bad_norm), math.isfinite(self.outcome.loss) and not bad_norm
+        trained_on = self.outcome.loss + self.outcome.kl_sum + self.outcome.z_loss_sum
+        objection, finite = self._objection(bad_norm), math.isfinite(trained_on) and not bad_norm
         self.skipped = bool(objection)
         self._suspect = not (finite or self.skipped)
         self.history.skipped.append(self.skipped)
@@ -200,6 +201,12 @@ class StepGuard(Callback):
         if self.config.skip_nonfinite:
             if not math.isfinite(loss):
                 return f"its loss is {loss}"
+            for name, value in (
+                ("divergence from the teacher", self.outcome.kl_sum),
+                ("z-loss", self.outcome.z_loss_sum),
+            ):
+                if not math.isfinite(value):
+                    return f"its {name} is {value}"
             if bad_norm:
                 return f"its gradient norm is {self.outcome.gradient_norm}"
         if limit is not None and (deviations := self.history.spike(loss)) > limit:

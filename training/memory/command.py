@@ -14,7 +14,7 @@ from training.memory.estimate import Estimate, estimate
 from training.memory.setup import Setup
 from training.memory.states import parameter_count
 from training.options import PRECISIONS, check_trainer_options, count_processes
-from training.step.teacher import check_distillation, find_teacher
+from training.step.teacher import DistillConfig, check_distillation, find_teacher
 from training.throughput import GIB
 
 
@@ -58,7 +58,7 @@ class MemoryCLI(TrainingCLI):
         parallel, ranks = config.parallel, count_processes(config.trainer)
         tokens = config.data.micro_batch_size * config.data.sequence_length
         check_sequence_parallel(ParallelConfig(**parallel.as_dict()), network, tokens, ranks)
-        distill = config.model.distill
+        distill = DistillConfig(**config.model.distill.as_dict())
         teacher = find_teacher(distill.teacher, network, parallel.sequence_parallel)
         accelerator, backend = config.trainer.accelerator, config.model.loss_backend
         check_distillation(distill, loss_backend=backend, cuda_graphs=config.model.cuda_graphs)

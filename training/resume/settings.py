@@ -93,9 +93,10 @@ def check_settings(checkpoint: CheckpointInfo, settings: dict[str, Any], allowed
         )
     teachers = saved[TEACHER], settings.get(TEACHER)
     if teachers[0] != teachers[1] and TEACHER not in allowed:
+        back = "leave it out" if teachers[0] is None else "give that one"
         raise ValueError(
-            f"{TEACHER} {teachers[0]} (config: {teachers[1]}): not the teacher that {checkpoint.path} has; "
-            f'give that one, or go on with the other: --allow_changes "[{TEACHER}]"'
+            f"{TEACHER} {teachers[0]} (config: {teachers[1]}): not what {checkpoint.path} was trained with; "
+            f'{back}, or go on with the change: --allow_changes "[{TEACHER}]"'
         )
     changed = [key for key in sorted(settings.keys() & saved.keys()) if settings[key] != saved[key]]
     if not changed:

@@ -32,7 +32,9 @@ class DistillConfig:
         teacher: run (its newest complete checkpoint), checkpoint, or a folder of model.export; null for none. It has
             the tokenizer of the data, and as many words as the model.
         weight: share of the divergence, in [0, 1].
-        temperature: that both models' logits are divided by in the divergence.
+        temperature: that both models' logits are divided by in the divergence, in [0.01, 1000].
+
+    Without a teacher weight and temperature keep their defaults.
     """
 
     teacher: str | None = None
@@ -41,7 +43,12 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_number("model.distill.weight", self.weight, least=0, most=1)
-        check_number("model.distill.temperature", self.temperature, above=0, most=1e3)
+        check_number("model.distill.temperature", self.temperature, least=0.01, most=1e3)
+        if self.teacher is None and (self.weight, self.temperature) != (1.0, 1.0):
+            raise ValueError(
+                f"model.distill has weight {self.weight:g} and temperature {self.temperature:g}, but no teacher: give "
+                "model.distill.teacher, or leave these out"
+            )
 
 
 def find_teacher(path: str | None, network: ModelConfig, sequence_parallel: int) -> CheckpointInfo | None:

@@ -146,7 +146,9 @@ def test_nothing_to_attend_to(n_queries: int, n_keys: int) -> None:
     ("changes", "message"),
     [
         (dict(chosen=torch.zeros(1, 5, 1).byte()), r"chosen must be \(1, 6, at least 1\).*got \(1, 5, 1\)"),
-        (dict(own_key=torch.zeros(6).int()), r"own_key must be \(1 or 1, 6\), both alike, got \(6,\)"),
+        (dict(own_key=torch.zeros(6).int()), r"own_key must be \(1, 6\), got \(6,\)"),
+        (dict(own_key=torch.arange(6)[None] + 1), "own_key must lie below the number of keys, 6, got 6"),
+        (dict(first_key=torch.full((1, 6), -1)), "first_key must be at least 0, got -1"),
         (dict(scale=-1.0), "scale must be positive"),
     ],
 )

@@ -82,6 +82,17 @@ def test_an_equal_softmax_has_no_loss() -> None:
     assert float(indexer_loss(index_q, index_k, -weights, *alike)) > 1
 
 
+@pytest.mark.parametrize("which", ["index_q", "index_k", "weights", "q", "k"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_seen(value: float, which: str) -> None:
+    """A loss that leaves NaN out would look like a good one."""
+    inputs = [x.clone() for x in Shape(70, 70).tensors(torch.float32)]
+    place = ("index_q", "index_k", "weights", "q", "k").index(which)
+    inputs[place][..., 3] = value
+    first, own = Shape(70, 70).rows()
+    assert not bool(indexer_loss(*inputs, first, own).isfinite())
+
+
 def test_any_strides_give_the_same_bits() -> None:
     inputs = SHAPE.tensors(torch.float32)
     expected = run(SHAPE, inputs)
@@ -203,7 +214,9 @@ def test_cuda_graph_equals_eager() -> None:
         (dict(k=torch.zeros(1, 2, 7, 20)), r"k must be \(1, heads, 6, D\) beside the index, got \(1, 2, 7, 20\)"),
         (dict(k=torch.zeros(1, 3, 6, 20)), "query heads must be a multiple of key heads, got 4 and 3"),
         (dict(first_key=torch.zeros(1, 6)), "first_key must be torch.int32 or torch.int64 on .*, got torch.float32"),
-        (dict(own_key=torch.zeros(6).int()), r"own_key must be \(1 or 1, 6\), both alike, got \(6,\)"),
+        (dict(own_key=torch.zeros(6).int()), r"own_key must be \(1, 6\), got \(6,\)"),
+        (dict(own_key=torch.arange(6)[None] + 1), "own_key must lie below the number of keys, 6, got 6"),
+        (dict(first_key=torch.full((1, 6), -1)), "first_key must be at least 0, got -1"),
         (
             dict(own_key=torch.tensor([[0, 1, 3, 2, 4, 5]])),
             "own_key must not fall from one query to the next, got 3 and 2 at queries 2 and 3; sort the queries",

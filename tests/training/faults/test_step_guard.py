@@ -93,6 +93,14 @@ def admitted(parts: tuple[StepGuard, Trainer, PlainEngine], loss: float, norm: f
     return took
 
 
+def test_a_divergence_that_is_not_finite_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss that is logged does not hold it."""
+    guard, trainer, engine = make_guard(tmp_path, GuardConfig())
+    guard.observe(torch.tensor(50.0), 50, [0], *torch.tensor([0.0, math.inf, 0.5]).unbind())
+    assert not guard.admits(trainer, engine, torch.tensor(0.0))
+    assert "skipped, its divergence from the teacher is inf" in capsys.readouterr().err
+
+
 def test_spikes_are_skipped_once_half_the_window_is_known(tmp_path: Path) -> None:
     parts = make_guard(tmp_path, GuardConfig(spike_deviations=6, window=20))
     calm = [3.0, 3.1, 2.9, 3.05, 2.95]

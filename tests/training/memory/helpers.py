@@ -56,7 +56,7 @@ def make(
 ) -> tuple[LanguageModule, Setup]:
     torch.manual_seed(0)
     options = {"loss_chunk_tokens": 128, **options}
-    distill = DistillConfig(None if teacher is None else "teacher", weight=0.5)
+    distill = DistillConfig() if teacher is None else DistillConfig("teacher", weight=0.5)
     module = LanguageModule(network, OptimizerConfig(), loss_backend="chunked", distill=distill, **options)
     if teacher is not None:
         module.teacher = Teacher(Transformer(teacher), Path("teacher"), 0)

@@ -116,7 +116,7 @@ def test_another_teacher_needs_leave(before: str | None, now: str | None, capsys
     for saved in [{**BASE, TEACHER: before}] + ([BASE] if before is None else []):
         with pytest.raises(ValueError) as refused:
             resumed(50, ("trainer.max_steps",), saved=saved, model__distill__teacher=now)
-        assert str(refused.value).startswith(f"{TEACHER} {before} (config: {now}): not the teacher that run/step has")
+        assert str(refused.value).startswith(f"{TEACHER} {before} (config: {now}): not what run/step was trained with")
         assert said(capsys) == ""
         resumed(50, (TEACHER,), saved=saved, model__distill__teacher=now)
         assert said(capsys) == f"changed since step: {TEACHER} {before} (config: {now})\n"
