@@ -137,6 +137,7 @@ def test_same_bits_where_it_is_recomputed() -> None:
 def test_nothing_to_attend_to(n_queries: int, n_keys: int) -> None:
     shape = Shape(n_queries, n_keys)
     rows = torch.zeros(2, 1, n_queries, dtype=torch.int64, device=DEVICE)
+    rows[1] = min(0, n_keys - 1)  # the last key that is seen: none without keys
     chosen = torch.zeros(1, n_queries, 1, dtype=torch.uint8, device=DEVICE)
     found = results(chosen_attention, tensors(shape, torch.float32), torch.float32, *rows, chosen)
     assert not any(bool(x.any()) for x in found)

@@ -120,7 +120,8 @@ def test_operands_may_differ_in_dtype() -> None:
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 5), (5, 0)])
 def test_nothing_to_see(n_queries: int, n_keys: int) -> None:
     shape = Shape(n_queries, n_keys)
-    rows = (torch.zeros(1, n_queries, dtype=torch.int64, device=DEVICE),) * 2
+    rows = torch.zeros(2, 1, n_queries, dtype=torch.int64, device=DEVICE)
+    rows[1] = min(0, n_keys - 1)  # the last key that is seen: none without keys
     loss, *gradients = results(indexer_loss, shape.tensors(torch.float32), torch.float32, *rows)
     assert float(loss) == 0 and not any(bool(x.any()) for x in gradients)
 

@@ -126,6 +126,7 @@ def test_what_is_not_finite_ends_somewhere() -> None:
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 5), (5, 0)])
 def test_nothing_to_choose_from(n_queries: int, n_keys: int) -> None:
     rows = torch.zeros(2, 1, n_queries, dtype=torch.int64, device=DEVICE)
+    rows[1] = min(0, n_keys - 1)  # the last key that is seen: none without keys
     bits = select_keys(*Shape(n_queries, n_keys).tensors(torch.float32)[:3], *rows, count=2)
     assert bits.shape == (1, n_queries, -(-n_keys // 8))
 
