@@ -66,6 +66,17 @@ class StepOutcome:
     def loss(self) -> float:
         return self.loss_sum / max(1.0, self.valid_tokens)
 
+    @property
+    def not_finite(self) -> str:
+        """The first part of what is trained on that is not finite, with its value; empty where all are."""
+        parts = {
+            "loss": self.loss,
+            "z-loss": self.z_loss_sum,
+            "divergence from the teacher": self.kl_sum,
+            "auxiliary loss": self.auxiliary,
+        }
+        return next((f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)), "")
+
 
 class History:
     """What the rules look back on; part of the checkpoint, so that a resumed run decides as an undisturbed one.
@@ -149,8 +160,7 @@ class StepGuard(Callback):
             norm: gradient norm from engine.gradient_norm (scalar).
         """
         bad_norm = self._reduce(trainer, norm)
-        trained_on = self.outcome.loss + self.outcome.kl_sum + self.outcome.z_loss_sum
-        objection, finite = self._objection(bad_norm), math.isfinite(trained_on) and not bad_norm
+        objection, finite = self._objection(bad_norm), not (self.outcome.not_finite or bad_norm)
         self.skipped = bool(objection)
         self._suspect = not (finite or self.skipped)
         self.history.skipped.append(self.skipped)
@@ -199,14 +209,8 @@ class StepGuard(Callback):
         """Why the step must be skipped; empty where it need not."""
         loss, limit = self.outcome.loss, self.config.spike_deviations
         if self.config.skip_nonfinite:
-            if not math.isfinite(loss):
-                return f"its loss is {loss}"
-            for name, value in (
-                ("divergence from the teacher", self.outcome.kl_sum),
-                ("z-loss", self.outcome.z_loss_sum),
-            ):
-                if not math.isfinite(value):
-                    return f"its {name} is {value}"
+            if self.outcome.not_finite:
+                return f"its {self.outcome.not_finite}"
             if bad_norm:
                 return f"its gradient norm is {self.outcome.gradient_norm}"
         if limit is not None and (deviations := self.history.spike(loss)) > limit:

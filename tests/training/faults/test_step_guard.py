@@ -93,12 +93,16 @@ def admitted(parts: tuple[StepGuard, Trainer, PlainEngine], loss: float, norm: f
     return took
 
 
-def test_a_divergence_that_is_not_finite_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The loss that is logged does not hold it."""
+@pytest.mark.parametrize("part", ["z-loss", "divergence from the teacher", "auxiliary loss"])
+def test_what_is_trained_on_besides_has_to_be_finite(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss that is logged does not hold it, and its gradient may be 0."""
     guard, trainer, engine = make_guard(tmp_path, GuardConfig())
-    guard.observe(torch.tensor(50.0), 50, [0], *torch.tensor([0.0, math.inf, 0.5]).unbind())
+    others = {"z-loss": 0.0, "divergence from the teacher": 3.0, "auxiliary loss": 0.5, part: math.inf}
+    guard.observe(torch.tensor(50.0), 50, [0], *torch.tensor([*others.values()]).unbind())
     assert not guard.admits(trainer, engine, torch.tensor(0.0))
-    assert "skipped, its divergence from the teacher is inf" in capsys.readouterr().err
+    assert f"skipped, its {part} is inf" in capsys.readouterr().err
 
 
 def test_spikes_are_skipped_once_half_the_window_is_known(tmp_path: Path) -> None:
