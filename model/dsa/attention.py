@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from kernels.block_sparse.attention import unsupported
+from kernels.block_sparse.attention import runs_on_triton
 from kernels.lightning_indexer.indexer import chosen_attention
 from model.config import ModelConfig
 from model.dsa.indexer import LightningIndexer, chosen_block_mask, select_tokens
@@ -79,7 +79,7 @@ class DeepSeekSparseAttention(SparseAttention):
             chosen = select_tokens(index, tokens, self.config.select_tokens, backend)
         if self.has_auxiliary:
             self.add_auxiliary(index_loss(index, q, k, tokens, slopes, chosen, backend))
-        if chosen is not None and metadata.flex and q.is_cuda and unsupported(q) is None:
+        if chosen is not None and metadata.flex and runs_on_triton(q):
             return chosen_attention(q, k, v, tokens.first_key, tokens.own_key, chosen, alibi_slopes=slopes)
         view = tokens.view(slopes, chosen)
         if not metadata.flex:

@@ -1,5 +1,6 @@
 """What the tests of the Triton kernels share: drawing inputs, computing by any backend, allowed errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -165,3 +166,15 @@ def operators(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, **changes: Any) ->
         skip_far=True,
     )
     return call_operators(q, k, v, alpha, **{**usual, **changes})
+
+
+def check_any_strides(run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> None:
+    """run gives the same bits for tensors (B, heads, T, D) that are views of others, or stand in columns."""
+    views = tuple(
+        torch.cat([x, x + 1], 1).transpose(1, 2).contiguous().transpose(1, 2)[:, : x.shape[1]] for x in inputs
+    )
+    columns = tuple(x.mT.contiguous().mT for x in inputs)
+    expected = run(*inputs)
+    for tensors in (inputs, views, columns):
+        for ours, first in zip(run(*tensors), expected, strict=True):
+            assert torch.equal(ours, first)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import selected_block_attention
 from kernels.selected_blocks import launches, readers, reference, tuning
 from kernels.selected_blocks.readers import list_readers
-from tests.kernels.helpers import CUDA, DEVICE, draw, needs_cuda, needs_triton
+from tests.kernels.helpers import CUDA, DEVICE, check_any_strides, draw, needs_cuda, needs_triton
 from tests.kernels.selected_blocks.inputs import LARGE_SHAPES, SHAPES, Shape, check, results
 
 BACKENDS = [pytest.param("triton", marks=needs_triton), "torch"]
@@ -172,14 +172,7 @@ def test_any_strides_give_the_same_bits(backend: str) -> None:
         options = shape.options | dict(backend=backend)
         return results(selected_block_attention, tensors, torch.float32, *selection, **options)
 
-    views = tuple(
-        torch.cat([x, x + 1], 1).transpose(1, 2).contiguous().transpose(1, 2)[:, : x.shape[1]] for x in inputs
-    )
-    columns = tuple(x.mT.contiguous().mT for x in inputs)
-    expected = run(*inputs)
-    for tensors in (inputs, views, columns):
-        for ours, first in zip(run(*tensors), expected, strict=True):
-            assert torch.equal(ours, first)
+    check_any_strides(run, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
