@@ -67,8 +67,7 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
 def dot_precision(head_dim: int, dtype: torch.dtype, device: torch.device, enlarged: bool = False) -> str:
     """Precision of tl.dot. float32: three TF32 products, about float32's own accuracy, where their operands, each in
     two parts, fit on the chip, else plain float32 units, which compile slowly. enlarged: whether their errors are, by
-    logarithms of small weights or differences of near ones; then plain units too, since tensor cores' sums lose several
-    units in the last place (seen on an H200: up to 24 times plain PyTorch's errors)."""
+    logarithms of small weights or differences of near ones; then plain units too."""
     if dtype != torch.float32:
         return "tf32"
     if enlarged:

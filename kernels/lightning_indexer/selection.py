@@ -79,7 +79,9 @@ def least_rank(
         found = tl.zeros([BINS], tl.int32)
         for start in tl.range(lo // 8 * 8, hi, CHUNK, num_stages=1):
             each, seen = load_ranks(p_scores, start + tl.arange(0, CHUNK), lo, hi, width, SCORE_BITS)
-            held = seen & ((each >> (shift + DIGIT_BITS)) == rank)  # whose digits before this one are the same
+            held = seen
+            if i > 0:  # whose digits before this one are the same; before the first a shift might be one of 32 bits
+                held = held & ((each >> (shift + DIGIT_BITS)) == rank)
             found += tl.histogram(tl.where(held, (each >> shift) & (BINS - 1), 0), BINS)
             found -= tl.where(bins == 0, CHUNK - tl.sum(held.to(tl.int32), 0), 0)
         from_here = tl.sum(found, 0) - tl.cumsum(found, 0) + found  # with this digit or a larger one

@@ -1,5 +1,6 @@
 """What the tests of the Triton kernels share: drawing inputs, computing by any backend, allowed errors."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,13 @@ NAMES = ("out", "dq", "dk", "dv", "dalpha")
 MIXED = [1.05, 1.3, 1.5, 1.9]
 EPS = torch.finfo(torch.float32).eps
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+def weight_rounding(n_keys: int) -> float:
+    """What CUDA's exp2 and log2 add to the relative error of a weight 2 ** (x - log-sum-exp): each is off by up to
+    2 ** -22 of its value (PTX ISA: ex2.approx, lg2.approx), and that of the sum, of at most the keys' number, stands in
+    a power. The interpreter's are NumPy's, exact to float32's rounding."""
+    return 2**-22 * (1 + math.log(n_keys)) if CUDA else 0.0
 
 
 def by_name(name: str) -> Case:

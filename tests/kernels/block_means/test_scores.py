@@ -187,6 +187,13 @@ def test_definition_written_out(name: str) -> None:
             torch.testing.assert_close(scores[0, h, i], wanted, atol=1e-12, rtol=1e-12)
 
 
+def assert_same(ours: Tensor, other: Tensor, backend: str) -> None:
+    """The same bits, but for two roundings of the largest number where cuBLAS may add up in another order."""
+    finite = other.masked_fill(other.isinf(), 0).abs().max()
+    rounding = 2 * torch.finfo(other.dtype).eps * float(finite) if CUDA and backend == "torch" else 0.0
+    torch.testing.assert_close(ours, other, atol=rounding, rtol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_documents_change_nothing(backend: str) -> None:
     """Not even NaN in their keys, in scores and in gradients."""
@@ -199,7 +206,7 @@ def test_other_documents_change_nothing(backend: str) -> None:
     grad[:, :, 40:] = 9
     other = results(block_mean_scores, (q, k, grad), torch.float32, *places, backend=backend, **shape.options)
     for one, changed in zip(whole, other, strict=True):
-        torch.testing.assert_close(one[:, :, :40], changed[:, :, :40], atol=0, rtol=0)
+        assert_same(one[:, :, :40], changed[:, :, :40], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,8 +219,9 @@ def test_keys_may_be_float32(backend: str) -> None:
         leaf = keys.requires_grad_()
         scores = block_mean_scores(q, leaf, *shape.places(), backend=backend, **shape.options)
         found.append((scores.detach(), *torch.autograd.grad(scores, leaf, grad)))
-    assert torch.equal(found[0][0], found[1][0]) and found[1][1].dtype == torch.float32
-    assert torch.equal(found[0][1], found[1][1].bfloat16())
+    assert found[1][1].dtype == torch.float32
+    assert_same(found[0][0], found[1][0], backend)
+    assert_same(found[0][1], found[1][1].bfloat16(), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

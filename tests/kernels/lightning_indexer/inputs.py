@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.kernels.helpers import DEVICE, EPS, draw
+from tests.kernels.helpers import DEVICE, EPS, draw, weight_rounding
 
 NAMES = ("loss", "dq", "dk", "dweights")
 
@@ -138,7 +138,8 @@ def rounding(inputs: tuple[Tensor, ...], dtype: torch.dtype, truth: list[Tensor]
     terms that cancel, which add up as squares. more: as `weights_and_scores` takes it, behind the inputs.
 
     A product carries about EPS |q| |k|, a score the sum of that, and its power carries it relatively: so do p and
-    softmax(I), which may both be large where their difference, the gradient of I, is small. In bfloat16 that difference
+    softmax(I), which may both be large where their difference, the gradient of I, is small; so do CUDA's powers, alike
+    for a whole row where its sum's logarithm is off. In bfloat16 that difference
     is rounded to it once, in dq and dk, as attention's backward does. A product within 16 roundings of 0 may fall on
     ReLU's other side.
     """
@@ -149,13 +150,15 @@ def rounding(inputs: tuple[Tensor, ...], dtype: torch.dtype, truth: list[Tensor]
     size = (product * weights.abs()[..., None]).sum(1)
     size += (q.norm(dim=-1).amax(1)[..., None] * k.norm(dim=-1).amax(1)[:, None]) * (more[2] or q.shape[3] ** -0.5)
     size = 1 + (size * seen).amax(-1, keepdim=True)
-    off = EPS * (p + softmax) * size
+    powers = weight_rounding(k.shape[2])
+    off = (EPS * size + powers) * (p + softmax)
     once = off + (torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0) * (softmax - p).abs()
     doubt = (index_q @ index_k[:, None].mT).abs() <= 16 * EPS * product
     dx = torch.where(doubt, (softmax - p).abs()[:, None], once[:, None] * (x > 0))
     dx = (3 * dx * weights.abs()[..., None]) ** 2
+    ratio = (p.clamp(min=1e-300).log() - log_q).abs()
     terms = [
-        (EPS * p * (size + (p.clamp(min=1e-300).log() - log_q).abs())).norm(),
+        (EPS * p * (size + ratio)).norm() + powers * (p * (2 + ratio)).sum(-1).norm(),
         (dx @ index_k[:, None] ** 2).sum().sqrt(),
         (dx.mT @ index_q**2).sum().sqrt(),
         3 * (off[:, None] * x).norm(),

@@ -12,6 +12,7 @@ from model.dsa.attention import DeepSeekSparseAttention, DSAMetadata
 from model.dsa.indexer import IndexInputs, select_tokens
 from model.dsa.tokens import packed_tokens
 from model.sparse_attention import collected_auxiliary
+from tests.kernels.helpers import weight_rounding
 from tests.model.dsa.looped import module, network
 from tests.model.sparse_inputs import DOCUMENTS, SLOPES, draw, longest, relative
 
@@ -38,8 +39,10 @@ def test_kernels_choose_what_masks_choose(dtype: torch.dtype, documents: Tensor 
 def test_outputs_and_gradients(
     documents: Tensor | None, slopes: Tensor | None, stage: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlexAttention's error against float64 is at most twice (of gradients three times) that of masks in its dtype, as
-    flash-attention's tests have it. The tokens are those that float64 chooses: which are best turns on rounding."""
+    """The error against float64 is at most twice (of gradients three times) that of masks in its dtype, as
+    flash-attention's tests have it, and in float32 what CUDA's powers lose. The tokens are those that float64 chooses:
+    which are best turns on rounding. The loss in float32 is left to tests/kernels/lightning_indexer: its gradients are
+    differences of weights, which cancel."""
     config = network(DSAConfig(3, 8, 60, stage=stage), head_dim=32)  # type: ignore[arg-type]
     layer, device = module(config).cuda().train(), torch.device("cuda")
     x, *inputs = (x.cuda() for x in draw(1536, config))
@@ -66,7 +69,9 @@ def test_outputs_and_gradients(
         return [out.detach(), *found, losses[0].detach(), *torch.autograd.grad(losses[0], list(layer.parameters()))]
 
     masked = replace(flex, flex=False, dense=None)
-    truth = run(masked, torch.float64)
-    for i, (ours, plain, exact) in enumerate(zip(run(flex, dtype), run(masked, dtype), truth, strict=True)):
+    checked = 4 if dtype == torch.float32 else None  # output, dq, dk, dv
+    powers = weight_rounding(1536) if dtype == torch.float32 else 0
+    found = (run(*given)[:checked] for given in ((flex, dtype), (masked, dtype), (masked, torch.float64)))
+    for i, (ours, plain, exact) in enumerate(zip(*found, strict=True)):
         limit = max((3 if i else 2) * relative(plain, exact), 4 * torch.finfo(dtype).eps)
-        assert relative(ours, exact) <= limit, i
+        assert relative(ours, exact) <= limit + powers, i

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import model.hierarchical.attention
 from model.hierarchical.attention import HierarchicalEntmax
+from tests.kernels.helpers import weight_rounding
 from tests.model.hierarchical.looped import draw, network
 from tests.model.sparse_inputs import DOCUMENTS, SLOPES, longest, relative
 
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_outputs_and_gradients(
     documents: Tensor | None, slopes: Tensor | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels' error against float64 is at most twice (of gradients three times) that of masks in its dtype."""
+    """The kernels' error against float64 is at most twice (of gradients three times) that of masks in its dtype, and in
+    float32 what CUDA's powers lose."""
     config, device = network(64, head_dim=32), torch.device("cuda")
     layer = HierarchicalEntmax(config, 0)
     inputs = [torch.cat([x] * 4, dim=-1).to(device) for x in draw(1536, scale=6.0)]
@@ -39,6 +41,7 @@ def test_outputs_and_gradients(
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
 
     truth = run(False, torch.float64)
+    powers = weight_rounding(1536) if dtype == torch.float32 else 0
     for i, (ours, plain, exact) in enumerate(zip(run(True, dtype), run(False, dtype), truth, strict=True)):
         limit = max((3 if i else 2) * relative(plain, exact), 4 * torch.finfo(dtype).eps)
-        assert relative(ours, exact) <= limit, i
+        assert relative(ours, exact) <= limit + powers, i
