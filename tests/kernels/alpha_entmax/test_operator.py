@@ -35,6 +35,7 @@ from tests.kernels.helpers import (
     operators,
     per_head,
 )
+from tests.kernels.operators import check_cuda_graph
 
 pytestmark = needs_triton
 ROOT = Path(__file__).parents[3]
@@ -97,22 +98,11 @@ def test_cuda_graph_equals_eager() -> None:
         out = entmax_attention(q, k, v, alpha=alpha, cu_seqlens=bounds, alibi_slopes=slopes, backend="triton")
         return out.detach(), *torch.autograd.grad(out, (q, k, v, alpha), weight)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (10, 20):
-        with torch.no_grad():
-            for i, x in enumerate((q, k, v, weight)):
-                x.copy_(draw(*x.shape, seed=seed + i, dtype=x.dtype))
-        graph.replay()
-        for name, x, y in zip(NAMES, captured, step(), strict=True):
-            assert torch.equal(x, y), name
+    def redraw(seed: int) -> None:
+        for i, x in enumerate((q, k, v, weight)):
+            x.copy_(draw(*x.shape, seed=seed + i, dtype=x.dtype))
+
+    check_cuda_graph(step, redraw)
 
 
 # Errors

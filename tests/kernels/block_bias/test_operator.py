@@ -5,12 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels import block_bias_attention
 from kernels.block_bias.operator import attention_operator
 from tests.kernels.block_bias.inputs import SHAPES, Shape, results
 from tests.kernels.helpers import DEVICE, needs_cuda, needs_triton
+from tests.kernels.operators import (
+    WRAPPERS,
+    check_cuda_graph,
+    check_same_bits,
+    check_second_derivatives_are_refused,
+    check_transforms_are_refused,
+)
 
 pytestmark = needs_triton
 SHAPE = SHAPES["alibi documents"]
@@ -27,19 +33,10 @@ def test_registered_operator_is_sound() -> None:
     torch.library.opcheck(attention_operator, (q, k, v, bias, *shape.positions(), slopes, 4, 0.25))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        pytest.param(lambda *x: torch.compile(attend, fullgraph=True, backend="aot_eager")(*x), id="compiled"),
-        pytest.param(lambda *x: checkpoint(attend, *x, use_reentrant=False), id="checkpointed"),
-    ],
-)
-def test_same_bits_where_it_is(function: Any) -> None:
-    torch._dynamo.reset()
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_same_bits_where_it_is(wrap: Any) -> None:
     inputs, positions = SHAPE.tensors(torch.float32), SHAPE.positions()
-    expected = results(attend, inputs, torch.float32, *positions)
-    for ours, plain in zip(results(function, inputs, torch.float32, *positions), expected, strict=True):
-        assert torch.equal(ours, plain)
+    check_same_bits(wrap, attend, lambda function: results(function, inputs, torch.float32, *positions))
 
 
 @needs_cuda
@@ -53,43 +50,15 @@ def test_cuda_graph_equals_eager() -> None:
         out = block_bias_attention(*leaves, *positions, block_size=64)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (10, 20):
-        with torch.no_grad():
-            for x, other in zip([*leaves, grad], shape.tensors(torch.bfloat16, seed), strict=True):
-                x.copy_(other)
-        graph.replay()
-        for ours, plain in zip(captured, step(), strict=True):
-            assert torch.equal(ours, plain)
+    def redraw(seed: int) -> None:
+        for x, other in zip([*leaves, grad], shape.tensors(torch.bfloat16, seed), strict=True):
+            x.copy_(other)
+
+    check_cuda_graph(step, redraw)
 
 
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize("check", [check_second_derivatives_are_refused, check_transforms_are_refused])
+def test_what_is_refused(check: Any) -> None:
     shape = Shape(5, 5, live=1.0)
     q, k, v, bias, _ = shape.tensors(torch.float32)
-    out = block_bias_attention(
-        q.requires_grad_(), k, v, bias, *shape.positions(), block_size=16, backend="triton"
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="differentiable once by this backend"):
-        (gradient,) = torch.autograd.grad(out.norm(), q, create_graph=True)
-        torch.autograd.grad((gradient**2).sum(), q)
-
-
-def test_transforms_are_refused() -> None:
-    shape = Shape(5, 5)
-    q, k, v, bias, _ = shape.tensors(torch.float32)
-
-    def loss(q: Tensor) -> Tensor:
-        return block_bias_attention(
-            q, k, v, bias, *shape.positions(), block_size=16, backend="triton"
-        ).sum()  # fmt: skip
-
-    with pytest.raises(NotImplementedError, match="take backend='torch'"):
-        torch.func.grad(loss)(q)
+    check(lambda x: block_bias_attention(x, k, v, bias, *shape.positions(), block_size=16, backend="triton"), q)

@@ -11,11 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels import block_mean_scores
 from kernels.block_means.operator import scores_operator
 from tests.kernels.helpers import CUDA, DEVICE, EPS, draw, needs_cuda, needs_triton
+from tests.kernels.operators import (
+    WRAPPERS,
+    check_same_bits,
+    check_second_derivatives_are_refused,
+    check_transforms_are_refused,
+)
 
 BACKENDS = [pytest.param("triton", marks=needs_triton), "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -299,26 +304,12 @@ class TestOperator:
         names = ("test_schema", "test_faketensor")  # gradients of -inf - -inf are none
         torch.library.opcheck(scores_operator, (q, k, *shape.places(), slopes, 4, 3, 0.25), test_utils=names)
 
-    @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
-    def test_same_bits_where_it_is(self, how: str) -> None:
-        torch._dynamo.reset()
+    @pytest.mark.parametrize("wrap", WRAPPERS)
+    def test_same_bits_where_it_is(self, wrap: Any) -> None:
         inputs, places = self.shape.tensors(torch.float32), self.shape.places()
+        check_same_bits(wrap, self.score, lambda f: results(f, inputs, torch.float32, *places))
 
-        def other(*x: Tensor) -> Tensor:
-            if how == "checkpointed":
-                return checkpoint(self.score, *x, use_reentrant=False)
-            return torch.compile(self.score, fullgraph=True, backend="aot_eager")(*x)
-
-        expected = results(self.score, inputs, torch.float32, *places)
-        found = results(other, inputs, torch.float32, *places)
-        assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))
-
-    def test_second_derivatives_and_transforms_are_refused(self) -> None:
+    @pytest.mark.parametrize("check", [check_second_derivatives_are_refused, check_transforms_are_refused])
+    def test_what_is_refused(self, check: Any) -> None:
         inputs, places = self.shape.tensors(torch.float32), self.shape.places()
-        q = inputs[0].requires_grad_()
-        scores = self.score(q, inputs[1], *places)
-        with pytest.raises(RuntimeError, match="differentiable once by this backend"):
-            (gradient,) = torch.autograd.grad(scores[..., 0].norm(), q, create_graph=True)
-            torch.autograd.grad((gradient**2).sum(), q)
-        with pytest.raises(NotImplementedError, match="take backend='torch'"):
-            torch.func.grad(lambda q: self.score(q, inputs[1], *places)[..., 0].sum())(inputs[0].detach())
+        check(lambda q: self.score(q, inputs[1], *places)[..., 0], inputs[0])

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels.lightning_indexer import tuning
 from kernels.lightning_indexer.indexer import indexer_loss
@@ -18,6 +17,13 @@ from kernels.lightning_indexer.operator import loss_operator
 from kernels.lightning_indexer.tuning import IndexerLaunch
 from tests.kernels.helpers import CUDA, DEVICE, needs_cuda, needs_triton
 from tests.kernels.lightning_indexer.inputs import LARGE_SHAPES, SHAPES, Shape, check_loss, results
+from tests.kernels.operators import (
+    WRAPPERS,
+    check_cuda_graph,
+    check_same_bits,
+    check_second_derivatives_are_refused,
+    check_transforms_are_refused,
+)
 
 pytestmark = needs_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -148,31 +154,16 @@ def test_registered_operator_is_sound() -> None:
     torch.library.opcheck(loss_operator, given)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        pytest.param(
-            lambda *x, **o: torch.compile(indexer_loss, fullgraph=True, backend="aot_eager")(*x, **o), id="compiled"
-        ),
-        pytest.param(lambda *x, **o: checkpoint(indexer_loss, *x, use_reentrant=False, **o), id="checkpointed"),
-    ],
-)
-def test_same_bits_where_it_is(function: Any) -> None:
-    torch._dynamo.reset()
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_same_bits_where_it_is(wrap: Any) -> None:
     inputs, given = SHAPE.tensors(torch.float32), dict(chosen=SHAPE.chosen(), **SHAPE.options)
-    for ours, first in zip(
-        results(function, inputs, torch.float32, *SHAPE.rows(), **given), run(SHAPE, inputs), strict=True
-    ):
-        assert torch.equal(ours, first)
+    check_same_bits(wrap, indexer_loss, lambda f: results(f, inputs, torch.float32, *SHAPE.rows(), **given))
 
 
 def test_second_derivatives_are_refused() -> None:
-    inputs = Shape(5, 5).tensors(torch.float32)
-    leaves = [x.requires_grad_() for x in inputs[:3]]
-    loss = indexer_loss(*leaves, *inputs[3:], *Shape(5, 5).rows())
-    with pytest.raises(RuntimeError, match="differentiable once by this backend"):
-        (gradient,) = torch.autograd.grad(loss**2, leaves[0], create_graph=True)
-        torch.autograd.grad(gradient.norm(), leaves[0])
+    index_q, *others = Shape(5, 5).tensors(torch.float32)
+    rows = Shape(5, 5).rows()
+    check_second_derivatives_are_refused(lambda x: indexer_loss(x, *others, *rows) ** 2, index_q)
 
 
 @needs_cuda
@@ -180,29 +171,17 @@ def test_cuda_graph_equals_eager() -> None:
     """Nobody asks the device."""
     shape = LARGE_SHAPES["30m, chosen"]
     inputs, (first, own), chosen = shape.tensors(torch.bfloat16), shape.rows(), shape.chosen()
-    leaves = [x.requires_grad_() for x in inputs[:3]]
+    leaves, options = [x.requires_grad_() for x in inputs[:3]], shape.options
 
     def step() -> list[Tensor]:
         loss = indexer_loss(*leaves, *inputs[3:], first, own, chosen=chosen, **options)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    options = shape.options
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (10, 20):
-        with torch.no_grad():
-            for x, new in zip(inputs, shape.tensors(torch.bfloat16, seed), strict=True):
-                x.copy_(new)
-        graph.replay()
-        for ours, eager in zip(captured, step(), strict=True):
-            assert torch.equal(ours, eager)
+    def redraw(seed: int) -> None:
+        for x, new in zip(inputs, shape.tensors(torch.bfloat16, seed), strict=True):
+            x.copy_(new)
+
+    check_cuda_graph(step, redraw)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +216,6 @@ def test_errors_name_the_value(changes: dict[str, Any], message: str) -> None:
 
 
 def test_transforms_are_refused() -> None:
-    inputs = Shape(5, 5).tensors(torch.float32)
-    with pytest.raises(NotImplementedError, match="use model.dsa.loss with backend='torch'"):
-        torch.func.grad(lambda x: indexer_loss(x, *inputs[1:], *Shape(5, 5).rows()))(inputs[0])
+    index_q, *others = Shape(5, 5).tensors(torch.float32)
+    rows, way_out = Shape(5, 5).rows(), "use model.dsa.loss with backend='torch'"
+    check_transforms_are_refused(lambda x: indexer_loss(x, *others, *rows), index_q, way_out)

@@ -5,12 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels import selected_block_attention
 from kernels.selected_blocks import tuning
 from kernels.selected_blocks.operator import attention_operator
 from tests.kernels.helpers import DEVICE, draw, needs_cuda, needs_triton
+from tests.kernels.operators import (
+    WRAPPERS,
+    check_cuda_graph,
+    check_same_bits,
+    check_second_derivatives_are_refused,
+    check_transforms_are_refused,
+)
 from tests.kernels.selected_blocks.inputs import SHAPES, Shape, results
 
 pytestmark = needs_triton
@@ -28,19 +34,10 @@ def test_registered_operator_is_sound() -> None:
     torch.library.opcheck(attention_operator, (q, k, v, *shape.selection(), slopes, 4, 3, 0.25))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        pytest.param(lambda *x: torch.compile(attend, fullgraph=True, backend="aot_eager")(*x), id="compiled"),
-        pytest.param(lambda *x: checkpoint(attend, *x, use_reentrant=False), id="checkpointed"),
-    ],
-)
-def test_same_bits_where_it_is(function: Any) -> None:
-    torch._dynamo.reset()
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_same_bits_where_it_is(wrap: Any) -> None:
     inputs, selection = SHAPE.tensors(torch.float32), SHAPE.selection()
-    expected = results(attend, inputs, torch.float32, *selection)
-    for ours, plain in zip(results(function, inputs, torch.float32, *selection), expected, strict=True):
-        assert torch.equal(ours, plain)
+    check_same_bits(wrap, attend, lambda function: results(function, inputs, torch.float32, *selection))
 
 
 @needs_cuda
@@ -56,39 +53,15 @@ def test_cuda_graph_equals_eager(few: int, monkeypatch: pytest.MonkeyPatch) -> N
         out = selected_block_attention(q, k, v, first, own, block_size=64)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), grad.detach())
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (10, 20):
-        with torch.no_grad():
-            for i, x in enumerate((q, k, v, grad)):
-                x.copy_(draw(*x.shape, seed=seed + i, dtype=x.dtype))
-            first.copy_(shape.selection(seed)[0])
-        graph.replay()
-        for ours, plain in zip(captured, step(), strict=True):
-            assert torch.equal(ours, plain)
+    def redraw(seed: int) -> None:
+        for i, x in enumerate((q, k, v, grad)):
+            x.copy_(draw(*x.shape, seed=seed + i, dtype=x.dtype))
+        first.copy_(shape.selection(seed)[0])
+
+    check_cuda_graph(step, redraw)
 
 
-def test_second_derivatives_are_refused() -> None:
-    inputs, selection = Shape(5, 5).tensors(torch.float32), Shape(5, 5).selection()
-    q = inputs[0].requires_grad_()
-    out = selected_block_attention(q, *inputs[1:3], *selection, block_size=16, backend="triton")
-    with pytest.raises(RuntimeError, match="differentiable once by this backend"):
-        (gradient,) = torch.autograd.grad(out.norm(), q, create_graph=True)
-        torch.autograd.grad((gradient**2).sum(), q)
-
-
-def test_transforms_are_refused() -> None:
-    inputs, selection = Shape(5, 5).tensors(torch.float32), Shape(5, 5).selection()
-
-    def loss(q: Tensor) -> Tensor:
-        return selected_block_attention(q, *inputs[1:3], *selection, block_size=16, backend="triton").sum()
-
-    with pytest.raises(NotImplementedError, match="take backend='torch'"):
-        torch.func.grad(loss)(inputs[0])
+@pytest.mark.parametrize("check", [check_second_derivatives_are_refused, check_transforms_are_refused])
+def test_what_is_refused(check: Any) -> None:
+    (q, k, v, _), selection = Shape(5, 5).tensors(torch.float32), Shape(5, 5).selection()
+    check(lambda x: selected_block_attention(x, k, v, *selection, block_size=16, backend="triton"), q)
