@@ -7,6 +7,7 @@
     python -m benchmarks.train_speed --lengths 4096 --float8 none rowwise tensorwise  # 1b in bf16 and in FP8
     python -m benchmarks.train_speed --kinds softmax --lengths 4096 32768 --peers litgpt  # LitGPT's step too
     python -m benchmarks.train_speed --lengths --longest 262144 --sequence_parallel 2  # one rank of two, by itself
+    python -m benchmarks.train_speed --runs runs/softmax runs/asentmax --data prepared/source-tree --lengths 32768
     PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
@@ -14,7 +15,8 @@ freshly initialised weights: bf16 autocast over float32 weights, blocks compiled
 after two to warm up (--longest: one step after another, in which kernels compile). mode:
 model.activation_checkpointing. MFU: training.throughput.speed_metrics, in FP8 beside bfloat16's peak too. live %: 64 x
 64 tiles with support, mean over layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is
-live. With --sequence_parallel S a row is of one rank among S GPUs that share each sequence: its memory and MFU, and the
+live: --runs steps trained checkpoints on held-out documents, with their own sparsity, at a learning rate of 0.
+With --sequence_parallel S a row is of one rank among S GPUs that share each sequence: its memory and MFU, and the
 tokens/s of all S together, less the time of exchanges (benchmarks/loopback.py).
 """
 
@@ -29,14 +31,16 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import yaml
+from torch import Tensor
 
 from benchmarks.loopback import first_rank
 from common.arguments import PlainParser, a_path
@@ -93,9 +97,9 @@ def random_batch(config: ModelConfig, tokens: int, lengths: Sequence[int], lengt
 class Trial:
     """One model in training on the GPU. ranks: that share a sequence; options: of LanguageModule."""
 
-    def __init__(self, model: str, kind: str, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
-        self.device = torch.device("cuda")
-        self.config, self.ranks = network(model, kind), ranks
+    def __init__(self, config: ModelConfig, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.ranks = config, ranks
         with self.device:
             self.module = LanguageModule(self.config, OptimizerConfig(), **options)
         self.module.loss_backend = resolve_loss_backend(loss_backend, self.device)
@@ -104,7 +108,7 @@ class Trial:
 
     def step(self, batch: dict[str, Any]) -> None:
         moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             loss = self.module.training_step(moved, 0)["loss"]
         loss.backward()
         self.engine.clip_gradients(1.0, self.engine.gradient_norm())
@@ -147,13 +151,16 @@ class Trial:
             step_ms=1e3 * step, peak_gib=peak_memory_gib(self.device),
         )  # fmt: skip
 
+    def sample(self, length: int) -> Tensor:
+        """A document, int64 (1, length)."""
+        return torch.randint(self.config.vocab_size, (1, length))
+
     @torch.no_grad()
     def live_percent(self, length: int) -> float | None:
         if not self.config.attention.has_statistics:
             return None
-        ids = torch.randint(self.config.vocab_size, (1, length), device=self.device)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            stats = attention_stats(self.module.model, ids)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            stats = attention_stats(self.module.model, self.sample(length).to(self.device))
         return 100 * float(torch.stack([layer.live_share.mean() for layer in stats]).mean())
 
 
@@ -198,8 +205,12 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = PlainParser(prog="python -m benchmarks.train_speed", description=__doc__)
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    parser.add_argument("--models", nargs="+", choices=names, default=["1b"])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["softmax", "asentmax"])
+    parser.add_argument("--models", nargs="+", choices=names, help="configs/models; 1b if nothing is named")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="softmax and asentmax if nothing is named")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN", help="checkpoints in place of --models, --kinds"
+    )
+    parser.add_argument("--data", type=a_path, help="prepared corpus of --runs, whose held-out documents are read")
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 8192, 32768], help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=32768, help="of a step, or one sequence if that is longer")
     parser.add_argument("--longest", nargs="*", type=int, default=[], metavar="LENGTH",
@@ -215,7 +226,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/train_speed.csv"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.runs and (options.models or options.kinds):
+        parser.error("--runs brings models of its own: leave out --models and --kinds, or run the two one by one")
+    if options.data and not options.runs:
+        parser.error(f"--data is {options.data}, but only --runs reads it: name runs, or leave it out")
+    if options.runs and options.sequence_parallel > 1:
+        parser.error(f"--sequence_parallel is {options.sequence_parallel}: expected 1 with --runs")
+    options.models, options.kinds = options.models or ["1b"], options.kinds or ["softmax", "asentmax"]
+    return options
 
 
 def main() -> int:
@@ -225,6 +244,7 @@ def main() -> int:
         print("error: python -m benchmarks.train_speed needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
     ranks = options.sequence_parallel
+    models: list[tuple[str, str, Callable[[dict[str, Any]], Trial]]] = []
     step_tokens = {n: max(n, options.tokens // n * n) for n in options.lengths + options.longest}
     try:
         if options.peers:
@@ -234,9 +254,21 @@ def main() -> int:
         for recipe in options.float8:
             check_installed(recipe)
             check_device(recipe, torch.device("cuda"))
-        for model, tokens in product(options.models, step_tokens.values()):
-            first_rank(network(model, "softmax"), ranks, tokens)
-    except ValueError as error:
+        if options.runs:
+            from benchmarks import trained_steps  # it builds on this module
+
+            subjects, store = trained_steps.open_runs(options.runs, options.data)
+            for length, tokens in step_tokens.items():
+                trained_steps.windows(store, length, tokens // length)
+            for subject in subjects:
+                kind = subject.checkpoint.architecture.attention.kind
+                models.append((subject.label, kind, partial(trained_steps.TrainedTrial, subject, store, options.loss)))
+        else:
+            for model, tokens in product(options.models, step_tokens.values()):
+                first_rank(network(model, "softmax"), ranks, tokens)
+            for model, kind in product(options.models, options.kinds):
+                models.append((model, kind, partial(Trial, network(model, kind), options.loss, ranks)))
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
@@ -256,11 +288,11 @@ def main() -> int:
         write_rows(options.output, rows)  # each time: what fails later takes none with it
         return row
 
-    for model, kind, float8 in product(options.models, options.kinds, options.float8):
+    for (model, kind, make), float8 in product(models, options.float8):
         shared: dict[str, Any] = dict(compile=not options.eager, float8=float8)
         for mode in options.checkpointing if options.lengths else ():
             torch._dynamo.reset()  # or compiled blocks of the mode before count towards the limit of recompilations
-            trial = Trial(model, kind, options.loss, ranks, {**shared, "activation_checkpointing": mode})
+            trial = make({**shared, "activation_checkpointing": mode})
             for length in options.lengths:
                 add(trial, model, kind, (float8, mode), length, options.steps, 2, live=True)
             del trial
@@ -268,7 +300,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         if options.longest:
             checkpointed = dict(activation_checkpointing="full", mlp_tile_tokens=options.tile)
-            trial = Trial(model, kind, options.loss, ranks, {**shared, **checkpointed})
+            trial = make({**shared, **checkpointed})
             trial.compile_for_any_length()
             for length in options.longest:
                 if add(trial, model, kind, (float8, "full"), length, 1, 1, live=False).tokens_per_second is None:

@@ -49,7 +49,7 @@ def packed_documents(sequences: int, shortest: int, longest: int, seed: int) -> 
 
 def measured_seconds(model: str, kind: str, sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
     """(sequences,) of a step on each one alone, the faster of two."""
-    trial = Trial(model, kind, "auto", 1, dict(compile=True))
+    trial = Trial(network(model, kind), "auto", 1, dict(compile=True))
     trial.compile_for_any_length()
     seconds = np.full(len(sequences), np.inf)
     for _ in range(2):  # kernels compile in the first

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import litgpt_peer, train_speed
 from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show, write_rows
+from model.config import ModelConfig
 from model.flops import train_flops
 from training.module import LanguageModule
 from training.step.optim import OptimizerConfig
@@ -64,8 +65,8 @@ def test_rows_of_fp8(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     trained = []
 
     class OnCpu(train_speed.Trial):
-        def __init__(self, model: str, kind: str, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
-            self.module = LanguageModule(network(model, kind), OptimizerConfig(), **options | {"compile": False})
+        def __init__(self, config: ModelConfig, loss_backend: str, ranks: int, options: dict[str, Any]) -> None:
+            self.module = LanguageModule(config, OptimizerConfig(), **options | {"compile": False})
             self.config = self.module.network_config
             self.optimizer = torch.optim.AdamW(self.module.parameters())
 
