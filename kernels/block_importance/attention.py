@@ -33,7 +33,7 @@ def block_importance_scores(
     Compressed key m of a document stands for its tokens m compress_stride ... m compress_stride + compress_length - 1,
     and is seen from the last of them on. Its weight goes to each block as often as it has whole strides there:
 
-        importance[i, j] = sum_h sum_m softmax_m(scale q_hi . k_m - slope_h (position_i - last token of m)) strides(m, j)
+        importance[i, j] = sum_h,m softmax_m(scale q_hi . k_m - slope_h (position_i - last token of m)) strides(m, j)
 
     over the query heads h of a key head, and over the keys m that query i sees.
 
@@ -86,9 +86,12 @@ def _check_sizes(length: int, stride: int, block_size: int, n_blocks: int, selec
             raise ValueError(f"{name} must lie in 1 ... {LARGEST_BLOCK}, got {value}")
         if value % stride:
             raise ValueError(f"{name} must be a multiple of compress_stride, {stride}, got {value}")
-    for name, count, least in (("n_blocks", n_blocks, 0), ("select_local", select_local, 1)):
-        if count is None and name == "select_local":
-            continue
-        check_integer(name, count)
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+    _check_least("n_blocks", n_blocks, 0)
+    if select_local is not None:
+        _check_least("select_local", select_local, 1)
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    check_integer(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

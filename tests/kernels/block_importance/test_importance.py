@@ -126,7 +126,7 @@ def test_overlaps_of_the_paper(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alike_scores_weigh_alike(backend: str) -> None:
-    """Scores of 3600 are rounded by their half EPS, and so is their log-sum-exp; beside these a sum of up to ten weights.
+    """Scores of 3600 are rounded by half their EPS, and so is their log-sum-exp; beside these a sum of ten weights.
     Blocks in the midst of what a query sees have the same bits."""
     shape = SHAPES["documents"]
     q, k = (torch.ones_like(x) * 30 for x in shape.tensors(torch.float32))
