@@ -47,7 +47,7 @@ test-faults: $(VENV)/.installed
 
 # needs a CUDA device
 test-gpu: $(VENV)/.installed
-	$(PY) -m pytest --numprocesses 4 tests/kernels tests/model/test_cuda.py tests/model/nsa/test_cuda.py tests/model/dsa/test_cuda.py tests/model/dms/test_cuda.py tests/model/hierarchical/test_cuda.py tests/model/hub/test_entmax_export.py tests/model/policies/test_block_policies.py tests/training/step/test_activations.py tests/training/step/test_recomputation.py tests/training/step/test_loss.py tests/training/step/test_distillation_loss.py tests/training/step/test_cuda_graphs.py
+	$(PY) -m pytest --numprocesses 4 tests/kernels tests/model/test_cuda.py tests/model/nsa/test_cuda.py tests/model/nsa/test_selection.py tests/model/dsa/test_cuda.py tests/model/dms/test_cuda.py tests/model/hierarchical/test_cuda.py tests/model/hub/test_entmax_export.py tests/model/policies/test_block_policies.py tests/training/step/test_activations.py tests/training/step/test_recomputation.py tests/training/step/test_loss.py tests/training/step/test_distillation_loss.py tests/training/step/test_cuda_graphs.py
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks.kernels

@@ -4,6 +4,7 @@ triton only: no nn.Module, no configuration."""
 from kernels.alpha_entmax.attention import entmax_attention
 from kernels.alpha_entmax.rowwise import entmax
 from kernels.block_bias.attention import block_bias_attention
+from kernels.block_importance.attention import block_importance_scores
 from kernels.block_means.attention import block_mean_scores
 from kernels.block_sparse.attention import BlockSparseStats, block_sparse_softmax_attention
 from kernels.block_sparse.reference import KEY_BLOCK, QUERY_BLOCK, block_maxima
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionStats",
     "BlockSparseStats",
     "block_bias_attention",
+    "block_importance_scores",
     "block_maxima",
     "block_mean_scores",
     "block_sparse_softmax_attention",

@@ -26,6 +26,8 @@ import kernels.alpha_entmax.results
 import kernels.alpha_entmax.rowwise
 import kernels.block_bias.attention
 import kernels.block_bias.launches
+import kernels.block_importance.attention
+import kernels.block_importance.launches
 import kernels.block_means.attention
 import kernels.block_means.launches
 import kernels.block_sparse.attention
@@ -36,6 +38,7 @@ import kernels.selected_blocks.attention
 import kernels.selected_blocks.launches
 from kernels import (
     block_bias_attention,
+    block_importance_scores,
     block_mean_scores,
     block_sparse_softmax_attention,
     entmax,
@@ -50,6 +53,7 @@ LAUNCHING = {
     kernels.alpha_entmax.backward_launches: ("program_count",),
     kernels.alpha_entmax.decode: ("decode_launch", "program_count"),
     kernels.block_bias.launches: ("block_bias_launch", "dot_precision"),
+    kernels.block_importance.launches: ("importance_launch", "dot_precision"),
     kernels.block_means.launches: ("dot_precision",),
     kernels.block_sparse.operator: ("block_sparse_launch", "program_count", "dot_precision"),
     kernels.selected_blocks.launches: ("selected_launch", "dot_precision"),
@@ -59,6 +63,7 @@ LAUNCHING = {
 CHOOSING = (
     kernels.alpha_entmax.attention,
     kernels.block_bias.attention,
+    kernels.block_importance.attention,
     kernels.block_means.attention,
     kernels.block_sparse.attention,
     kernels.alpha_entmax.rowwise,
@@ -127,8 +132,8 @@ def pretend(capability: str) -> None:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Training, decoding, block-sparse softmax, selected blocks, the lightning indexer, a bias for each block and
-    scores of blocks, with position bias."""
+    """Training, decoding, block-sparse softmax, selected blocks and what they are selected by, the lightning indexer, a
+    bias for each block and scores of blocks, with position bias."""
 
     def draw(tokens: int) -> Tensor:
         return torch.randn(1, 2, tokens, head_dim).to(dtype).requires_grad_()
@@ -155,6 +160,10 @@ def attend(head_dim: int, dtype: torch.dtype) -> None:
         selected = (q.detach().requires_grad_(), k[:, :1], v[:, :1], first, own)
         out = selected_block_attention(*selected, block_size=64, alibi_slopes=slopes, backend="triton")
         out.sum().backward()
+    block_importance_scores(
+        q, k[:, :1, :16], 0 * own, own, compress_length=16, compress_stride=8, block_size=32, n_blocks=4,
+        select_local=2, alibi_slopes=slopes, backend="triton",
+    )  # fmt: skip
     index_dim = min(head_dim, kernels.lightning_indexer.indexer.INDEX_DIM_MAX)
     index = torch.randn(1, 4, 128, index_dim).to(dtype), torch.randn(1, 128, index_dim).to(dtype)
     weights, rows = torch.randn(1, 4, 128).to(dtype), (own - own, own)

@@ -10,6 +10,7 @@ from training.memory.activations import (
     outside_blocks,
 )
 from training.memory.dsa import index_workspace, operands
+from training.memory.nsa import branch_operands, selection_workspace
 from training.memory.setup import FLOAT32, Setup
 from training.memory.states import Part, block_matrices, states
 from training.memory.teacher import teacher_forward, teacher_weights
@@ -95,13 +96,24 @@ def estimate(setup: Setup) -> Estimate:
             teacher_forward(setup, setup.teacher) - there,
             "its residual stream and most of one block, before the student's",
         )
-    if setup.network.attention.dsa is not None:
-        work = index_workspace(setup, setup.network.attention.dsa)
+    choosing = _choosing(setup)
+    if choosing is not None:
+        phase, work, given, formula = choosing
         later = kept["feed-forward"] + kept["attention's output"] + kept["norms"] / 2
-        later += kept["attention"] - operands(setup)  # masks and what attention gives are to come
+        later += kept["attention"] - given  # masks and what attention gives are to come
         # where blocks are recomputed, the last one is so with gradients of the residual stream and the head there
         there = -later if mode == "none" else block - per_layer - later + block_input + head - gradients
-        result.phases["indexer's loss"] = Part(
-            work + there, "rows x keys: the indexer's scores; on CPUs attention's weights, the indexer's gradients"
-        )
+        result.phases[phase] = Part(work + there, formula)
     return result
+
+
+def _choosing(setup: Setup) -> tuple[str, float, float, str] | None:
+    """Of attention that chooses keys: the phase, its bytes beside attention's operands, those, and a formula."""
+    dsa, nsa = setup.network.attention.dsa, setup.network.attention.nsa
+    if dsa is not None:
+        formula = "rows x keys: the indexer's scores; on CPUs attention's weights, the indexer's gradients"
+        return "indexer's loss", index_workspace(setup, dsa), operands(setup), formula
+    if nsa is not None and setup.cuda:
+        formula = "rows x blocks: 4 bytes a KV head; 16 bytes for each that is chosen"
+        return "selection", selection_workspace(setup, nsa), branch_operands(setup, nsa), formula
+    return None

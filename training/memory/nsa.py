@@ -1,7 +1,7 @@
 """What Native Sparse Attention keeps for backward, besides a layer's projections."""
 
 from model.nsa.config import BRANCHES, NSAConfig
-from model.visible_attention import MASK_ELEMENTS
+from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.setup import FLOAT32, Setup
 
 INT32, INT64 = 4, 8  # bytes
@@ -12,8 +12,7 @@ def branch_activations(setup: Setup, nsa: NSAConfig) -> float:
     """Bytes of n tokens: q, keys and values of all branches, phi's values, what each branch gives, gates, masks."""
     network, n, w = setup.network, setup.local_tokens, setup.product_bytes
     heads, head_dim = network.n_heads, network.head_size
-    token = float(w * head_dim * (heads + 2 * network.n_cached_heads) + w * BRANCHES * heads)
-    token += _compression(setup, nsa) / nsa.compress_stride
+    token = branch_operands(setup, nsa) / n
     outputs = BRANCHES * w * heads * head_dim
     blocks = network.n_kv_heads * -(-setup.sequence_length // nsa.select_block)  # a byte each: which are selected
     if setup.cuda:
@@ -24,6 +23,14 @@ def branch_activations(setup: Setup, nsa: NSAConfig) -> float:
     alike = heads if network.positions == "nape" else 1  # masks are alike in all heads, but for ALiBi and selection
     masks = w * setup.tokens * (heads + alike + alike / nsa.compress_stride)
     return n * (token + 2 * outputs + BRANCHES * FLOAT32 * heads + masks)
+
+
+def branch_operands(setup: Setup, nsa: NSAConfig) -> float:
+    """Bytes of what is there before a block of keys is selected: q, keys and values of all branches, gates, phi's
+    values."""
+    network, w = setup.network, setup.product_bytes
+    token = w * network.head_size * (network.n_heads + 2 * network.n_cached_heads) + w * BRANCHES * network.n_heads
+    return setup.local_tokens * (token + _compression(setup, nsa) / nsa.compress_stride)
 
 
 def kept_outputs(setup: Setup) -> float:
@@ -42,6 +49,16 @@ def branch_workspace(setup: Setup, nsa: NSAConfig) -> float:
     rows = 0 if setup.cuda or not in_blocks_of_rows(setup) else MASK_ELEMENTS
     shares = _selection_shares(setup, nsa) if setup.cuda else 0.0
     return n * (outputs + windows) + shares + 2.0 * FLOAT32 * rows
+
+
+def selection_workspace(setup: Setup, nsa: NSAConfig) -> float:
+    """Bytes of selection on CUDA: of the queries that choose together log-sum-exps, a number for each block, and the
+    best of them with their indices; of all queries what is chosen, in parts and as a whole."""
+    network, count = setup.network, _selected(setup, nsa)
+    blocks = network.n_kv_heads * -(-setup.sequence_length // nsa.select_block)
+    rows = max(1, min(SCORES_AT_ONCE["cuda"] // blocks, setup.local_tokens))
+    size = rows * (FLOAT32 * (network.n_heads + blocks) + (FLOAT32 + INT64) * network.n_kv_heads * count)
+    return float(size + 2 * INT64 * setup.local_tokens * network.n_kv_heads * count)
 
 
 def in_blocks_of_rows(setup: Setup) -> bool:

@@ -31,7 +31,8 @@ INDEXER = {"attention_log_sum_exp", "index_log_sum_exp", "loss_by_query", "gradi
 INDEXER |= {"write_scores", "choose_keys", "attend_chosen", "chosen_backward_queries", "chosen_backward_keys"}
 BIAS = {"mark_live_blocks", "attend_live_blocks", "backward_live_queries", "backward_live_keys"}
 MEANS = {"running_means", "score_means", "score_means_dq", "score_means_dmeans"}
-BLOCKS = {"block_sparse_softmax"} | SELECTED | INDEXER | BIAS | MEANS
+IMPORTANCE = {"log_sum_exps", "spread_weights"}
+BLOCKS = {"block_sparse_softmax"} | SELECTED | INDEXER | BIAS | MEANS | IMPORTANCE
 ROWS = {"entmax_rows_forward", "entmax_rows_backward"}
 # compute capability, what of it (compile_for), kernels: the widest heads that a GPU is promised ask for most. A minute
 # each, so the machines that run make test-gpu, which have cores to spare, compile for the other GPUs

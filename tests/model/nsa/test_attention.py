@@ -95,21 +95,6 @@ def test_other_sizes(sizes: NSAConfig, made) -> None:
         torch.testing.assert_close(found[0], expected, **EXACT)
 
 
-def test_overlaps_of_the_paper() -> None:
-    """Block j of 64 tokens shares 1 2 2 2 1 strides with compressed blocks 4 j - 1 ... 4 j + 3."""
-    config = network(NSAConfig())
-    blocks, one = metadata(config, 640).blocks, torch.zeros(1, 2, 1, 40)
-    rows, start = slice(639, 640), torch.tensor(0)
-    found = []
-    for i in range(39):
-        one.zero_()[..., i] = 1
-        found.append(model.nsa.selection._by_overlap(one, blocks, rows, start)[0, 0, 0])
-    shares = torch.stack(found, 1)  # [10, 39]
-    assert shares[0].nonzero().flatten().tolist() == [0, 1, 2, 3] and shares[0, :4].tolist() == [2, 2, 2, 1]
-    for j in range(1, 9):
-        assert shares[j, 4 * j - 1 : 4 * j + 4].tolist() == [1, 2, 2, 2, 1] and shares[j].sum() == 8
-
-
 def test_first_own_and_the_block_before_are_always_selected() -> None:
     config = network()
     sparse, (_, q, k, _) = module(config), draw(110, config)

@@ -24,9 +24,11 @@ from kernels.selected_blocks.launches import PART_ELEMENTS
 from kernels.selected_blocks.readers import READERS
 from model.attention import kept_bits, make_metadata
 from model.hierarchical.config import HierarchicalConfig
+from model.nsa.blocks import packed_blocks
+from model.nsa.selection import block_scores, select_blocks
 from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
-from tests.training.memory.helpers import MODELS, MODES, NSA, TOKENS, autocast, batch, make, needs_float8_by_row
+from tests.training.memory.helpers import LENGTH, MODELS, MODES, NSA, TOKENS, autocast, batch, make, needs_float8_by_row
 from training.memory.activations import block_activations, kept_of_attention
 from training.memory.dsa import CHOOSING_SCORES, INDEX_DIM_MAX, INDEX_ROWS, index_workspace
 from training.memory.estimate import estimate
@@ -36,7 +38,7 @@ from training.memory.hierarchical import (
     block_choice_activations,
     block_choice_workspace,
 )
-from training.memory.nsa import branch_activations, branch_workspace
+from training.memory.nsa import branch_activations, branch_workspace, selection_workspace
 from training.memory.setup import Setup
 from training.module import LanguageModule
 from training.step.activations import KeepOnHost
@@ -251,6 +253,23 @@ def test_selected_blocks_on_cuda() -> None:
     long = replace(setup, cuda=True, tokens=2**22, sequence_length=2**22)
     shares = 2**30 + 2 * 2 * (2**22 / 8 + 2**22 * 4 / 1024) * 8 * 16 * 4
     assert branch_workspace(long, NSA) - branch_workspace(setup, NSA) * 2**22 / TOKENS == pytest.approx(shares)
+
+
+def test_selecting_blocks_on_cuda() -> None:
+    """By the kernel's reference, which has its result in memory: importance, and the best with their indices."""
+    setup = replace(make(MODELS["nsa-rope"])[1], cuda=True)
+    blocks = packed_blocks(NSA, TOKENS, torch.tensor([0, LENGTH, TOKENS]), LENGTH, torch.device("cpu"))
+    q, k = torch.randn(1, 4, TOKENS, 16), torch.randn(1, 2, len(blocks.first_key), 16)
+    written = block_scores(q, k, blocks, slice(0, TOKENS), None).topk(NSA.select_count)
+    chosen = select_blocks(q, k, blocks, None)
+    importance = 2 * TOKENS * blocks.n_select * 4
+    lse = 4 * TOKENS * 4
+    expected = importance + lse + written.values.nbytes + written.indices.nbytes + 2 * chosen.nbytes
+    assert selection_workspace(setup, NSA) == expected
+    assert {"selection"} == estimate(setup).phases.keys() - estimate(replace(setup, cuda=False)).phases.keys()
+    long = replace(setup, tokens=2**20, sequence_length=2**20)
+    held = selection_workspace(long, NSA) - 2 * 2**20 * chosen[0, :, 0].nbytes
+    assert 2**27 <= held < 1.01 * 2**27  # no more than SCORES_AT_ONCE numbers
 
 
 def test_blocks_with_a_bias_on_cuda() -> None:
