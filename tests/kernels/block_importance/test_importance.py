@@ -15,7 +15,16 @@ from torch import Tensor
 from kernels import block_importance_scores
 from kernels.block_importance.operator import importance_operator
 from tests.kernels.block_importance.inputs import SLOPES, Shape, looped, plain
-from tests.kernels.helpers import CUDA, DEVICE, EPS, check_any_strides, needs_cuda, needs_triton
+from tests.kernels.helpers import (
+    CUDA,
+    DEVICE,
+    EPS,
+    assert_same,
+    check_any_strides,
+    needs_cuda,
+    needs_triton,
+    weight_rounding,
+)
 
 BACKENDS = [pytest.param("triton", marks=needs_triton), "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,11 +66,13 @@ def rated(shape: Shape, dtype: torch.dtype, backend: str, seed: int = 0) -> Tens
 
 
 def check(shape: Shape, dtype: torch.dtype, ours: Tensor, truth: Tensor) -> None:
-    """Within 2x of what plain PyTorch loses, two roundings of every result, and what a rounding of each score does."""
+    """Within 2x of what plain PyTorch loses, two roundings of every result, what a rounding of each score does, and
+    what CUDA's powers lose."""
     q, k = shape.tensors(dtype)
     theirs, doubt = plain(q, k, *shape.places(), **shape.options)
     assert ours.dtype == theirs.dtype and ours.shape == truth.shape == theirs.shape
-    allowed = 2 * (theirs.double() - truth).norm() + 2 * EPS * truth.norm() + doubt.norm()
+    rounding = 2 * EPS + weight_rounding(max(k.shape[2], 1))
+    allowed = 2 * (theirs.double() - truth).norm() + rounding * truth.norm() + doubt.norm()
     error = (ours.double() - truth).norm()
     assert error <= allowed, f"{error:.3e} > {allowed:.3e}, norm {truth.norm():.3e}"
     assert not bool(ours[truth == 0].any())
@@ -132,7 +143,7 @@ def test_alike_scores_weigh_alike(backend: str) -> None:
     q, k = (torch.ones_like(x) * 30 for x in shape.tensors(torch.float32))
     ours = block_importance_scores(q, k, *shape.places(), backend=backend, **shape.options)
     truth = looped(q, k, *shape.places(), **shape.options)
-    torch.testing.assert_close(ours.double(), truth, atol=0, rtol=(3600 + 12) * EPS)
+    torch.testing.assert_close(ours.double(), truth, atol=0, rtol=(3600 + 12) * EPS + weight_rounding(70))
     assert torch.equal(ours[:, :, 5 + 55 : 75, 1], ours[:, :, 5 + 55 : 75, 2])
 
 
@@ -146,7 +157,8 @@ def test_other_documents_change_nothing(backend: str) -> None:
     k[:, :, : first[0]] = torch.nan
     k[:, :, first[1] - 1 :] = torch.nan  # and the second document's last key
     found = block_importance_scores(q, k, *places, backend=backend, **shape.options)
-    assert torch.equal(found[:, :, 40:99], expected[:, :, 40:99]) and bool(found[:, :, 99].isnan().any())
+    assert_same(found[:, :, 40:99], expected[:, :, 40:99], backend)
+    assert bool(found[:, :, 99].isnan().any())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +174,7 @@ def test_any_strides_and_integers_give_the_same_bits(backend: str) -> None:
         check_any_strides(run, (q, k))
     wide = torch.stack([position, position + 1], -1)[..., 0]
     for places in ((first.int(), position.int()), (first.int(), wide), (first[:1], position)):
-        assert torch.equal(block_importance_scores(q, k, *places, backend=backend, **shape.options), run(q, k)[0])
+        assert_same(block_importance_scores(q, k, *places, backend=backend, **shape.options), run(q, k)[0], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import block_mean_scores
 from kernels.block_means.operator import scores_operator
-from tests.kernels.helpers import CUDA, DEVICE, EPS, draw, needs_cuda, needs_triton
+from tests.kernels.helpers import CUDA, DEVICE, EPS, assert_same, draw, needs_cuda, needs_triton
 from tests.kernels.operators import (
     WRAPPERS,
     check_same_bits,
@@ -190,13 +190,6 @@ def test_definition_written_out(name: str) -> None:
             expected += [-torch.inf] * (scores.shape[3] - len(expected))
             wanted = torch.tensor(expected, dtype=torch.float64, device=DEVICE)
             torch.testing.assert_close(scores[0, h, i], wanted, atol=1e-12, rtol=1e-12)
-
-
-def assert_same(ours: Tensor, other: Tensor, backend: str) -> None:
-    """The same bits, but for two roundings of the largest number where cuBLAS may add up in another order."""
-    finite = other.masked_fill(other.isinf(), 0).abs().max()
-    rounding = 2 * torch.finfo(other.dtype).eps * float(finite) if CUDA and backend == "torch" else 0.0
-    torch.testing.assert_close(ours, other, atol=rounding, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
