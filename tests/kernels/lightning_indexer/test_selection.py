@@ -143,7 +143,7 @@ def test_at_length(name: str, dtype: torch.dtype) -> None:
     exact = scores(*index)
     mantissa, exponent = torch.frexp(exact)
     coarse = torch.ldexp((mantissa * 2**12).round(), exponent - 12).masked_fill(~seen, -torch.inf)
-    order = coarse.flip(-1).argsort(-1, descending=True, stable=True)[..., :500]
+    order = coarse.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :500]
     mask = torch.zeros_like(coarse, dtype=torch.bool).scatter_(-1, shape.n_keys - 1 - order, True) & seen
     bits = select_keys(*index, first, own, count=500, reach=max(shape.documents or (shape.n_keys,)))
     ours = (bits[..., None].int() >> torch.arange(8, device=DEVICE) & 1).flatten(2)[..., : shape.n_keys].bool()
