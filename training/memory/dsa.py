@@ -1,12 +1,15 @@
 """What DeepSeek Sparse Attention keeps for backward, besides a layer's projections."""
 
+from kernels.lightning_indexer.indexer import INDEX_DIM_MAX
+from kernels.lightning_indexer.launches import SCORES_AT_ONCE as CHOOSING_SCORES
+from kernels.lightning_indexer.tuning import TABLES
 from model.block_masks import TILE
 from model.dsa.config import DSAConfig
 from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.nsa import in_blocks_of_rows
 from training.memory.setup import FLOAT32, Setup
 
-CHOOSING_SCORES, INDEX_ROWS, INDEX_DIM_MAX = 2**26, 64, 128  # of kernels/lightning_indexer
+INDEX_ROWS = TABLES[64]["scores"].rows  # the usual tile
 
 
 def chosen_activations(setup: Setup, dsa: DSAConfig) -> float:
