@@ -130,8 +130,8 @@ def select_keys(
     score_bits: int = 12,
 ) -> Tensor:
     """The `count` keys of the highest I (as in `indexer_loss`) of those that each query sees, of equal ones the later;
-    all that it sees where these are fewer (DeepSeek-V3.2-Exp, equation 2). Without gradient, since choosing has none.
-    Scores of some queries are in memory at once, at most 256 MiB.
+    all that it sees where these are fewer (DeepSeek-V3.2-Exp, equation 2). NaN is highest, as in torch.topk. Without
+    gradient, since choosing has none. Scores of some queries are in memory at once, at most 256 MiB.
 
     Args:
         index_q, index_k, weights, first_key, own_key: as in `indexer_loss`.
