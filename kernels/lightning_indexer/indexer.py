@@ -102,7 +102,9 @@ def chosen_attention(
         q, k, v: as in `entmax_attention`, not float64.
         first_key, own_key, chosen, alibi_slopes, scale: as in `indexer_loss`.
 
-    Returns: (B, H, n, D) in q's dtype. A row that sees no key is 0, and so are its gradients.
+    Returns: (B, H, n, D) in q's dtype. A row that sees no key is 0, and so are its gradients. A row is NaN that sees a
+        key or value which is not finite, or whose scores overflow to infinity or all to -infinity, as in torch's
+        softmax; keys and values that it does not see change nothing, in gradients neither.
 
     Raises: as `indexer_loss`.
     """
