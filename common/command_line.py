@@ -7,8 +7,10 @@ import os
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import jsonargparse
@@ -99,9 +101,10 @@ REQUIRED = re.compile(
 UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 
 
+NO_FILE = re.compile(r"- Expected a path but [^\n]* either not accessible or invalid\s+- ")  # what else it could be
 UNION = re.compile(
-    r"(?s)Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:.*?"
-    r"Given value type: .*?\sGiven value: (?P<value>.*)"
+    r"(?s)Does not validate against any of the Union subtypes\n(?P<indent> *)Subtypes: \[(?P<types>[^\n]*)\]\n"
+    r"(?P=indent)Errors:\n(?P<errors>.*?)\n(?P=indent)Given value type: [^\n]*\n(?P=indent)Given value: (?P<value>.*)"
 )
 # of a group of options that may be null, one of whose own is at fault
 INNER = re.compile(
@@ -109,23 +112,52 @@ INNER = re.compile(
     r"""Subtypes: \[[^\]]*<class 'NoneType'>\]\s+Errors:\s+- (?:Problem with [^:]*:\s+)?"""
     r"""Parser key "(?P<key>[^"]+)":\s+(?P<error>.*?)\s+- Expected a <class 'NoneType'>\s+Given value type: .*"""
 )
-PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
+# errors of a union's types that tell more than which type they are of
+TELLING = re.compile(
+    r"(?m)^ *- (the key [^\n]*|Problem with given class_path [^\n]*(?:\n(?! *- )[^\n]*)*|Parser key [^\n]*)"
+)
+OF_NO_KIND = re.compile(r"Import path [^\n]* does not correspond to a subclass of \w+")
+NESTED = re.compile(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)$")
 
 
 def union_in_words(message: str) -> str:
-    """A parser's message on a value that is of none of several types, where they are plain ones: as on one of a single
-    type, instead of each type's own error; and on an option of a group that may be null: as on any other option."""
+    """A parser's message on a value that is of none of several types, as on one of a single type, instead of each
+    type's own error; of these the one that says what is wrong inside a class is kept. On an option of a group that may
+    be null: as on any other option."""
 
     def in_words(found: re.Match[str]) -> str:
-        types = found["types"]
-        if PLAIN.sub("", types).strip(", "):
-            return found[0]
-        names = [name or values for name, values in PLAIN.findall(types)]
-        *most, last = ", ".join("null" if name == "NoneType" else name for name in names).split(", ")
-        return f"Expected {', '.join(most)} or {last}. Got value: {found['value']}"
+        value, errors = NESTED.sub(r"\1 \2", found["value"]), found["errors"]
+        if told := TELLING.search(errors):
+            reason = re.sub(r'^Parser key "([^"]+)"', r"its \1", " ".join(told[1].split()))
+            return reason if "Got value" in reason else f"{reason}. Got value: {value}"
+        kinds = OF_NO_KIND.findall(errors)
+        reason = f" ({kinds[0]})" if kinds and len(set(kinds)) == 1 else ""
+        return f"Expected {_types_in_words(found['types'])}. Got value: {value}{reason}"
 
     message = INNER.sub(lambda found: f'Parser key "{found["group"]}.{found["key"]}": {found["error"]}', message)
-    return UNION.sub(in_words, message)
+    message = UNION.sub(in_words, NO_FILE.sub("", message))
+    return re.sub(
+        r"Expected a dot import path string: ", "Expected a mapping of options, or a class. Got value: ", message
+    )
+
+
+def _types_in_words(types: str) -> str:
+    """Types as Python writes them, "<class 'int'>, list[a.b.C], <class 'NoneType'>": int, list[C] or null."""
+    by_name = False
+
+    def short(found: re.Match[str]) -> str:
+        nonlocal by_name
+        name, kind = found[0].rpartition(".")[2], locate(found[0])
+        options = is_dataclass(kind)
+        by_name |= isinstance(kind, type) and not options and kind.__module__ != "collections.abc"
+        return f"{name}'s options" if options else name
+
+    types = re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", re.sub(r"<class '([^']+)'>", r"\1", types))
+    types = re.sub(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*", short, types).replace("NoneType", "null")
+    types = re.sub(r"Union\[([^\]]*)\]", lambda found: found[1].replace(", ", " or "), types)
+    *most, last = re.split(r", (?![^\[]*\])", types)
+    kind = ", classes by name or import path" if by_name else ""
+    return f"{', '.join(most)} or {last}{kind}" if most else f"{last}{kind}"
 
 
 def with_what_to_do(message: str, options: Sequence[str], positional: Iterable[str]) -> str:

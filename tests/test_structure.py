@@ -16,6 +16,7 @@ ALLOWED = {  # folder -> own packages that it may import
     "model/hub": {"model", "data", "common", "longsplash"},  # tokenizers come with models; what transformers loads
     "data": {"data", "common"},
     "training": {"training", "model", "data", "common"},
+    "training/memory": {"training", "model", "data", "common", "kernels"},  # counts what kernels hold, by their sizes
     "eval": {"eval", "model", "data", "common"},
     "train.py": {"training", "data", "common"},
 }

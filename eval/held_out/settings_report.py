@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.held_out.analysis import attention_kind
 from eval.held_out.measurement import Measurement
 from eval.reporting.document import Block, Details, Heading, Paragraph, Table
-from model.config import TRAINED_SPARSE
+from model.config import TRAINED_SPARSE, AttentionConfig, config_from_dict
 
 MATTERING = {  # key of the resolved configuration -> what it is, with its unit
     "model.network.n_layers": "layers",
@@ -24,15 +23,14 @@ MATTERING = {  # key of the resolved configuration -> what it is, with its unit
     "trainer.precision": "precision",
     "seed_everything": "seed",
 }
-ALPHA_KINDS, ADAPTIVE_KINDS = ("entmax", "asentmax", "hierarchical"), ("asentmax", "hierarchical")
 OF_SPARSE = {f"model.network.attention.{kind}": kind for kind in TRAINED_SPARSE}
 OF_ALPHA = ("alpha", "learn_alpha", "alpha_min", "alpha_max", "anneal_steps", "anneal_from")
 OF_ADAPTIVE = ("temperature_offset", "temperature_range", "temperature_bias")
-ONLY_FOR = {
-    **{f"model.network.attention.{name}": ALPHA_KINDS for name in OF_ALPHA},
-    **{f"model.network.attention.{name}": ADAPTIVE_KINDS for name in OF_ADAPTIVE},
-    "model.network.attention.backend": ("entmax", "asentmax"),
-    "model.optimizer.alpha_lr_factor": ALPHA_KINDS,
+ONLY_FOR = {  # key -> the property of an AttentionConfig that has such a setting
+    **{f"model.network.attention.{name}": "has_alpha" for name in OF_ALPHA},
+    **{f"model.network.attention.{name}": "has_adaptive_temperature" for name in OF_ADAPTIVE},
+    "model.network.attention.backend": "is_entmax",
+    "model.optimizer.alpha_lr_factor": "has_alpha",
 }
 SOURCE = re.compile(r"'path': '([^']*)'")
 NOT_ITS = "–"  # of a setting that a run does not have
@@ -41,13 +39,13 @@ NOT_ITS = "–"  # of a setting that a run does not have
 def run_blocks(measurements: Sequence[Measurement], settings: Mapping[str, Mapping[str, str]]) -> list[Block]:
     """settings: resolved training configuration of each run by label, flattened to dotted keys."""
     labels = [one.label for one in measurements]
-    kinds = {one.label: attention_kind(one) for one in measurements}
+    attention = {one.label: config_from_dict(one.model).attention for one in measurements}
     known = [
-        [name, *(_its(key, settings.get(label, {}).get(key, NOT_ITS), kind) for label, kind in kinds.items())]
+        [name, *(_its(key, settings.get(label, {}).get(key, NOT_ITS), its) for label, its in attention.items())]
         for key, name in MATTERING.items()
     ]
     rows = [
-        ["attention", *kinds.values()],
+        ["attention", *(its.kind for its in attention.values())],
         ["parameters", *(f"{one.parameters:,}" for one in measurements)],
         ["optimizer steps", *(f"{one.step:,}" for one in measurements)],
         ["tokens trained on", *(_count(one.training.get("tokens")) for one in measurements)],
@@ -57,7 +55,7 @@ def run_blocks(measurements: Sequence[Measurement], settings: Mapping[str, Mappi
     blocks: list[Block] = [Heading("Runs"), Table(["", *labels], rows, numeric=False)]
     if len(labels) > 1:
         differences = [
-            [key, *(_its(key, value, kind) for value, kind in zip(values, kinds.values(), strict=True))]
+            [key, *(_its(key, value, its) for value, its in zip(values, attention.values(), strict=True))]
             for key, *values in config_differences(settings)
             if key not in OF_SPARSE  # null for other kinds; what it holds has rows of its own
         ]
@@ -76,13 +74,14 @@ def run_blocks(measurements: Sequence[Measurement], settings: Mapping[str, Mappi
     return [*blocks, Details("Checkpoints", [Table(["", *labels], made, numeric=False)])]
 
 
-def _its(key: str, value: str, kind: str) -> str:
-    """The value where a model with this kind of attention has such a setting: softmax has no alpha."""
+def _its(key: str, value: str, attention: AttentionConfig) -> str:
+    """The value where a model with this attention has such a setting: softmax has no alpha."""
     if key == "data.sources":  # corpora as they are flattened to text; their paths say enough
         value = ", ".join(SOURCE.findall(value)) or value
     parent = key.rpartition(".")[0]
-    kinds = (OF_SPARSE[parent],) if parent in OF_SPARSE else ONLY_FOR.get(key, (kind,))
-    return value if kind in kinds else NOT_ITS
+    if parent in OF_SPARSE:
+        return value if OF_SPARSE[parent] == attention.kind else NOT_ITS
+    return value if key not in ONLY_FOR or getattr(attention, ONLY_FOR[key]) else NOT_ITS
 
 
 def config_differences(settings: Mapping[str, Mapping[str, str]]) -> list[list[str]]:

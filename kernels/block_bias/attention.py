@@ -47,7 +47,7 @@ def block_bias_attention(
             128), "torch" or "auto": triton on CUDA where it can, else torch.
 
     Returns: (B, H, n, D) in q's dtype. A row that reads no key is 0, and so are its gradients; the gradient of a bias
-    of -inf is 0.
+    of -inf is 0. A row whose scores overflow to infinity, or all to -infinity, is NaN, as in torch's softmax.
 
     Raises: TypeError or ValueError naming the argument, its value and what was expected; values of tensors are read on
     the CPU only.

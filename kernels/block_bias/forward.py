@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.block_bias.tiles import (
+    BIASES,
     FAR,
     LENGTHS,
     bias_rows,
@@ -46,6 +47,19 @@ def mark_live_blocks(
         tl.store(p_bounds, least)
         tl.store(p_bounds + 1, tl.max(tl.where(sees, own, -1), 0))
         tl.store(p_bounds + 2, (least < most).to(tl.int32))
+
+
+@triton.jit
+def reads_any(p_rows, first, own, n_blocks, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """bool [BM]: queries that read any block. p_rows: [BM], where a query's row of the bias begins."""
+    found = tl.zeros_like(first)
+    last = tl.where(own >= first, (own - first) // SIZE, -1)
+    for start in range(0, n_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        mask = (block[None, :] <= last[:, None]) & (block < n_blocks)[None, :]
+        bias = tl.load(p_rows[:, None] + block[None, :], mask=mask, other=float("-inf"))
+        found = tl.maximum(found, tl.max((bias != float("-inf")).to(tl.int32), 1))
+    return found != 0
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -100,7 +114,10 @@ def attend_live_blocks(
             )  # fmt: skip
             out, total, top = add_block(x, v, out, total, top, exp2_scale, PRECISION)
         tl.debug_barrier()  # before the next document's list
-    safe = tl.where(total == 0, 1.0, total)  # rows that read nothing are 0
+    empty = (total == 0) & (own >= first)
+    if tl.max(empty.to(tl.int32), 0) != 0:  # rows that read nothing are 0; if all scores are -inf, NaN, as in softmax
+        total = tl.where(empty & reads_any(p_rows, first, own, n_blocks, SIZE, BIASES), float("nan"), total)
+    safe = tl.where(total == 0, 1.0, total)
     p_out += head_offset(i_batch, i_head, stride_ob, stride_oh)
     store_rows(p_out, out / safe[:, None], i_tile * BM, stride_ot, n_queries, BM, D, BD)
     lse = tl.where(total == 0, float("-inf"), top * exp2_scale + tl.log2(safe))

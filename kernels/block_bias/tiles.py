@@ -9,6 +9,7 @@ from kernels.common.tiles import add_position_bias, head_offset
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_tiles", "n_blocks", "stride_row"]
 FAR = tl.constexpr(2**31 - 1)  # behind every key
+BIASES = tl.constexpr(32)  # of a row, looked at at once where none of its scores is a number
 BOUNDS = 3  # of a tile of queries: first key of its documents, last key that is seen, 1 where documents differ
 
 

@@ -54,7 +54,8 @@ def block_mean_scores(
         backend: "triton" (CUDA, or CPU tensors under TRITON_INTERPRET=1; not float64, head dims to 256, in float32 to
             128), "torch" or "auto": triton on CUDA where it can, else torch, which computes the scores of all keys.
 
-    Returns: float32 (float64 for float64 q) (B, H, n, C), -inf for blocks behind a query's own.
+    Returns: float32 (float64 for float64 q) (B, H, n, C), -inf for blocks behind a query's own. What is not finite in a
+        key makes NaN of the blocks' scores in which it is seen, and of the gradients of their queries, alone.
 
     Raises: TypeError or ValueError naming the argument, its value and what was expected.
     """

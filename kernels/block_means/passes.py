@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.block_bias.tiles import FAR, count_documents, head_slope, load_queries, next_document
-from kernels.common.tiles import add_position_bias, head_offset, load_rows, store_rows
+from kernels.common.tiles import add_position_bias, head_offset, load_rows, seen_dot, store_rows
 
 # arguments that vary with the input's length: Triton shall not compile for their values
 LENGTHS = ["n_queries", "n_keys", "n_blocks", "n_ends", "stride_row"]
@@ -37,7 +37,7 @@ def running_means(
             belongs = (other[None, :] >= key[:, None]) & (begin[None, :] <= key[:, None])
         else:
             belongs = (other[None, :] <= key[:, None]) & (other[None, :] >= start[:, None])
-        out = tl.dot(belongs.to(x.dtype), x, out, input_precision=PRECISION)
+        out = seen_dot(belongs.to(x.dtype), belongs, x, out, PRECISION)
     if not BACKWARD:
         out = out / tl.maximum(key - start + 1, 1).to(tl.float32)[:, None]
     p_out += head_offset(i_batch, i_group, stride_ob, stride_oh)
@@ -114,7 +114,7 @@ def score_means_dq(
     p_rows = p_grad + (i_bh.to(tl.int64) * n_queries + row) * n_blocks
     own_grad = tl.load(p_rows + own_block, mask=inside, other=0.0)[:, None] * scale
     p_shares += i_bh.to(tl.int64) * n_queries * D
-    store_rows(p_shares, own_grad * q, i_tile * BM, D, n_queries, BM, D, BD)
+    store_rows(p_shares, tl.where(inside[:, None], own_grad * q, 0.0), i_tile * BM, D, n_queries, BM, D, BD)
     dq = own_grad * load_means(p_means, own, inside, D, BD)
     start = -1
     for _ in tl.range(0, count_documents(first), num_stages=1):
@@ -125,7 +125,7 @@ def score_means_dq(
             means = load_means(p_means, start + (block + 1) * SIZE - 1, block < before, D, BD)
             mask = (block[None, :] < tl.where(last >= 0, own_block, -1)[:, None]) & (block < before)[None, :]
             grad = tl.load(p_rows[:, None] + block[None, :], mask=mask, other=0.0) * scale
-            dq = tl.dot(grad, means, dq, input_precision=PRECISION)
+            dq = seen_dot(grad, mask, means, dq, PRECISION)
     p_dq += head_offset(i_batch, i_head, stride_ob, stride_oh)
     store_rows(p_dq, dq, i_tile * BM, stride_ot, n_queries, BM, D, BD)
 
@@ -171,8 +171,9 @@ def score_means_dmeans(
         block = (key[None, :] - first[:, None]) // SIZE
         reads = (key[None, :] >= first[:, None]) & (block < tl.minimum(own_block, n_blocks)[:, None])
         pointers = p_grad + row.to(tl.int64)[:, None] * n_blocks + block
-        grad = tl.load(pointers, mask=reads & (key >= 0)[None, :], other=0.0)
+        reads = reads & (key >= 0)[None, :]
+        grad = tl.load(pointers, mask=reads, other=0.0)
         q = load_rows(p_q, tile * BM, stride_qt, n_queries, BM, D, BD, True).to(tl.float32)
-        out = tl.dot(tl.trans(grad), q, out, input_precision=PRECISION)
+        out = seen_dot(tl.trans(grad), tl.trans(reads.to(tl.float32)), q, out, PRECISION)
     p_parts += i_bh.to(tl.int64) * n_ends * D
     store_rows(p_parts, out * scale, i_tile * BN, D, n_ends, BN, D, BD)

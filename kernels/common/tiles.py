@@ -276,6 +276,18 @@ def nan_maximum(a, b):
 
 
 @triton.jit
+def seen_dot(w, seen, x, out, PRECISION: tl.constexpr):
+    """out + w @ x, where w [rows, K] is 0 if not seen [rows, K]: what is not finite in x [K, columns] makes NaN of the
+    rows that see it, and reaches no other, which a product with 0 would."""
+    finite = tl.abs(x.to(tl.float32)) < float("inf")
+    out = tl.dot(w, tl.where(finite, x, 0.0), out, input_precision=PRECISION)
+    if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+        found = tl.dot(seen.to(tl.float32), tl.where(finite, 0.0, 1.0), input_precision=PRECISION)
+        out = tl.where(found > 0, float("nan"), out)
+    return out
+
+
+@triton.jit
 def mark_listed(p_marks, marks, live, n, count, PARTS: tl.constexpr):
     """Sets the bit of entry n // PARTS, the one that step n is a part of, where `live` holds for any row; every 32 bits
     become a word in memory. count: of steps.

@@ -7,14 +7,27 @@ from torch import Tensor
 
 from kernels.common.backends import operator_name
 from kernels.common.derivatives import once
-from kernels.common.launching import bfloat16_as_float32, ceil_div, on_device, strides, unit_stride
-from kernels.lightning_indexer.chosen_passes import attend_chosen, chosen_backward_keys, chosen_backward_queries
+from kernels.common.launching import (
+    bfloat16_as_float32,
+    ceil_div,
+    on_device,
+    padded_head_dim,
+    strides,
+    unit_stride,
+)
+from kernels.lightning_indexer.chosen_passes import (
+    attend_chosen,
+    chosen_backward_keys,
+    chosen_backward_queries,
+    keep_finite,
+)
 from kernels.lightning_indexer.launches import AttentionOperands, Rows, options
 from kernels.lightning_indexer.tuning import indexer_launch
 from kernels.selected_blocks.backward import row_products
 
 NAME = operator_name("chosen_attention_triton")
 PRODUCT_ROWS = 32  # of grad * out that one program sums
+COPIED_KEYS = 32  # of one program
 
 
 @bfloat16_as_float32(n_outputs=1)
@@ -24,10 +37,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments as in `chosen_attention`, where they are checked. Returns out (B, H, n, D) and log-sum-exps of scores,
     of base 2, float32 (B, H, n), 0 where a row sees nothing."""
-    v, out = unit_stride(v), torch.empty_like(unit_stride(q))
+    out = torch.empty_like(unit_stride(q))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.zero_()
+    k, v = _finite_keys(k, v, nan=True)
     operands, rows = AttentionOperands(q, k, alibi_slopes, scale), Rows(first_key, own_key, chosen)
     launch = indexer_launch("attend", operands.padded_dim, q.dtype, q.device)
     with on_device(q):
@@ -44,10 +58,11 @@ def differentiate(
     chosen: Tensor, alibi_slopes: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, from what `attend` took and gave and the gradient of its output."""
-    grad, v, dq = unit_stride(grad), unit_stride(v), torch.empty_like(unit_stride(q))
+    grad, dq = unit_stride(grad), torch.empty_like(unit_stride(q))
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    k, v = _finite_keys(k, v, nan=False)  # what sees such a key has a log-sum-exp of NaN
     operands, rows = AttentionOperands(q, k, alibi_slopes, scale), Rows(first_key, own_key, chosen)
     delta = torch.empty_like(lse)
     launch = indexer_launch("attend backward", operands.padded_dim, q.dtype, q.device)
@@ -66,6 +81,17 @@ def differentiate(
             p_dk=dk, p_dv=dv, search_steps=q.shape[2].bit_length(), **shared
         )
     return dq, dk, dv
+
+
+def _finite_keys(k: Tensor, v: Tensor, nan: bool) -> tuple[Tensor, Tensor]:
+    k, v = unit_stride(k), unit_stride(v)
+    copies = k.new_empty(k.shape), v.new_empty(v.shape)
+    with on_device(k):
+        keep_finite[(ceil_div(k.shape[2], COPIED_KEYS), k.shape[0] * k.shape[1])](
+            p_k=k, p_v=v, p_k_out=copies[0], p_v_out=copies[1], groups=k.shape[1], n_keys=k.shape[2], D=k.shape[3],
+            BD=padded_head_dim(k.shape[3]), BN=COPIED_KEYS, NAN=nan, num_warps=4, **strides("k", k), **strides("v", v),
+        )  # fmt: skip
+    return copies
 
 
 attention_operator = torch.library.custom_op(NAME, attend, mutates_args=())

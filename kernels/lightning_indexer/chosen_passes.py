@@ -18,6 +18,30 @@ from kernels.lightning_indexer.tiles import (
 
 
 @triton.jit(do_not_specialize=LENGTHS)
+def keep_finite(
+    p_k, p_v, p_k_out, p_v_out, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, groups, n_keys,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, NAN: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BN keys and key head: copies, contiguous, of k and v, where a key with anything that is not
+    finite in either has the value 0, and as key NaN (if NAN) or 0. Products with weights of 0 let it pass else, where a
+    score that is not seen is left out."""
+    i_tile, i_bg = tl.program_id(0), tl.program_id(1)
+    i_batch, i_group = i_bg // groups, i_bg % groups
+    k = load_rows(
+        p_k + head_offset(i_batch, i_group, stride_kb, stride_kh), i_tile * BN, stride_kt, n_keys, BN, D, BD, True
+    )  # fmt: skip
+    v = load_rows(
+        p_v + head_offset(i_batch, i_group, stride_vb, stride_vh), i_tile * BN, stride_vt, n_keys, BN, D, BD, True
+    )  # fmt: skip
+    infinity = float("inf")
+    finite = (tl.abs(k.to(tl.float32)) < infinity) & (tl.abs(v.to(tl.float32)) < infinity)
+    finite = (tl.min(finite.to(tl.int32), 1) != 0)[:, None]
+    o_head = i_bg.to(tl.int64) * n_keys * D
+    store_rows(p_k_out + o_head, tl.where(finite, k, float("nan") if NAN else 0.0), i_tile * BN, D, n_keys, BN, D, BD)
+    store_rows(p_v_out + o_head, tl.where(finite, v, 0.0), i_tile * BN, D, n_keys, BN, D, BD)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def attend_chosen(
     p_q, p_k, p_v, p_first, p_own, p_bits, p_slopes, p_out, p_lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -55,6 +79,13 @@ def attend_chosen(
         out, total, top = add_block(
             tl.where(seen, x, float("-inf")), v, out, total, top, exp2_scale, PRECISION
         )  # fmt: skip
+    empty = (total == 0) & (first < end)
+    if tl.max(empty.to(tl.int32), 0) != 0:  # rows that chose nothing are 0; if all scores are -inf, NaN, as in softmax
+        some = tl.zeros([BM], tl.int32)
+        for start_key in tl.range(lo, hi, BN, num_stages=1):
+            seen = seen_keys(p_bits, start, start_key, first, end, stride_bits, n_queries, CHOSEN, BM, BN)
+            some = tl.maximum(some, tl.max(seen.to(tl.int32), 1))
+        total = tl.where(empty & (some != 0), float("nan"), total)
     out = out / tl.where(total == 0, 1.0, total)[:, None]  # rows that see nothing are 0
     store_rows(p_out + head_offset(i_batch, i_head, stride_ob, stride_oh), out, start, stride_ot, n_queries, BM, D, BD)
     tl.store(p_lse + i_bh.to(tl.int64) * n_queries + row, log_sum(total, top, exp2_scale), mask=inside)
@@ -64,10 +95,12 @@ def attend_chosen(
 def weights_and_gradients(
     q, k, v, grad, lse, delta, key, end, seen, start_key, slope, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """p and ds = p (dP - delta) of a tile, [rows, keys], 0 where not seen. lse, delta: [rows]."""
+    """p and ds = p (dP - delta) of a tile, [rows, keys], 0 where not seen, whatever a row's numbers are. lse, delta:
+    [rows]."""
     x = attention_scores(q, k, key, end, start_key, slope, BIAS, PRECISION)
     p = tl.exp2(tl.where(seen, x * (scale * 1.4426950408889634) - lse[:, None], float("-inf")))
-    return p, p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return p, tl.where(seen, ds, 0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

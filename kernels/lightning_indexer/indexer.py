@@ -102,7 +102,9 @@ def chosen_attention(
         q, k, v: as in `entmax_attention`, not float64.
         first_key, own_key, chosen, alibi_slopes, scale: as in `indexer_loss`.
 
-    Returns: (B, H, n, D) in q's dtype. A row that sees no key is 0, and so are its gradients.
+    Returns: (B, H, n, D) in q's dtype. A row that sees no key is 0, and so are its gradients. A row is NaN that sees a
+        key or value which is not finite, or whose scores overflow to infinity or all to -infinity, as in torch's
+        softmax; keys and values that it does not see change nothing, in gradients neither.
 
     Raises: as `indexer_loss`.
     """
@@ -130,8 +132,8 @@ def select_keys(
     score_bits: int = 12,
 ) -> Tensor:
     """The `count` keys of the highest I (as in `indexer_loss`) of those that each query sees, of equal ones the later;
-    all that it sees where these are fewer (DeepSeek-V3.2-Exp, equation 2). Without gradient, since choosing has none.
-    Scores of some queries are in memory at once, at most 256 MiB.
+    all that it sees where these are fewer (DeepSeek-V3.2-Exp, equation 2). NaN is highest, as in torch.topk. Without
+    gradient, since choosing has none. Scores of some queries are in memory at once, at most 256 MiB.
 
     Args:
         index_q, index_k, weights, first_key, own_key: as in `indexer_loss`.

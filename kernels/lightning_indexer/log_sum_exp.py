@@ -25,8 +25,8 @@ def add_powers(x, total, top, exp2_scale):
 
 @triton.jit
 def log_sum(total, top, exp2_scale):
-    """0 for rows that see no key: whatever it is, nothing of theirs is counted."""
-    none = top == float("-inf")
+    """0 for rows that see no key: whatever it is, nothing of theirs is counted. NaN where any score that is seen is."""
+    none = total == 0
     return tl.where(none, 0.0, top * exp2_scale + tl.log2(tl.where(none, 1.0, total)))
 
 

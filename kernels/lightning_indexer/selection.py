@@ -49,12 +49,15 @@ def write_scores(
 
 @triton.jit
 def score_rank(x, SCORE_BITS: tl.constexpr):
-    """int32 below 2 ** (SCORE_BITS + 8), ordered as x rounded to SCORE_BITS bits; 0 and -0 are one, NaN is infinite."""
+    """int32 below 2 ** (SCORE_BITS + 8), ordered as x rounded to SCORE_BITS bits; 0 and -0 are one, NaN of either sign
+    stands above infinity."""
     DROPPED: tl.constexpr = 24 - SCORE_BITS
     bits = x.to(tl.int32, bitcast=True)
-    size = tl.minimum(bits & 0x7FFFFFFF, 0x7F800000)
+    size = bits & 0x7FFFFFFF
+    nan = size > 0x7F800000
+    size = tl.where(nan, 0x7F800000 + (1 << DROPPED), size)
     size = (size + ((1 << (DROPPED - 1)) - 1) + ((size >> DROPPED) & 1)) >> DROPPED  # to nearest, ties to even
-    return tl.where(bits < 0, -size, size) + (1 << (SCORE_BITS + 7))
+    return tl.where((bits < 0) & ~nan, -size, size) + (1 << (SCORE_BITS + 7))
 
 
 @triton.jit

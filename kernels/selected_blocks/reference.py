@@ -53,7 +53,8 @@ def _attend_rows(
         scores = scores - slopes.to(k.dtype).view(groups, -1, 1, 1) * (own - key)[:, :, None]
     seen = seen[:, :, None]  # the same for the heads of a group
     any_seen = seen.any(-1, keepdim=True)
-    p = scores.masked_fill(~seen & any_seen, -torch.inf).softmax(-1) * any_seen  # rows that read nothing are 0
+    scores = scores.masked_fill(~seen & any_seen, -torch.inf).masked_fill(~any_seen, 0)
+    p = scores.softmax(-1) * any_seen  # rows that read nothing are 0
     return (p.unsqueeze(-2) @ values[:, :, None]).squeeze(-2).flatten(1, 2).to(q.dtype)
 
 

@@ -76,9 +76,9 @@ def index_scores(index: IndexInputs, rows: slice, keys: slice) -> Tensor:
 
 @torch.no_grad()
 def select_tokens(index: IndexInputs, tokens: Tokens, count: int, backend: str = "auto") -> Tensor:
-    """The `count` visible keys of the highest scores, of equal ones the later; all that are visible where these are
-    fewer. Returns bits, uint8 (B, n, keys / 8, rounded up): key j is bit j % 8 of byte j // 8. Without gradient, since
-    choosing has none.
+    """The `count` visible keys of the highest scores, of equal ones the later, NaN being highest; all that are visible
+    where these are fewer. Returns bits, uint8 (B, n, keys / 8, rounded up): key j is bit j % 8 of byte j // 8. Without
+    gradient, since choosing has none.
 
     ReLU makes many scores 0, and without positions the same token has the same score wherever it stands, but for the
     rounding of products, which chunks of a prompt change: so scores are compared with SCORE_BITS bits.
@@ -110,16 +110,17 @@ def _choose(index: IndexInputs, tokens: Tokens, rows: slice, keys: slice, count:
         return visible
     scores = coarse(index_scores(index, rows, keys)).masked_fill_(~visible, -torch.inf)
     least = scores.topk(count).values[..., -1:]
-    above, tied = scores > least, scores == least
+    nan, least_nan = scores.isnan(), least.isnan()
+    above = (scores > least) | (nan & ~least_nan)
+    tied = ((scores == least) | (nan & least_nan)) & visible  # hidden keys have -inf, as visible ones may have
     later = tied.flip(-1).cumsum(-1).flip(-1)  # ties from here on
-    # rows that see fewer than `count` keys tie at -inf with hidden ones
-    return (above | (tied & (later <= count - above.sum(-1, keepdim=True)))) & visible
+    return above | (tied & (later <= count - above.sum(-1, keepdim=True)))
 
 
 def coarse(x: Tensor) -> Tensor:
-    """x rounded to SCORE_BITS bits (Veltkamp's splitting)."""
+    """x rounded to SCORE_BITS bits (Veltkamp's splitting), but for what that overflows with."""
     high = x * (2.0 ** (1 - SCORE_BITS) / torch.finfo(x.dtype).eps + 1)
-    return high - (high - x)
+    return torch.where(high.isfinite(), high - (high - x), x)
 
 
 def _bits(chosen: Tensor) -> Tensor:

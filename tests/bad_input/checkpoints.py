@@ -48,6 +48,12 @@ CASES = [
     Case("resume of no folder", train("--resume", "{tmp}/none"), ["{tmp}/none"]),
     Case("resume and init_from", train("--resume", "{run}", "--init_from", "{run}"), ["--init_from {run}", "use one"]),
     Case("resume of another model", resume("--model.network.d_ff", "48"), ["d_ff 32", "48"], notes=["resuming"]),
+    Case(
+        "resume of the same weights with another alpha",
+        resume("--model.network.attention.alpha", "1.25"),
+        ["was trained with model.network.attention.alpha 1.5 (config: 1.25)", "--init_from {run}/checkpoints/step-"],
+        notes=["resuming"],
+    ),
     Case("init_from without a checkpoint", train("--init_from", "{run}"), ["{run}"], no_marker),
     Case("export of no run", ["-m", "model.export", "{tmp}/none", "{tmp}/hf"], ["{tmp}/none"]),
 ]

@@ -111,6 +111,8 @@ CASES = [
     *(Case(name, train(f"--{name}", value), [f"{name} is", "leave it out and use"]) for name, value in REFUSED.items()),
     Case("one callback that is refused", train("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=x"),
          ["trainer.callbacks has EarlyStopping", "leave it out and use"]),
+    Case("callbacks of no class", train("--trainer.callbacks", "x"),
+         ['"trainer.callbacks": Expected list[Callback], Callback or null, classes by', "Got value: x (--help"]),
     Case("devices two", train("--trainer.devices", "two"), ["trainer.devices is 'two'", "at least 1"]),
     Case("devices -2", train("--trainer.devices", "-2"), ["trainer.devices is", "-2", "at least 1"]),
     Case("accelerator tpu", train("--trainer.accelerator", "tpu"), ["trainer.accelerator is 'tpu'", "expected auto"]),

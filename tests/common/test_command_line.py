@@ -23,6 +23,9 @@ class Faster(Optimizer):
         super().__init__(lr)
 
 
+OPTIMIZERS = "Expected list[Optimizer], Optimizer or null, classes by name or import path"
+
+
 class Reader:
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -187,6 +190,10 @@ def test_what_is_missing_or_unknown_is_told_with_what_to_do(given: list[str], me
         ("--tokens=[1, 2]", 'Parser key "tokens": Expected int, float or null. Got value: [1, 2]', True),
         ("--mode=fp7", """Parser key "mode": Expected 16, 'bf16', 'all' or bool. Got value: fp7""", False),
         ("--source.weight=x", """Parser key "source.weight": Expected a <class 'float'>. Got value: x""", False),
+        ("--source=x", """Parser key "source": Expected Source's options or null. Got value: x""", False),
+        ("--optimizers=x", f"""Parser key "optimizers": {OPTIMIZERS}. Got value: x""", False),
+        ("--optimizers=[x]", f"""Parser key "optimizers": {OPTIMIZERS}. Got value: ['x']""", True),
+        ("--sources=x", """Parser key "sources": Expected a <class 'list'>. Got value: x""", False),
     ],
 )
 def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, file: bool, tmp_path: Path) -> None:
@@ -195,6 +202,8 @@ def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, fil
     made.add_argument("--chunk", type=int | None, default=None)
     made.add_argument("--tokens", type=int | float | None, default=None)
     made.add_argument("--source", type=Source | None, default=None)
+    made.add_argument("--sources", type=list[Source], default=[])
+    made.add_argument("--optimizers", type=list[Optimizer] | Optimizer | None, default=None)
     made.add_argument("--mode", type=Literal[16] | Literal["bf16", "all"] | bool, default=16)
     name = ""
     if file:
@@ -204,3 +213,23 @@ def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, fil
     with pytest.raises(UsageError) as caught:
         made.parse_args([given])
     assert error_line(caught.value) == f"{name}{wanted} (--help lists all options)"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["OURS.Nope"], "Problem with given class_path 'OURS.Nope': module 'OURS' has no attribute 'Nope'"),
+        (["OURS.Reader"], f"{OPTIMIZERS}. Got value: OURS.Reader"),
+        (["OURS.Faster", "betaz=3"], "the key betaz is not an option of this command; the nearest one is beta"),
+        (["OURS.Faster", "beta=x"], """Parser key "beta": Expected a <class 'float'>. Got value: x"""),
+    ],
+)
+def test_one_line_says_what_is_wrong_inside_a_class(given: list[str], told: str) -> None:
+    made = CommandParser(prog="x")
+    made.add_argument("--optimizers", type=list[Optimizer] | Optimizer | None, default=None)
+    kind, *arguments = (one.replace("OURS", __name__) for one in given)
+    with pytest.raises(UsageError) as caught:
+        made.parse_args([f"--optimizers={kind}", *(f"--optimizers.{one}" for one in arguments)])
+    line = error_line(caught.value)
+    assert line.startswith('Parser key "optimizers": ') and told.replace("OURS", __name__) in line
+    assert "Subtypes" not in line and len(line) < 250

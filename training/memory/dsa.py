@@ -1,12 +1,15 @@
 """What DeepSeek Sparse Attention keeps for backward, besides a layer's projections."""
 
+from kernels.lightning_indexer.indexer import INDEX_DIM_MAX
+from kernels.lightning_indexer.launches import SCORES_AT_ONCE as CHOOSING_SCORES
+from kernels.lightning_indexer.tuning import TABLES
 from model.block_masks import TILE
 from model.dsa.config import DSAConfig
 from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.nsa import in_blocks_of_rows
 from training.memory.setup import FLOAT32, Setup
 
-CHOOSING_SCORES, INDEX_ROWS, INDEX_DIM_MAX = 2**26, 64, 128  # of kernels/lightning_indexer
+INDEX_ROWS = TABLES[64]["scores"].rows  # the usual tile
 
 
 def chosen_activations(setup: Setup, dsa: DSAConfig) -> float:
@@ -48,8 +51,12 @@ def index_tables(setup: Setup, dsa: DSAConfig) -> float:
 
 def chosen_workspace(setup: Setup) -> float:
     """Bytes in attention's backward beside the gradients of q, k and v: where the CPU's path takes queries in several
-    parts, the mask of one, as numbers, and as it is made of them."""
-    return 0.0 if setup.cuda or not in_blocks_of_rows(setup) else 2.0 * FLOAT32 * MASK_ELEMENTS
+    parts, the mask of one, as numbers, and as it is made of them; on CUDA the kernel's copies of k and v."""
+    network = setup.network
+    if setup.cuda:
+        copies = 2.0 * setup.local_tokens * setup.product_bytes * network.head_size * network.n_kv_heads
+        return copies if network.attention.dsa is not None and network.attention.dsa.is_sparse else 0.0
+    return 2.0 * FLOAT32 * MASK_ELEMENTS if in_blocks_of_rows(setup) else 0.0
 
 
 def rows_at_once(setup: Setup, scores: int, width: int) -> int:

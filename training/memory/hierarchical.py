@@ -1,12 +1,13 @@
 """What hierarchical entmax keeps for backward, and has beside it."""
 
+from kernels.block_bias.tuning import TABLES
 from model.hierarchical.config import HierarchicalConfig
 from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.dsa import operands, rows_at_once
 from training.memory.setup import FLOAT32, Setup
 
 INT64, INT32 = 8, 4  # bytes
-QUERY_TILE = 64  # of the kernels, queries and keys
+QUERY_TILE = TABLES[64]["queries"].rows  # the usual tile, of queries and of keys
 REFERENCE_TEMPORARIES, KERNEL_TEMPORARIES = 17, 8  # of entmax with its scores
 
 

@@ -1,11 +1,12 @@
 """What Native Sparse Attention keeps for backward, besides a layer's projections."""
 
+from kernels.selected_blocks.launches import PART_ELEMENTS
+from kernels.selected_blocks.readers import READERS
 from model.nsa.config import BRANCHES, NSAConfig
 from model.visible_attention import MASK_ELEMENTS, SCORES_AT_ONCE
 from training.memory.setup import FLOAT32, Setup
 
 INT32, INT64 = 4, 8  # bytes
-PART_ELEMENTS, READERS = 2**28, 1024  # of kernels/selected_blocks
 
 
 def branch_activations(setup: Setup, nsa: NSAConfig) -> float:

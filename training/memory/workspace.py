@@ -1,5 +1,6 @@
 """What a phase of the step has beside states and what forward keeps."""
 
+from kernels.alpha_entmax.blockwise import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS
 from training.memory.activations import feed_forward_activations, norm_activations, uses_triton
 from training.memory.dsa import chosen_workspace
 from training.memory.hierarchical import block_choice_workspace, learned_bias_workspace
@@ -8,7 +9,8 @@ from training.memory.setup import FLOAT8, FLOAT32, Setup
 from training.memory.states import block_matrices
 from training.memory.teacher import teacher_head, teacher_hidden
 
-BLOCKWISE_BYTES = {True: 6 * 2**27, False: 6 * 2**20}  # scores and temporaries of the PyTorch entmax; CUDA, CPU
+# scores and temporaries of the PyTorch entmax; CUDA, CPU
+BLOCKWISE_BYTES = {True: 6 * FLOAT32 * DEVICE_BLOCK_ELEMENTS, False: 6 * FLOAT32 * BLOCK_ELEMENTS["cpu"]}
 
 
 def loss_workspace(setup: Setup) -> float:

@@ -26,6 +26,7 @@ from model.checksums import Verify
 from model.config import ModelConfig
 from model.loading import StoredTensors, check_file
 from training.distributed.checkpoint_state import check_stored
+from training.resume.transfer import keeps_weights
 from training.tracking import is_first_process, say
 
 # Keys of the model config that choose how to compute, not what: they may differ between sessions.
@@ -209,6 +210,12 @@ def check_architecture(checkpoint: CheckpointInfo, architecture: dict[str, Any])
     differing = [key for key in keys if saved.get(key) != wanted.get(key)]
     if differing:
         listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
+        if all(keeps_weights(key) for key in differing):  # as from one stage of training to the next
+            raise ValueError(
+                f"{checkpoint.path} was trained with model.network.{listed}, and a run that resumes keeps to that; the "
+                f"weights fit: start a new run from them, --init_from {checkpoint.path} with another --run_dir, or use "
+                "the config it was trained with"
+            )
         raise ValueError(
             f"{checkpoint.path} is a checkpoint of another architecture: model.network has {listed}; "
             "use the config it was trained with, or another --run_dir, with --init_from for a new run from its weights"

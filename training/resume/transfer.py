@@ -35,10 +35,15 @@ KIND_CHANGES = {
 SIZES = tuple(f"attention.{kind}" for kind in TRAINED_SPARSE)
 
 
+def keeps_weights(key: str) -> bool:
+    """Whether a key of the flattened model config changes how the same weights are used, and not what they are."""
+    return not FREE_KEYS.isdisjoint({key, key.split(".")[0]})
+
+
 def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
     """Raises ValueError that names what keeps a model of config `network` from starting with these weights."""
     saved, wanted = _architectures(checkpoint, network)
-    differing = [key for key in _differing(saved, wanted) if not FREE_KEYS & {key, key.split(".")[0]}]
+    differing = [key for key in _differing(saved, wanted) if not keeps_weights(key)]
     if (saved["attention.kind"], wanted["attention.kind"]) in KIND_CHANGES:
         differing = [key for key in differing if key != "attention.kind" and not key.startswith(SIZES)]
         if checkpoint.architecture.feed_forward_size != network.feed_forward_size:

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
 from eval.held_out.analysis import pair, summarise
 from eval.held_out.needle import NeedleCell
@@ -13,7 +15,8 @@ from eval.held_out.verdict import above_chance, needle_verdict, verdict
 from eval.reporting.document import Details, Table
 from eval.reporting.statistics import Interval
 from eval.reporting.verdict import above, listed, standing
-from model.config import TRAINED_SPARSE
+from model.config import TRAINED_SPARSE, AttentionKind, config_from_dict
+from model.transformer import Transformer
 from tests.eval.held_out.made_up import CONFIG, PLAN, TWINS, measurement
 
 SPARSE, DENSE = TWINS
@@ -89,3 +92,24 @@ def test_sizes_of_a_kind_are_its_own(kind: str) -> None:
     rows = {row[0].removeprefix(prefix): row[1:] for row in tables[1].rows}
     assert rows[f"{kind}.block"] == ["64", "–"] and kind not in rows and rows["backend"] == ["–", "–"]
     assert rows["alpha"] == ["1.5" if kind == "hierarchical" else "–", "–"]
+
+
+@pytest.mark.parametrize("kind", get_args(AttentionKind))
+def test_settings_of_some_kinds_only_are_those_that_their_models_read(kind: str) -> None:
+    """As the model's parameters tell; a temperature of hierarchical entmax is a choice."""
+    prefix = "model.network.attention."
+    names = {"alpha": "1.5", "temperature_bias": "0.5", "backend": "auto"}
+    shared = {f"{prefix}{name}": value for name, value in names.items()} | {"model.optimizer.alpha_lr_factor": "1.0"}
+    choices = [{}] if kind != "hierarchical" else [{kind: {"adaptive_temperature": one}} for one in (False, True)]
+    for choice in choices:
+        attention = {"kind": kind, **choice}
+        run = replace(TWINS[0], label="own", model={"attention": attention})
+        other = replace(TWINS[1], label="other")
+        tables = [block for block in run_blocks([run, other], {"own": shared, "other": {}}) if isinstance(block, Table)]
+        shown = {row[0].removeprefix(prefix) for row in tables[1].rows if row[1] != "–"}
+        with torch.device("meta"):
+            parameters = dict(Transformer(config_from_dict({"attention": attention})).named_parameters())
+        assert ("alpha" in shown) == any(name.endswith(".alpha_raw") for name in parameters)
+        assert ("alpha" in shown) == ("model.optimizer.alpha_lr_factor" in shown)
+        assert ("temperature_bias" in shown) == any(name.endswith(".temperature.beta.bias") for name in parameters)
+        assert ("backend" in shown) == (kind in ("entmax", "asentmax"))

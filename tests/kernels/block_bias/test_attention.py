@@ -131,6 +131,32 @@ def test_not_a_number_is_seen(which: str, backend: str) -> None:
     assert bool(out[:, :, :16].isfinite().all()) and bool(out[:, 2:].isfinite().all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rows_whose_scores_overflow_are_as_in_softmax(sign: float, backend: str) -> None:
+    """NaN where any is infinity or all are -infinity, in the gradients of queries too, which is no row that reads no
+    key; a weight is 0 where one of several is -infinity."""
+    shape = Shape(70, 70, heads=2, kv_heads=1)
+    q, k, v, bias, grad = shape.tensors(torch.float32)
+    first, own = shape.positions()
+    bias, q[:, 0], k[:, :, :, 0] = torch.zeros_like(bias), 0, 0
+    bias[:, :, 40] = -torch.inf
+    q[:, 0, :, 0], k[:, :, :20, 0] = sign * 4e19, 4e19  # a score is 4e38: all that 20 queries see, some of the others
+    found = results(
+        block_bias_attention, (q, k, v, bias, grad), torch.float32, first, own, block_size=16, backend=backend
+    )  # fmt: skip
+    rows = torch.zeros(2, 70, dtype=torch.bool, device=DEVICE)
+    rows[0, : 20 if sign < 0 else 70] = True
+    rows[:, 40] = False
+    assert torch.equal(found[0][0].isnan().all(-1), rows) and torch.equal(found[0][0].isnan().any(-1), rows)
+    assert torch.equal(found[1][0].isnan().all(-1), rows) and not bool(found[0][:, :, 40].any())
+    for i in range(60, 70):  # behind those that overflow
+        weights = (q[0, 1, i] @ k[0, 0, : i + 1].mT * q.shape[3] ** -0.5).softmax(-1)
+        torch.testing.assert_close(found[0][0, 1, i], weights @ v[0, 0, : i + 1])
+        if sign < 0:
+            torch.testing.assert_close(found[0][0, 0, i], v[0, 0, 20 : i + 1].mean(0))
+
+
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_documents_in_any_order(backend: str) -> None:
     """Of queries, and ones that come back: as each query has it alone."""

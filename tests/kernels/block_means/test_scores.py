@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import block_mean_scores
 from kernels.block_means.operator import scores_operator
-from tests.kernels.helpers import CUDA, DEVICE, EPS, assert_same, draw, needs_cuda, needs_triton
+from tests.kernels.helpers import CUDA, DEVICE, EPS, assert_same, check_any_strides, draw, needs_cuda, needs_triton
 from tests.kernels.operators import (
     WRAPPERS,
     check_same_bits,
@@ -194,7 +194,7 @@ def test_definition_written_out(name: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_documents_change_nothing(backend: str) -> None:
-    """Not even NaN in their keys, in scores and in gradients."""
+    """In scores and in gradients."""
     shape = Shape(100, 100, documents=(40, 60))
     q, k, grad = shape.tensors(torch.float32)
     places = shape.places()
@@ -205,6 +205,42 @@ def test_other_documents_change_nothing(backend: str) -> None:
     other = results(block_mean_scores, (q, k, grad), torch.float32, *places, backend=backend, **shape.options)
     for one, changed in zip(whole, other, strict=True):
         assert_same(one[:, :, :40], changed[:, :, :40], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_reaches_only_what_sees_it(value: float, backend: str) -> None:
+    """Of keys: their blocks, from there on, and the gradients of these queries; of queries: keys that they see."""
+    shape = Shape(100, 100, documents=(40, 60))
+    (q, k, grad), places = shape.tensors(torch.float32), shape.places()
+
+    def run(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        scores = block_mean_scores(*leaves, *places, backend=backend, **shape.options)
+        return scores.detach(), *torch.autograd.grad(scores, leaves, grad)
+
+    scores, dq, dk = run(q, k)
+    spoilt = torch.zeros_like(scores, dtype=torch.bool)
+    bad = k.clone()
+    for key, start, block in ((20, 0, 1), (45, 40, 0), (99, 40, 3)):
+        bad[:, key % 2, key, 3] = value
+        spoilt[:, 2 * (key % 2) : 2 * (key % 2) + 2, key : 40 if start == 0 else 100, block] = True
+    found, found_dq, found_dk = run(q, bad)
+    assert torch.equal(found.isfinite() | (found == -torch.inf), ~spoilt) and bool(found[spoilt].isnan().all())
+    torch.testing.assert_close(found.where(~spoilt, 0), scores.where(~spoilt, 0))
+    rows = spoilt.any(-1)
+    assert torch.equal(found_dq.isfinite().all(-1), ~rows)
+    torch.testing.assert_close(found_dq[~rows], dq[~rows])
+    good = bad.isfinite().all(-1)
+    torch.testing.assert_close(found_dk[good], dk[good])  # linear in queries alone
+    bad = q.clone()
+    bad[:, :2, 50, 3] = value
+    found, found_dq, found_dk = run(bad, k)
+    key = torch.arange(100, device=DEVICE)
+    others, hidden = key != 50, (key < 40) | (key > 50)
+    torch.testing.assert_close((found[:, :, others], found_dq[:, :, others]), (scores[:, :, others], dq[:, :, others]))
+    assert torch.equal(found_dk.isfinite().all(-1)[0], torch.stack([hidden, hidden | True]))
+    torch.testing.assert_close(found_dk[:, 0, hidden], dk[:, 0, hidden])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,15 +262,11 @@ def test_keys_may_be_float32(backend: str) -> None:
 def test_any_strides_give_the_same_bits(backend: str) -> None:
     shape = SHAPES["alibi documents"]
     inputs, places = shape.tensors(torch.float32), shape.places()
-    options = shape.options | dict(backend=backend)
-    views = tuple(
-        torch.cat([x, x + 1], 1).transpose(1, 2).contiguous().transpose(1, 2)[:, : x.shape[1]] for x in inputs
-    )
-    columns = tuple(x.mT.contiguous().mT for x in inputs)
-    expected = results(block_mean_scores, inputs, torch.float32, *places, **options)
-    for tensors in (inputs, views, columns):
-        found = results(block_mean_scores, tensors, torch.float32, *places, **options)
-        assert all(torch.equal(ours, first) for ours, first in zip(found, expected, strict=True))
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return results(block_mean_scores, tensors, torch.float32, *places, backend=backend, **shape.options)
+
+    check_any_strides(run, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

@@ -109,6 +109,48 @@ def test_rows_that_see_nothing_are_zero() -> None:
         torch.testing.assert_close(ours.double(), other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [1, 2], ids=["k", "v"])
+def test_what_is_not_finite_reaches_only_rows_that_see_it(which: int, value: float) -> None:
+    """Not those of other documents, before it, or that have not chosen it; and of keys those that such a row sees."""
+    inputs, more, seen = tensors(SHAPE, torch.float32), (*SHAPE.rows(), SHAPE.chosen()), seen_of(SHAPE, SHAPE.chosen())
+    bad = [x.clone() for x in inputs]
+    keys = torch.tensor([12, 69, 75, 131], device=DEVICE)
+    bad[which][:, 0, keys, 5] = value
+    rows = seen[0][:, keys].any(-1)  # of the two query heads of a key head
+    others = ~(seen[0] & rows[:, None]).any(0)
+    assert 5 < int(rows.sum()) < 100 and int(others.sum()) > 5
+    clean, found = (results(chosen_attention, tuple(x), torch.float32, *more, **SHAPE.options) for x in (inputs, bad))
+    for i, kept in enumerate((~rows, ~rows, others, others)):
+        heads = inputs[0].shape[1] // 2 if i < 2 else 1
+        torch.testing.assert_close(found[i][:, :heads, kept], clean[i][:, :heads, kept])
+        torch.testing.assert_close(found[i][:, heads:], clean[i][:, heads:])
+    assert bool(found[0][:, :2, rows].isnan().all()) and bool(found[1][:, :2, rows].isnan().all())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rows_whose_scores_overflow_are_as_in_softmax(sign: float) -> None:
+    """NaN where any is infinity or all are -infinity, which is no row without keys; a weight is 0 where one of several
+    is -infinity."""
+    shape = Shape(70, 70, heads=2, kv_heads=1)
+    q, k, v, grad = tensors(shape, torch.float32)
+    chosen = torch.full((1, 70, 9), 255, dtype=torch.uint8, device=DEVICE)
+    chosen[:, 30] = 0
+    q[:, 0], k[:, :, :, 0] = 0, 0
+    q[:, 0, :, 0], k[:, :, :20, 0] = sign * 2e19, 2e19  # a product is 4e38: all that 20 queries see, some of the others
+    found = results(chosen_attention, (q, k, v, grad), torch.float32, *shape.rows(), chosen)
+    expected = results(
+        plain, (q, k, v, grad), torch.float32, shape.rows()[1], seen_of(shape, chosen), shape.scale, None
+    )  # fmt: skip
+    assert torch.equal(found[0].isnan().all(-1), found[0].isnan().any(-1))
+    rows = torch.zeros(2, 70, dtype=torch.bool, device=DEVICE)
+    rows[0, : 20 if sign < 0 else 70] = True
+    rows[:, 30] = False
+    assert torch.equal(found[0][0].isnan().any(-1), rows) and not bool(found[0][:, :, 30].any())
+    rows[:, 30] = True
+    torch.testing.assert_close(found[0][0][~rows], expected[0][0][~rows])
+
+
 def test_any_strides_give_the_same_bits() -> None:
     inputs, given = tensors(SHAPE, torch.float32), (*SHAPE.rows(), SHAPE.chosen())
     expected = results(chosen_attention, inputs, torch.float32, *given, **SHAPE.options)

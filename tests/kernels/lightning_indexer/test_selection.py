@@ -3,7 +3,7 @@
 The Triton kernels run on CUDA where there is one, else in Triton's interpreter (TRITON_INTERPRET=1, at small sizes).
 """
 
-from math import frexp, ldexp
+from math import frexp, isnan, ldexp
 from typing import Any
 
 import pytest
@@ -13,6 +13,8 @@ from torch import Tensor
 from kernels.lightning_indexer import launches
 from kernels.lightning_indexer.indexer import select_keys
 from kernels.lightning_indexer.operator import select_operator
+from model.dsa.indexer import IndexInputs, select_tokens
+from model.dsa.tokens import packed_tokens
 from tests.kernels.helpers import CUDA, DEVICE, needs_cuda, needs_triton
 from tests.kernels.lightning_indexer.inputs import LARGE_SHAPES, Shape
 
@@ -114,13 +116,21 @@ def test_half_precision_is_exact(dtype: torch.dtype) -> None:
     assert keys_of(select_keys(*index, *shape.rows(), count=7)) == expected(shape, index, 7)
 
 
-def test_what_is_not_finite_ends_somewhere() -> None:
-    """NaN counts as infinite; as many keys are chosen as elsewhere."""
-    shape = Shape(30, 30)
-    index = whole_numbers(shape, 2)
-    index[1][:, 3], index[1][:, 5] = torch.nan, torch.inf
-    found = keys_of(select_keys(*index, *shape.rows(), count=4))[0]
-    assert [len(one) for one in found] == [min(t + 1, 4) for t in range(30)]
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000], ids=["positive", "negative"])
+def test_nan_is_chosen_first(bits: int, backend: str) -> None:
+    """Of either sign, as torch.topk has it; then infinity, which 4 times 3e38 is, finite scores, and -infinity."""
+    score = torch.randint(-3, 4, (30,), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
+    score[[5, 20]], score[[0, 1, 2, 4, 6, 29]] = 3e38, -3e38
+    index_k = torch.stack([score, -score], -1)[None]
+    index_k[:, [3, 12, 13]] = torch.tensor(bits, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    index_q = 4 * torch.eye(2, device=DEVICE)[None, :, None].expand(1, 2, 30, 2)
+    weights = torch.tensor([1.0, -1.0], device=DEVICE)[None, :, None].expand(1, 2, 30)  # score * 4: one head a sign
+    tokens = packed_tokens(30, None, 30, index_k.device)
+    for count in (1, 2, 4, 7):
+        found = keys_of(select_tokens(IndexInputs(index_q, index_k, weights), tokens, count, backend))[0]
+        order = [(isnan(x), 0.0 if isnan(x) else x, s) for s, x in enumerate(index_k[0, :, 0].tolist())]
+        assert found == [sorted(s for *_, s in sorted(order[: t + 1])[-count:]) for t in range(30)]
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 5), (5, 0)])
@@ -143,7 +153,7 @@ def test_at_length(name: str, dtype: torch.dtype) -> None:
     exact = scores(*index)
     mantissa, exponent = torch.frexp(exact)
     coarse = torch.ldexp((mantissa * 2**12).round(), exponent - 12).masked_fill(~seen, -torch.inf)
-    order = coarse.flip(-1).argsort(-1, descending=True, stable=True)[..., :500]
+    order = coarse.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :500]
     mask = torch.zeros_like(coarse, dtype=torch.bool).scatter_(-1, shape.n_keys - 1 - order, True) & seen
     bits = select_keys(*index, first, own, count=500, reach=max(shape.documents or (shape.n_keys,)))
     ours = (bits[..., None].int() >> torch.arange(8, device=DEVICE) & 1).flatten(2)[..., : shape.n_keys].bool()

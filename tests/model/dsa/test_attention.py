@@ -236,3 +236,5 @@ def test_rounded_scores_keep_twelve_bits() -> None:
         mantissa, exponent = torch.frexp(x)
         torch.testing.assert_close(coarse(x), torch.ldexp((mantissa * 2**12).round(), exponent - 12), rtol=0, atol=0)
     assert coarse(torch.zeros(1)).item() == 0
+    huge = torch.tensor([torch.inf, -torch.inf, 3e38])
+    assert torch.equal(coarse(huge), huge)

@@ -11,17 +11,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 import kernels.alpha_entmax.results
-import kernels.lightning_indexer.indexer
 import model.transformer
-import training.memory.nsa
 import training.module
 import training.step.float8
 import training.step.recomputation
 from kernels.block_bias.tuning import TABLES as BLOCK_BIAS_TABLES
-from kernels.lightning_indexer.launches import SCORES_AT_ONCE
-from kernels.lightning_indexer.tuning import TABLES as INDEXER_TABLES
-from kernels.selected_blocks.launches import PART_ELEMENTS
-from kernels.selected_blocks.readers import READERS
 from model.attention import kept_bits, make_metadata
 from model.hierarchical.config import HierarchicalConfig
 from model.nsa.blocks import packed_blocks
@@ -30,7 +24,7 @@ from model.sequence_parallel import SequenceShards
 from tests.kernels.helpers import needs_triton
 from tests.training.memory.helpers import LENGTH, MODELS, MODES, NSA, TOKENS, autocast, batch, make, needs_float8_by_row
 from training.memory.activations import block_activations, kept_of_attention
-from training.memory.dsa import CHOOSING_SCORES, INDEX_DIM_MAX, INDEX_ROWS, index_workspace
+from training.memory.dsa import index_workspace
 from training.memory.estimate import estimate
 from training.memory.hierarchical import (
     QUERY_TILE,
@@ -218,19 +212,12 @@ def test_blocks_of_rows_keep_no_masks(precision: str, name: str, chosen: int, mo
     assert estimate(setup).lasting["activations"].bytes == pytest.approx(found, rel=0.02)
 
 
-def test_sizes_of_the_kernel_of_selected_blocks() -> None:
-    assert (training.memory.nsa.PART_ELEMENTS, training.memory.nsa.READERS) == (PART_ELEMENTS, READERS)
-
-
 def test_the_indexer_on_cuda() -> None:
     """Scores of the queries that choose together, up to a bound, or in warm-up log-sum-exps of all heads."""
-    launch = INDEXER_TABLES[64]["scores"]
-    assert (SCORES_AT_ONCE, launch.rows) == (CHOOSING_SCORES, INDEX_ROWS)
-    assert INDEX_DIM_MAX == kernels.lightning_indexer.indexer.INDEX_DIM_MAX
     setup = replace(make(MODELS["dsa-rope"])[1], cuda=True)
     dsa = setup.network.attention.dsa
     assert dsa is not None
-    assert index_workspace(setup, dsa) == 4 * TOKENS * (setup.sequence_length + INDEX_ROWS)
+    assert index_workspace(setup, dsa) == 4 * TOKENS * (setup.sequence_length + 64)  # a tile's queries
     assert index_workspace(setup, replace(dsa, stage="warmup")) == 4 * TOKENS * (setup.network.n_heads + 2)
     long = replace(setup, tokens=2**17, sequence_length=2**17)
     assert 0.9 * 2**28 < index_workspace(long, dsa) <= 2**28

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,9 +22,11 @@ from model.checkpoint import (
     resolve_checkpoint,
     write_complete,
 )
-from model.config import ModelConfig
+from model.config import AttentionConfig, ModelConfig
+from model.dsa.config import DSAConfig
 from tests.training.checkpoints import make_checkpoint, remove_old
 from training.resume.start_point import check_architecture, check_tokenizer, choose_start, read_data_state
+from training.resume.transfer import check_transfer
 
 
 def test_a_new_run_starts_at_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +114,21 @@ def test_another_architecture_lists_the_differing_keys() -> None:
     message = str(caught.value)
     assert "attention.kind 'softmax' (config: 'entmax'), n_layers 2 (config: 3), new None (config: 1);" in message
     assert "d_model" not in message and "backend" not in message
+
+
+def test_the_next_stage_of_training_starts_a_new_run() -> None:
+    """As warm-up does that goes on sparsely: it is the same architecture, whose weights --init_from takes."""
+    warmup = ModelConfig(attention=AttentionConfig(kind="dsa", dsa=DSAConfig(stage="warmup")))
+    checkpoint = CheckpointInfo(Path("runs/warmup/x"), 1, {"model": asdict(warmup)})
+    sparse = replace(warmup, attention=replace(warmup.attention, dsa=DSAConfig(stage="sparse")))
+    check_transfer(checkpoint, sparse)
+    with pytest.raises(ValueError) as caught:
+        check_architecture(checkpoint, asdict(sparse))
+    message = str(caught.value)
+    assert "was trained with model.network.attention.dsa.stage 'warmup' (config: 'sparse')," in message
+    assert "--init_from runs/warmup/x with another --run_dir" in message and "architecture" not in message
+    with pytest.raises(ValueError, match=r"another architecture: .*dsa.stage 'warmup' \(config: 'sparse'\), n_layers"):
+        check_architecture(checkpoint, asdict(replace(sparse, n_layers=3)))
 
 
 def test_keys_that_are_newer_than_a_checkpoint_have_their_defaults() -> None:
