@@ -43,7 +43,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.loopback import first_rank
-from common.arguments import PlainParser, a_path
+from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
 from model.attention_stats import attention_stats
 from model.config import TRAINED_SPARSE, AttentionConfig, ModelConfig
@@ -211,11 +211,11 @@ def parse() -> argparse.Namespace:
         "--runs", nargs="+", default=[], metavar="RUN", help="checkpoints in place of --models, --kinds"
     )
     parser.add_argument("--data", type=a_path, help="prepared corpus of --runs, whose held-out documents are read")
-    parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 8192, 32768], help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, default=32768, help="of a step, or one sequence if that is longer")
-    parser.add_argument("--longest", nargs="*", type=int, default=[], metavar="LENGTH",
+    parser.add_argument("--lengths", nargs="*", type=a_count, default=[4096, 8192, 32768], help="tokens of a sequence")
+    parser.add_argument("--tokens", type=a_count, default=32768, help="of a step, or one sequence if that is longer")
+    parser.add_argument("--longest", nargs="*", type=a_count, default=[], metavar="LENGTH",
                         help="one step of each after another, with checkpointing, until memory ends")  # fmt: skip
-    parser.add_argument("--sequence_parallel", type=int, default=1, metavar="S", help="GPUs that share a sequence")
+    parser.add_argument("--sequence_parallel", type=a_count, default=1, metavar="S", help="GPUs that share a sequence")
     parser.add_argument("--loss", default="auto", help="model.loss_backend")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--checkpointing", nargs="+", choices=get_args(ActivationCheckpointing), default=["none"],
@@ -224,7 +224,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=("litgpt",), default=[],
                         help="other recipes' steps at --lengths: LitGPT's of 1b's shape, softmax, in bf16")  # fmt: skip
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=a_count, default=5)
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/train_speed.csv"))
     options = parser.parse_args()
     if options.runs and (options.models or options.kinds):

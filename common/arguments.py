@@ -23,3 +23,14 @@ def a_path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty: expected a path; leave it out if it has none")
     return Path(text)
+
+
+def a_count(text: str) -> int:
+    """The type of an option that counts: a whole number from 1 on."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {text!r}: expected a whole number, at least 1")
+    return number

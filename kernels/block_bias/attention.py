@@ -36,7 +36,9 @@ def block_bias_attention(
         q: (B, H, n, D), float64, float32, bfloat16 or float16.
         k, v: (B, G, keys, D), dtype and device of q, H a multiple of G (grouped-query heads).
         bias: (B, H, n, C) on q's device, float32 (float64 for float64 q), C blocks counted from first_key; what stands
-            behind a query's own block is not read.
+            behind a query's own block is not read. Blocks are left out by -inf, not by the least float32: where all
+            biases of a row are large, the kernels' gradients are off by EPS times their size, and beyond scale * 3e38
+            the row is NaN.
         first_key: int32 or int64 (B or 1, n), the first key of each query's document.
         own_key: as first_key, the last key that each query sees, in one of its C blocks; one before first_key where it
             sees none.

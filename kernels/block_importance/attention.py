@@ -53,7 +53,8 @@ def block_importance_scores(
         backend: "triton" (CUDA, or CPU tensors under TRITON_INTERPRET=1; not float64, head dims to 256, in float32 to
             128), "torch" or "auto": triton on CUDA where it can, else torch, which holds the scores of all keys.
 
-    Returns: float32 (float64 for float64 q) (B, G, n, C); 0 for blocks that no key lies in which the query sees.
+    Returns: float32 (float64 for float64 q) (B, G, n, C); 0 for blocks that no key lies in which the query sees. The
+        other blocks of a query are NaN if a score is NaN or +inf, or all are -inf, as in torch's softmax.
 
     Raises: TypeError or ValueError naming the argument, its value and what was expected; values of tensors are read on
     the CPU only.

@@ -54,7 +54,7 @@ def log_sum_exps(
 ):  # fmt: skip
     """One program a tile of BM queries and query head: a loop over the keys that any of them sees.
 
-    p_lse: float32 (B, H, n), of base 2, 0 for queries that see no key."""
+    p_lse: float32 (B, H, n), of base 2, 0 for queries that see no key, NaN for what a softmax makes NaN."""
     i_tile, i_bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long ones first
     i_batch, i_head = i_bh // heads, i_bh % heads
     row = i_tile * BM + tl.arange(0, BM)
@@ -76,6 +76,7 @@ def log_sum_exps(
         x = key_scores(q, k, key, start, last, slope, SLOPES, PRECISION)
         seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
         total, top = add_powers(tl.where(seen, x, float("-inf")), total, top, exp2_scale)
+    total = tl.where((total == 0) & (last >= first), float("nan"), total)  # all scores -inf: NaN, as in softmax
     tl.store(p_lse + i_bh.to(tl.int64) * n_queries + row, log_sum(total, top, exp2_scale), mask=row < n_queries)
 
 

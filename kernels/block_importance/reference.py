@@ -31,8 +31,9 @@ def block_importance_reference(
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(dtype).view(groups, -1, 1, 1) * distance
     visible = (number >= 0) & (distance >= 0)
-    scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
-    weights = (scores.softmax(-1) * visible).sum(2)  # [B, G, n, keys]; queries that see no key have none
+    some = visible.any(-1, keepdim=True)
+    scores = scores.masked_fill(~visible & some, -torch.inf)
+    weights = torch.where(visible, scores.softmax(-1), 0).sum(2)  # [B, G, n, keys]; queries that see no key have none
     found = divide_among_blocks(weights, first_key, compress_length, compress_stride, block_size, n_blocks)
     return found if select_local is None else _mark_always_chosen(found, position, block_size, select_local)
 

@@ -31,9 +31,9 @@ SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 def weight_rounding(n_keys: int) -> float:
     """What CUDA's exp2 and log2 add to the relative error of a weight 2 ** (x - log-sum-exp): each is off by up to
-    2 ** -22 of its value (PTX ISA: ex2.approx, lg2.approx), and that of the sum, of at most the keys' number, stands in
-    a power. The interpreter's are NumPy's, exact to float32's rounding."""
-    return 2**-22 * (1 + math.log(n_keys)) if CUDA else 0.0
+    2 ** -22 of its value (PTX ISA: ex2.approx, lg2.approx); the sum is one of powers, and its logarithm, at most that
+    of the keys' number, stands in a power. The interpreter's are NumPy's, exact to float32's rounding."""
+    return 2**-22 * (2 + math.log(n_keys)) if CUDA else 0.0
 
 
 def assert_same(ours: Tensor, other: Tensor, backend: str) -> None:

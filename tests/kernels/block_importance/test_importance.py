@@ -158,7 +158,26 @@ def test_other_documents_change_nothing(backend: str) -> None:
     k[:, :, first[1] - 1 :] = torch.nan  # and the second document's last key
     found = block_importance_scores(q, k, *places, backend=backend, **shape.options)
     assert_same(found[:, :, 40:99], expected[:, :, 40:99], backend)
-    assert bool(found[:, :, 99].isnan().any())
+    assert torch.equal(found[:, :, 99].isnan(), expected[:, :, 99] > 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_a_number_is_seen(value: float, backend: str) -> None:
+    """By the queries that see it, in all blocks in which they see keys; what is -inf for all keys too."""
+    shape = Shape((40, 30))
+    (q, k), (first, position) = shape.tensors(torch.float32), shape.places()
+    expected = block_importance_scores(q, k, first, position, backend=backend, **shape.options)
+    q[..., 0], start = 1.0, int(first[0, 40])
+    if value == -torch.inf:
+        k[:, :, start:, 0] = value
+        from_query = 40
+    else:
+        k[:, :, start + 2, 0] = value
+        from_query = 40 + 2 * shape.stride + shape.length - 1
+    found = block_importance_scores(q, k, first, position, backend=backend, **shape.options)
+    rows = torch.arange(70, device=DEVICE) >= from_query
+    assert torch.equal(found.isnan(), (expected > 0) & rows[:, None]) and bool(found.isnan().any())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
