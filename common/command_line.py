@@ -136,6 +136,7 @@ def union_in_words(message: str) -> str:
 
     message = INNER.sub(lambda found: f'Parser key "{found["group"]}.{found["key"]}": {found["error"]}', message)
     message = UNION.sub(in_words, NO_FILE.sub("", message))
+    message = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"Expected one of \1", message)
     return re.sub(
         r"Expected a dot import path string: ", "Expected a mapping of options, or a class. Got value: ", message
     )

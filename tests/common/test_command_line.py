@@ -193,6 +193,7 @@ def test_what_is_missing_or_unknown_is_told_with_what_to_do(given: list[str], me
         ("--source=x", """Parser key "source": Expected Source's options or null. Got value: x""", False),
         ("--optimizers=x", f"""Parser key "optimizers": {OPTIMIZERS}. Got value: x""", False),
         ("--optimizers=[x]", f"""Parser key "optimizers": {OPTIMIZERS}. Got value: ['x']""", True),
+        ("--form=x", """Parser key "form": Expected one of 'a', 'b'. Got value: x""", True),
         ("--sources=x", """Parser key "sources": Expected a <class 'list'>. Got value: x""", False),
     ],
 )
@@ -204,6 +205,7 @@ def test_one_line_says_which_types_a_value_may_have(given: str, wanted: str, fil
     made.add_argument("--source", type=Source | None, default=None)
     made.add_argument("--sources", type=list[Source], default=[])
     made.add_argument("--optimizers", type=list[Optimizer] | Optimizer | None, default=None)
+    made.add_argument("--form", type=Literal["a", "b"], default="a")
     made.add_argument("--mode", type=Literal[16] | Literal["bf16", "all"] | bool, default=16)
     name = ""
     if file:
