@@ -130,7 +130,7 @@ CASES = [
          ["attention.dsa: expected none for kind asentmax"]),
     Case("an unknown stage of dsa", train("--model.network.attention.kind", "dsa",
          "--model.network.attention.dsa.stage", "dense"),
-         ["\"model.network.attention.dsa.stage\": Expected a", "'warmup', 'sparse'", "Got value: dense (--help"]),
+         ["\"model.network.attention.dsa.stage\": Expected one of 'warmup', 'sparse'. Got value: dense (--help"]),
     Case("index channels that rope cannot pair", train("--model.network.attention.kind", "dsa",
          "--model.network.attention.dsa.index_dim", "10"), ["attention.dsa.index_dim is 10: expected a multiple of 4"]),
     Case("frozen weights beside ZeRO", train("--model.network.attention.kind", "dsa",

@@ -1,5 +1,6 @@
 """What the tests of the lightning indexer share: shapes, inputs, the loss with whole matrices in plain PyTorch."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,10 +139,10 @@ def rounding(inputs: tuple[Tensor, ...], dtype: torch.dtype, truth: list[Tensor]
     terms that cancel, which add up as squares. more: as `weights_and_scores` takes it, behind the inputs.
 
     A product carries about EPS |q| |k|, a score the sum of that, and its power carries it relatively: so do p and
-    softmax(I), which may both be large where their difference, the gradient of I, is small; so do CUDA's powers, alike
-    for a whole row where its sum's logarithm is off. In bfloat16 that difference
-    is rounded to it once, in dq and dk, as attention's backward does. A product within 16 roundings of 0 may fall on
-    ReLU's other side.
+    softmax(I), which may both be large where their difference, the gradient of I, is small; so do CUDA's powers. The
+    logarithm of a row's sum, of the size of its largest score and of that of the keys' number, is off alike for all
+    keys. In bfloat16 that difference is rounded to it once, in dq and dk, as attention's backward does. A product within
+    16 roundings of 0 may fall on ReLU's other side.
     """
     index_q, index_k, weights, q, k = (x.double() for x in inputs)
     p, log_q, x = weights_and_scores(index_q, index_k, weights, q, k, *more)
@@ -156,9 +157,10 @@ def rounding(inputs: tuple[Tensor, ...], dtype: torch.dtype, truth: list[Tensor]
     doubt = (index_q @ index_k[:, None].mT).abs() <= 16 * EPS * product
     dx = torch.where(doubt, (softmax - p).abs()[:, None], once[:, None] * (x > 0))
     dx = (3 * dx * weights.abs()[..., None]) ** 2
+    logarithm = EPS * (size[..., 0] + math.log(k.shape[2])) * p.sum(-1)
     ratio = (p.clamp(min=1e-300).log() - log_q).abs()
     terms = [
-        (EPS * p * (size + ratio)).norm() + powers * (p * (2 + ratio)).sum(-1).norm(),
+        (EPS * p * (size + ratio)).norm() + (powers * (p * (2 + ratio)).sum(-1) + logarithm).norm(),
         (dx @ index_k[:, None] ** 2).sum().sqrt(),
         (dx.mT @ index_q**2).sum().sqrt(),
         3 * (off[:, None] * x).norm(),
