@@ -141,8 +141,8 @@ def rounding(inputs: tuple[Tensor, ...], dtype: torch.dtype, truth: list[Tensor]
     A product carries about EPS |q| |k|, a score the sum of that, and its power carries it relatively: so do p and
     softmax(I), which may both be large where their difference, the gradient of I, is small; so do CUDA's powers. The
     logarithm of a row's sum, of the size of its largest score and of that of the keys' number, is off alike for all
-    keys. In bfloat16 that difference is rounded to it once, in dq and dk, as attention's backward does. A product within
-    16 roundings of 0 may fall on ReLU's other side.
+    keys. In bfloat16 that difference is rounded to it once, in dq and dk, as attention's backward does. A product
+    within 16 roundings of 0 may fall on ReLU's other side.
     """
     index_q, index_k, weights, q, k = (x.double() for x in inputs)
     p, log_q, x = weights_and_scores(index_q, index_k, weights, q, k, *more)
