@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
-from common.arguments import PlainParser, a_path
+from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
 from model.config import ModelConfig, Positions
 from model.inference.decoding import STEPS_BEFORE_CAPTURE, Decoder
@@ -187,12 +187,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=names, default=["125m"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["softmax", "entmax"])
     parser.add_argument("--positions", nargs="+", choices=get_args(Positions), default=["nape"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768, 131072], help="tokens in the cache")
-    parser.add_argument("--rows", type=int, default=1, help="texts at once")
+    parser.add_argument("--lengths", nargs="+", type=a_count, default=[4096, 32768, 131072], help="tokens in the cache")
+    parser.add_argument("--rows", type=a_count, default=1, help="texts at once")
     parser.add_argument("--evict", nargs="+", choices=EVICTING, default=[], help="policies, beside no eviction")
     parser.add_argument("--keep", type=float, default=0.2, help="share of the prompt's keys that --evict keeps")
-    parser.add_argument("--chunk_tokens", type=int, default=8192, help="prompt tokens of one forward pass")
-    parser.add_argument("--steps", type=int, default=20, help="timed decoding steps")
+    parser.add_argument("--chunk_tokens", type=a_count, default=8192, help="prompt tokens of one forward pass")
+    parser.add_argument("--steps", type=a_count, default=20, help="timed decoding steps")
     parser.add_argument("--backend", default="auto", help="of kernels.entmax_attention")
     parser.add_argument("--cuda_graphs", action="store_true", help="decode by CUDA graphs")
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/decode_speed.csv"))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.arguments import PlainParser, a_path
+from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
 from data.store import TokenStore
 from model.attention import AttentionMetadata, AttentionOverride
@@ -73,7 +73,7 @@ def main() -> None:
     parser = PlainParser(prog="python -m benchmarks.dump_qkv", description=__doc__)
     parser.add_argument("checkpoint", type=a_path, help="a run folder or one of its checkpoints")
     parser.add_argument("--data", type=a_path, required=True, help="a prepared corpus; its held-out split is read")
-    parser.add_argument("--length", type=int, default=32768, help="tokens")
+    parser.add_argument("--length", type=a_count, default=32768, help="tokens")
     parser.add_argument("--layer", default="-1", help="a layer's number, negative from the last, or all")
     parser.add_argument("--output", type=a_path, default=Path("qkv.pt"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from common.arguments import PlainParser
+from common.arguments import PlainParser, a_count
 from common.errors import user_errors
 from kernels import entmax_attention
 from kernels.common.visibility import TILE
@@ -51,9 +51,9 @@ def extra_bytes(length: int, heads: int, head_dim: int, device: str) -> int:
 
 def main() -> None:
     parser = PlainParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("lengths", type=int, nargs="+")
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("lengths", type=a_count, nargs="+")
+    parser.add_argument("--heads", type=a_count, default=4)
+    parser.add_argument("--head_dim", type=a_count, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     shape = (options.heads, options.head_dim, options.device)

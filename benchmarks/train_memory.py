@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from benchmarks.loopback import first_rank
-from common.arguments import PlainParser
+from common.arguments import PlainParser, a_count
 from common.errors import UsageError, user_errors
 from model.config import ModelConfig, config_from_dict
 from training.memory.estimate import estimate
@@ -103,8 +103,10 @@ def main() -> None:
     parser = PlainParser(prog="python -m benchmarks.train_memory", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["125m", "1b"], help="names in configs/models")
     parser.add_argument("--attention", nargs="+", default=["softmax", "asentmax"], help="names in configs/attention")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="of a micro-batch")
-    parser.add_argument("--sequence_parallel", type=int, default=1, metavar="S", help="ranks that share a micro-batch")
+    parser.add_argument("--tokens", nargs="+", type=a_count, default=[8192, 32768], help="of a micro-batch")
+    parser.add_argument(
+        "--sequence_parallel", type=a_count, default=1, metavar="S", help="ranks that share a micro-batch"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--compile", action="store_true", help="as model.compile")
     options = parser.parse_args()
