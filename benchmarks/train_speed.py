@@ -6,6 +6,7 @@
     python -m benchmarks.train_speed --models 1b --longest 131072 262144  # which of these contexts train at all
     python -m benchmarks.train_speed --lengths 4096 --float8 none rowwise tensorwise  # 1b in bf16 and in FP8
     python -m benchmarks.train_speed --kinds softmax --lengths 4096 32768 --peers litgpt  # LitGPT's step too
+    python -m benchmarks.train_speed --kinds softmax --lengths 4096 --profile 25  # and its slowest kernels
     python -m benchmarks.train_speed --lengths --longest 262144 --sequence_parallel 2  # one rank of two, by itself
     python -m benchmarks.train_speed --runs runs/softmax runs/asentmax --data prepared/source-tree --lengths 32768
     PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
@@ -43,6 +44,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.loopback import first_rank
+from benchmarks.step_profile import kernel_lines, profile_step
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
 from model.attention_stats import attention_stats
@@ -151,6 +153,11 @@ class Trial:
             step_ms=1e3 * step, peak_gib=peak_memory_gib(self.device),
         )  # fmt: skip
 
+    def profile(self, tokens: int, length: int, count: int) -> None:
+        """Prints the `count` slowest kernels of a step like those that were timed."""
+        batch = self.batch(tokens, length)
+        print("\n".join(kernel_lines(profile_step(lambda: self.step(batch), self.device), count)), flush=True)
+
     def sample(self, length: int) -> Tensor:
         """A document, int64 (1, length)."""
         return torch.randint(self.config.vocab_size, (1, length))
@@ -225,6 +232,7 @@ def parse() -> argparse.Namespace:
                         help="other recipes' steps at --lengths: LitGPT's of 1b's shape, softmax, in bf16")  # fmt: skip
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
     parser.add_argument("--steps", type=a_count, default=5)
+    parser.add_argument("--profile", type=a_count, default=0, metavar="N", help="a row's N slowest kernels behind it")
     parser.add_argument("--output", type=a_path, default=Path("runs/benchmarks/train_speed.csv"))
     options = parser.parse_args()
     if options.runs and (options.models or options.kinds):
@@ -286,6 +294,8 @@ def main() -> int:
         rows.append(row)
         show(row)
         write_rows(options.output, rows)  # each time: what fails later takes none with it
+        if options.profile and row.tokens_per_second:
+            trial.profile(row.tokens, length, options.profile)
         return row
 
     for (model, kind, make), float8 in product(models, options.float8):

@@ -7,6 +7,9 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+PATCH_LANGUAGE = interpreter._patch_lang_core
+STEPS_AHEAD = 8  # more than any launch has stages
+
 
 def _reduce(self: Any, values: tuple) -> list:
     """tl.reduce with any elementwise function, a slice of the axis at a time (instead of an element)."""
@@ -30,7 +33,23 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
+def _patch_language(lang: Any, scope: Any) -> None:
+    """Loops fail here that would run ahead of themselves on a GPU: loads of later steps are issued early there, guarded
+    by start + step < stop, which a start near the largest integer passes by overflow, whatever stop is."""
+    PATCH_LANGUAGE(lang, scope)
+    plain = lang.range
+
+    def checked(*args: Any, **options: Any) -> range:
+        found: range = plain(*args, **options)
+        ahead = found.start + STEPS_AHEAD * found.step
+        assert ahead < 2**31, f"a loop begins at {found.start}: {STEPS_AHEAD} steps of {found.step} on int32 overflows"
+        return found
+
+    scope.set_attr(lang, "range", checked)
+
+
 def prepare() -> None:
+    interpreter._patch_lang_core = _patch_language
     interpreter.ReduceOps.generic_reduce = _reduce
     interpreter.InterpretedFunction.__call__ = _call
     builder = interpreter.interpreter_builder  # int32 overflow needs lengths that no interpreted test has
