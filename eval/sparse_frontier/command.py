@@ -18,6 +18,7 @@ import numpy as np
 
 from common.command_line import CommandParser
 from common.errors import run_command
+from common.nested import flatten
 from common.wandb_config import WandbConfig
 from eval.common import provenance
 from eval.common.options import KEPT, check_output, config_of
@@ -106,7 +107,7 @@ def evaluate(
         data=str(data),
         data_fingerprint=held_out.fingerprint,
         precision={one.subject.label: one.precision for one in measuring},
-        notes=[*held_out.plan.notes, *held_out.needle_notes, *notes],
+        notes=[*differences(subjects), *held_out.plan.notes, *held_out.needle_notes, *notes],
         **provenance.of_command(arguments, "eval.sparse_frontier", device).facts(),
     )
     summaries = summarise(study)
@@ -141,6 +142,21 @@ def _ruler_sets(
     contexts = [multiple * held_out.base_length for multiple in held_out.plan.multiples]
     checkpoints = [subject.checkpoint for subject in subjects]
     return open_sets(Path(config.ruler), config.ruler_tasks, config.ruler_samples, contexts, checkpoints)
+
+
+def differences(subjects: Sequence[Subject]) -> list[str]:
+    """A note where the two models differ in more than their attention."""
+    first, second = (
+        {
+            key: value
+            for key, value in flatten(asdict(one.checkpoint.architecture)).items()
+            if not key.startswith("attention.")
+        }
+        for one in subjects
+    )
+    unlike = [f"{key} {value} and {second[key]}" for key, value in first.items() if second[key] != value]
+    labels = " and ".join(subject.label for subject in subjects)
+    return [f"{labels} are no twins, they differ in: {', '.join(unlike)}."] if unlike else []
 
 
 def check_kind(subject: Subject, entmax: bool) -> None:

@@ -68,10 +68,11 @@ class FrontierConfig:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.policies if name not in FAMILIES]
-        if unknown or not self.policies:
-            raise ValueError(f"policies is {self.policies}: expected some of {', '.join(FAMILIES)}")
-        if not self.densities or any(not 0 < density <= 1 for density in self.densities):
-            raise ValueError(f"densities is {self.densities}: expected shares in (0, 1]; 1 is dense")
+        if unknown or not self.policies or len(set(self.policies)) < len(self.policies):
+            raise ValueError(f"policies is {self.policies}: expected different ones of {', '.join(FAMILIES)}")
+        wrong = any(not 0 < density <= 1 for density in self.densities)
+        if wrong or not self.densities or len(set(self.densities)) < len(self.densities):
+            raise ValueError(f"densities is {self.densities}: expected different shares in (0, 1]; 1 is dense")
         strange = [name for name in self.ruler_tasks if name not in RULER_TASKS]
         if strange or len(set(self.ruler_tasks)) < len(self.ruler_tasks):
             raise ValueError(f"ruler_tasks is {self.ruler_tasks}: expected different ones of {', '.join(RULER_TASKS)}")

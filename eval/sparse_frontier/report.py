@@ -213,7 +213,7 @@ def _method(study: Study) -> list[Block]:
     ]
     method = (
         "One softmax model under policies that were made for trained models, each set to several densities and to "
-        "entmax's own (BSFA: calibrated to its ks), beside the model as it is and its entmax twin. Density: share "
+        "entmax's own (BSFA: calibrated to its ks), beside the model as it is and an entmax model. Density: share "
         "of the visible pairs of query and key that are read, mean over layers and heads; for entmax, the pairs "
         f"with weight. Intervals are 95 %: jackknife over {count(study.documents, 'document')} with Student's t "
         "for perplexity, paired where it is divided by the dense softmax model's, as in the plots; Clopper-Pearson "

@@ -34,9 +34,9 @@ def read_calibrated(
 
     Raises: FileNotFoundError, or ValueError for a file that is damaged or that `command` did not write.
     """
-    what, again = names[0], f"calibrate again with python -m {command}"
+    what, again = names[0], f"make it again with python -m {command}"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; calibrate the checkpoint first: python -m {command} ...")
+        raise FileNotFoundError(f"{path} does not exist; make it first: python -m {command} ...")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -210,13 +210,13 @@ def read_patterns(path: Path) -> tuple[HeadPatterns, Calibration]:
     if not 0 < calibration.density < 1 or calibration.length < 1:
         raise ValueError(
             f"{path} was searched for density {calibration.density} at {calibration.length} tokens, expected a share "
-            f"below 1 and a text: calibrate again with python -m {COMMAND}"
+            f"below 1 and a text: make it again with python -m {COMMAND}"
         )
     known = not kinds.is_floating_point() and not sizes.is_floating_point() and bool((sizes >= 0).all())
     if not known or sizes.shape != (*kinds.shape, 2) or kinds.ndim != 2 or not bool(((kinds >= 0) & (kinds < 3)).all()):
         raise ValueError(
             f"{path} has patterns of shape {tuple(kinds.shape)} with sizes of {tuple(sizes.shape)}, expected indices "
-            f"of {', '.join(KINDS)} (layers, heads) and (layers, heads, 2): calibrate again with python -m {COMMAND}"
+            f"of {', '.join(KINDS)} (layers, heads) and (layers, heads, 2): make it again with python -m {COMMAND}"
         )
     return HeadPatterns(str(path), kinds, sizes), calibration
 

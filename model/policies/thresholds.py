@@ -51,6 +51,6 @@ def read_thresholds(path: Path) -> tuple[Tensor, Calibration]:
     if thresholds.ndim != 4 or len(thresholds) != len(calibration.ks) or bool(thresholds.isnan().any()):
         raise ValueError(
             f"{path} has thresholds of shape {tuple(thresholds.shape)} for {len(calibration.ks)} ks, expected (ks, "
-            f"layers, heads, positions) without NaN: calibrate again with python -m {COMMAND}"
+            f"layers, heads, positions) without NaN: make it again with python -m {COMMAND}"
         )
     return thresholds, calibration

@@ -276,9 +276,19 @@ CASES = [
         ["{tmp}/none"],
     ),
     Case("sparse frontier of one run twice", frontier(), ["given twice"]),
-    Case("sparse frontier of no policy", frontier("--policies", "none"), ["policies is ['none']: expected some of"]),
-    Case("sparse frontier of no density", frontier("--densities", ".nan"), ["densities is [nan]: expected shares"]),
-    Case("sparse frontier beyond dense", frontier("--densities", "2"), ["densities is [2.0]: expected shares"]),
+    Case(
+        "sparse frontier of no policy",
+        frontier("--policies", "none"),
+        ["policies is ['none']: expected different ones of"],
+    ),
+    Case(
+        "sparse frontier of no density",
+        frontier("--densities", ".nan"),
+        ["densities is [nan]: expected different shares"],
+    ),
+    Case(
+        "sparse frontier beyond dense", frontier("--densities", "2"), ["densities is [2.0]: expected different shares"]
+    ),
     Case("sparse frontier of no RULER", frontier("--ruler_tasks", "vt"), ["ruler_tasks is ['vt']", "--ruler"]),
     Case("sparse frontier for ever", frontier("--timed_runs", HUGE), ["timed_runs is 1000", "expected at most 1000"]),
     Case("sparse frontier of no decoding", frontier("--decode_tokens", "0"), ["decode_tokens is 0"]),

@@ -228,4 +228,4 @@ def test_each_head_gets_a_pattern_that_the_frontier_takes(
     said = failing_line(capsys, eval.search_patterns.main, *search, "--least_recall", 0.5)
     assert "least_recall is 0.5, but refine_length is not set" in said
     said = failing_line(capsys, eval.sparse_frontier.command.main, *frontier, "--patterns", "none")
-    assert said.endswith("none does not exist; calibrate the checkpoint first: python -m eval.search_patterns ...")
+    assert said.endswith("none does not exist; make it first: python -m eval.search_patterns ...")

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ import eval.sparse_frontier.measure
 from eval.common.scoring import Context, Runtime, score
 from eval.common.subjects import find_subjects
 from eval.held_out.texts import open_held_out
-from eval.sparse_frontier.command import main
+from eval.sparse_frontier.command import differences, main
 from eval.sparse_frontier.config import PHASES, FrontierConfig
 from eval.sparse_frontier.measure import Measuring
 from eval.sparse_frontier.tasks import Scorer, decode, entmax_density, make_tasks, set_density
 from kernels import entmax_attention
-from model.config import ModelConfig
+from model.config import AttentionConfig, ModelConfig
 from model.loading import load_model
 from model.policies.families import FAMILIES, policy_at
 from model.policies.minference import BlockSparse
@@ -145,7 +146,7 @@ def test_bsfa_is_compared_at_the_densities_of_its_thresholds(
     assert measured == ["bsfa"]
     capsys.readouterr()
     assert main([*arguments, "--thresholds", str(tmp_path / "none")]) == 2
-    assert "calibrate the checkpoint first" in capsys.readouterr().err
+    assert "make it first" in capsys.readouterr().err
 
 
 def test_times_are_of_policies_that_skip_work_at_their_setting(
@@ -253,9 +254,23 @@ def test_wrong_arguments_end_in_one_line(corpus: Path, runs: dict[str, Path], tm
         assert len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]
 
-    assert "expected some of window, streaming_llm" in failing("--policies", "windows")
-    assert "densities is [0.0]: expected shares in (0, 1]" in failing("--densities", "0")
+    assert "expected different ones of window, streaming_llm" in failing("--policies", "windows")
+    assert "policies is ['quest', 'quest']: expected different ones" in failing("--policies", "quest", "quest")
+    assert "densities is [0.0]: expected different shares in (0, 1]" in failing("--densities", "0")
+    assert "densities is [0.1, 0.1]: expected different" in failing("--densities", "0.1", "0.1")
     assert "decode_tokens is 0" in failing("--decode_tokens", "0")
     assert "decode_tokens is 128, of contexts of 128 tokens" in failing("--decode_tokens", "128")
     swapped = failing("--softmax", str(runs["asentmax"]), "--entmax", str(runs["softmax"]))
     assert "--softmax" in swapped and "expected softmax or ssmax" in swapped
+
+
+def test_models_that_differ_in_more_than_attention_are_named() -> None:
+    def subject(label: str, kind: str, **sizes: Any) -> Any:
+        attention = AttentionConfig(kind=kind)  # type: ignore[arg-type]
+        architecture = ModelConfig(vocab_size=64, attention=attention, **sizes)
+        return SimpleNamespace(label=label, checkpoint=SimpleNamespace(architecture=architecture))
+
+    same = dict(n_layers=2, d_model=64, n_heads=4)
+    assert differences([subject("a", "softmax", **same), subject("b", "asentmax", **same)]) == []
+    unlike = differences([subject("a", "softmax", **same), subject("b", "entmax", **same | dict(n_layers=3))])
+    assert unlike == ["a and b are no twins, they differ in: n_layers 2 and 3."]

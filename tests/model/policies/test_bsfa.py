@@ -185,17 +185,17 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
         load_policy(path, 4, other)
     with pytest.raises(ValueError, match="give both, or neither"):
         use_thresholds(model, str(path), None)
-    with pytest.raises(FileNotFoundError, match="calibrate the checkpoint first"):
+    with pytest.raises(FileNotFoundError, match="make it first"):
         load_policy(tmp_path / "none", 4, model)
     (tmp_path / "broken").write_bytes(b"12345678901234567890")
     with pytest.raises(ValueError, match="holds no thresholds of eval.calibrate"):
         load_policy(tmp_path / "broken", 4, model)
     for broken in (thresholds[:1], thresholds[0], torch.where(thresholds > 1, torch.nan, thresholds)):
         save_thresholds(path, broken, calibration)
-        with pytest.raises(ValueError, match=r"thresholds.safetensors has thresholds .*: calibrate again"):
+        with pytest.raises(ValueError, match=r"thresholds.safetensors has thresholds .*: make it again"):
             load_policy(path, 4, model)
     save_thresholds(path, thresholds, dataclasses.replace(calibration, ks={"4": 1}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"thresholds.safetensors: ks is \{'4': 1\}, expected a list; calibrate again"):
+    with pytest.raises(ValueError, match=r"thresholds.safetensors: ks is \{'4': 1\}, expected a list; make it again"):
         load_policy(path, 4, model)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     save_thresholds(path, thresholds, dataclasses.replace(calibration, key_block=128))

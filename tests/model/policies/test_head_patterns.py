@@ -157,7 +157,7 @@ def test_file_belongs_to_its_model(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="was searched for density .* expected a share below 1 and a text"):
             read_patterns(path)
     save_patterns(path, MIXED, replace(CALIBRATION, block=32))
-    with pytest.raises(ValueError, match=r"has format, block \(1, 32\), expected \(1, 64\): calibrate again"):
+    with pytest.raises(ValueError, match=r"has format, block \(1, 32\), expected \(1, 64\): make it again"):
         read_patterns(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="holds no patterns of eval.search_patterns"):

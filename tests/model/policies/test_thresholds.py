@@ -42,7 +42,7 @@ def test_what_is_damaged_is_named(thresholds: Tensor, changes: dict[str, Any], m
     path, text = tmp_path / "t", json.dumps(asdict(CALIBRATION) | changes)
     metadata = {"calibration": text, "checksum": _checksum({"thresholds": thresholds}, text)}
     save_file({"thresholds": thresholds.contiguous()}, path, metadata)
-    with pytest.raises(ValueError, match=f"{path}.*{message}.*calibrate again with python -m eval.calibrate"):
+    with pytest.raises(ValueError, match=f"{path}.*{message}.*make it again with python -m eval.calibrate"):
         read_thresholds(path)
 
 
@@ -62,5 +62,5 @@ def test_a_flipped_bit_is_named_wherever_it_is(bit: int, tmp_path: Path) -> None
         damaged = bytearray(content)
         damaged[place] ^= 1 << bit
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"^{path} .*calibrate again with python -m eval.calibrate"):
+        with pytest.raises(ValueError, match=f"^{path} .*make it again with python -m eval.calibrate"):
             read_thresholds(path)
