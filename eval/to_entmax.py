@@ -5,7 +5,8 @@
 alpha-entmax of softmax's own scores is far too sharp. For each head the factor of its scores is found with which
 entmax's outputs come closest to softmax's, in squares, over windows of the corpus's train split; it goes into the
 projection of that head's queries. Where queries are normalised by head, which undoes such factors, one for all heads of
-a layer goes into the norm's weight. OUTPUT is a run folder of step 0, for `train.py --init_from` (with
+a layer goes into the norm's weight. Then each layer's projection of outputs is fitted to what is left, by least squares
+over the same windows (--refit false leaves it). OUTPUT is a run folder of step 0, for `train.py --init_from` (with
 configs/stages/converted.yaml) and the commands of eval.
 """
 
@@ -35,7 +36,7 @@ from eval.common.windows import choose_windows
 from model.checkpoint import NETWORK, CheckpointInfo
 from model.config import AttentionConfig, ModelConfig
 from model.hub.run_folder import write_run
-from model.softmax_to_entmax import LARGEST_FACTOR, SMALLEST_FACTOR, HeadFactors, find_factors, scaled_weights
+from model.softmax_to_entmax import LARGEST_FACTOR, SMALLEST_FACTOR, HeadFactors, converted_weights, find_factors
 
 GIB = 2**30
 
@@ -49,6 +50,8 @@ class ConversionConfig:
         samples: Windows that are looked at, all at once.
         length: Tokens of a window. None takes the checkpoint's training length, 2,048 at most.
         seed: Of the choice of windows.
+        refit: Whether projections of attention's outputs are fitted anew, as far as that serves tokens they were not
+            fitted to.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
     """
@@ -57,6 +60,7 @@ class ConversionConfig:
     samples: int = 8
     length: int | None = None
     seed: int = 0
+    refit: bool = True
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -103,10 +107,10 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
     _check_memory(loaded.config, len(windows), length, opened.device)
     tokens, precision = opened.tokens(store, windows, length), opened.runtime(length).precision()
     with tqdm(total=loaded.config.n_layers, desc="factors, by layer", leave=False) as bar:
-        layers = find_factors(loaded.model, tokens, config.alpha, precision, bar.update)
+        layers = find_factors(loaded.model, tokens, config.alpha, precision, config.refit, bar.update)
     attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)
     network = replace(loaded.config, attention=attention)
-    weights = scaled_weights(loaded.model, network, [layer.factor for layer in layers])
+    weights = converted_weights(loaded.model, network, layers)
     tokenizer = load_tokenizer(store.tokenizer_path)
     with written_aside(output, "--output") as aside:
         write_run(
@@ -129,7 +133,7 @@ def _memory(device: torch.device) -> int:
 def _check_memory(network: ModelConfig, windows: int, length: int, device: torch.device) -> None:
     """Raises UsageError for more tokens than the device can hold: a system that runs out of memory kills unrelated
     programs."""
-    width = 4 * network.d_model + 3 * network.d_ff + 8 * network.n_heads * network.head_size  # alive at once
+    width = 4 * network.d_model + 3 * network.d_ff + 20 * network.n_heads * network.head_size  # alive at once
     needed, there = 4 * windows * length * width, _memory(device)
     if needed > there:
         raise UsageError(
@@ -139,13 +143,17 @@ def _check_memory(network: ModelConfig, windows: int, length: int, device: torch
 
 
 def table(layers: Sequence[HeadFactors]) -> list[str]:
-    """One line a layer."""
+    """One line a layer. Errors: mean over heads; behind them, of the layer's projected outputs, before and after these
+    were fitted, each half of the tokens under a fit to the other half."""
     lines = ["layer  factor: least, median, most   error at factor 1   error   keys with weight"]
+    if layers[0].refit is not None:
+        lines[0] += "   projected: error, refitted"
     for number, one in enumerate(layers):
         low, middle, high = (float(one.factor.quantile(share)) for share in (0, 0.5, 1))
         lines.append(
             f"{number:>5}  {low:13.2f}  {middle:6.2f}  {high:4.2f}   {float(one.error_at_1.mean()):17.3f}   "
             f"{float(one.error.mean()):5.3f}   {float(one.keys.mean()):16.1f}"
+            + ("" if one.refit is None else f"   {one.refit.error_before:16.3f}   {one.refit.error:8.3f}")
         )
     return lines
 

@@ -1,4 +1,5 @@
-"""Factors of scores with which alpha-entmax stands in for softmax attention: found, and built into weights."""
+"""Factors of scores and projections of outputs with which alpha-entmax stands in for softmax attention: found, and
+built into weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from model.attention import Attention, AttentionMetadata
 from model.config import ModelConfig
 from model.kv_cache import Extension
 from model.override import override_attention
+from model.refit import Refit, refit_projection
 from model.softmax import softmax_attention
 from model.transformer import Transformer
 
@@ -24,12 +26,14 @@ GOLDEN = (5**0.5 - 1) / 2
 @dataclass(frozen=True)
 class HeadFactors:
     """What one layer's heads have found, float32 (H,): factors of their scores, squared error of outputs relative to
-    softmax's outputs at a factor of 1 and at the one found, and keys with weight, mean over queries, at the latter."""
+    softmax's outputs at a factor of 1 and at the one found, and keys with weight, mean over queries, at the latter.
+    refit: the layer's projection of outputs, None where it is to stay."""
 
     factor: Tensor
     error_at_1: Tensor
     error: Tensor
     keys: Tensor
+    refit: Refit | None = None
 
     @property
     def at_bound(self) -> Tensor:
@@ -44,14 +48,17 @@ def find_factors(
     tokens: Tensor,
     alpha: float,
     precision: AbstractContextManager[Any],
+    refit: bool = False,
     layer_done: Callable[[], object] = lambda: None,
 ) -> list[HeadFactors]:
     """One HeadFactors a layer, of a softmax model's forward pass over tokens (B, T) under the context `precision`.
 
     Each head's factor makes the squared differences of entmax's outputs from softmax's least. Where queries are
-    normalised by head, which undoes factors in their projection, all heads of a layer share one.
+    normalised by head, which undoes factors in their projection, all heads of a layer share one. With `refit` each
+    layer's projection of outputs is fitted to what is left (`refit_projection`).
     """
-    searches = [_FactorSearch(block.attention, alpha, model.config.qk_norm, layer_done) for block in model.layers()]
+    shared = model.config.qk_norm
+    searches = [_FactorSearch(block.attention, alpha, shared, refit, layer_done) for block in model.layers()]
     with override_attention(model, searches), precision:
         model(tokens)
     return [search.found for search in searches]
@@ -65,8 +72,11 @@ class _FactorSearch:
 
     found: HeadFactors
 
-    def __init__(self, attention: Attention, alpha: float, shared: bool, layer_done: Callable[[], object]) -> None:
-        self.attention, self.alpha, self.shared, self.layer_done = attention, alpha, shared, layer_done
+    def __init__(
+        self, attention: Attention, alpha: float, shared: bool, refit: bool, layer_done: Callable[[], object]
+    ) -> None:
+        self.attention, self.alpha, self.shared, self.refit = attention, alpha, shared, refit
+        self.layer_done = layer_done
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, extension: Extension | None
@@ -95,7 +105,9 @@ class _FactorSearch:
         found, stats = attend(factor, True)
         total = size.sum() if self.shared else size
         at_1, best = error(attend(torch.ones_like(size))) / total, error(found) / total
-        self.found = HeadFactors(*(x.cpu() for x in (factor, at_1, best, stats.support.float().mean((0, 2)))))
+        refit = refit_projection(found, out, self.attention.wo.weight) if self.refit else None
+        keys = stats.support.float().mean((0, 2))
+        self.found = HeadFactors(*(x.cpu() for x in (factor, at_1, best, keys)), refit)
         self.layer_done()
         return out
 
@@ -123,11 +135,15 @@ def golden_section(error: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
     return torch.where(values[0] < values[1], *inner).exp()
 
 
-def scaled_weights(model: Transformer, network: ModelConfig, factors: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All parameters of `network`, factors of scores (H,) of each layer within its queries'."""
+def converted_weights(
+    model: Transformer, network: ModelConfig, layers: Sequence[HeadFactors]
+) -> Iterator[tuple[str, Tensor]]:
+    """All parameters of `network`, factors of scores of each layer within its queries'."""
     state = dict(model.state_dict())
-    for layer, factor in enumerate(factors):
-        prefix = f"blocks.{layer}.attention."
+    for layer, one in enumerate(layers):
+        prefix, factor = f"blocks.{layer}.attention.", one.factor
+        if one.refit is not None:
+            state[f"{prefix}wo.weight"] = one.refit.weight
         if network.qk_norm:
             names, factor = ["q_norm.weight"], factor[0].expand(network.head_size)
         else:

@@ -27,9 +27,9 @@ from model.softmax_to_entmax import (
     SMALLEST_FACTOR,
     STEPS,
     HeadFactors,
+    converted_weights,
     find_factors,
     golden_section,
-    scaled_weights,
 )
 from model.transformer import Transformer
 from tests.eval.conftest import MakeRun, failing_line
@@ -122,7 +122,8 @@ def test_weights_scale_the_scores(variant: str) -> None:
     factor = torch.full((4,), 0.3) if config.qk_norm else torch.tensor([0.1, 0.3, 0.5, 0.9])
     network = replace(config, attention=AttentionConfig(kind="entmax", alpha=1.5))
     new = Transformer(network)
-    new.load_state_dict(dict(scaled_weights(old, network, [factor])))
+    layer = HeadFactors(factor, *[torch.ones(4)] * 3)
+    new.load_state_dict(dict(converted_weights(old, network, [layer])))
 
     def scaled(q, k, v, metadata, _):  # type: ignore[no-untyped-def]
         return entmax_attention(
@@ -134,11 +135,36 @@ def test_weights_scale_the_scores(variant: str) -> None:
         assert not torch.equal(new(tokens), Transformer(network)(tokens))
 
 
+def test_projections_are_fitted_to_what_is_left() -> None:
+    """Of the layer's own outputs; the new weights hold it, and without `refit` the old ones stay."""
+    torch.manual_seed(3)
+    model, tokens = Transformer(SHAPE), torch.randint(50, (16, 64))
+    plain, fitted = (find_factors(model, tokens, 1.5, nullcontext(), refit) for refit in (False, True))
+    network = replace(SHAPE, attention=AttentionConfig(kind="entmax", alpha=1.5))
+    old, new = (dict(converted_weights(model, network, layers)) for layers in (plain, fitted))
+    for index, layer in enumerate(fitted):
+        assert torch.equal(layer.factor, plain[index].factor)
+        assert layer.refit is not None and layer.refit.error < layer.refit.error_before
+        name = f"blocks.{index}.attention.wo.weight"
+        assert torch.equal(old[name], model.state_dict()[name]) and torch.equal(new[name], layer.refit.weight)
+    assert all(torch.equal(new[name], old[name]) for name in old if "wo.weight" not in name)
+
+    converted = [Transformer(network) for _ in range(2)]
+    for one, weights in zip(converted, (old, new), strict=True):
+        one.load_state_dict(weights)
+    fresh = torch.randint(50, (8, 64))
+    with torch.no_grad():
+        wanted = model(fresh)
+        left = [float((one(fresh) - wanted).norm()) for one in converted]
+    assert left[1] < left[0]
+
+
 def test_the_run_folder(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_run(tmp_path / "softmax", "softmax", init_std=0.1)
     given = [str(source), "--data", str(corpus), "--output", str(tmp_path / "entmax"), "--length", "64"]
     assert eval.to_entmax.main([*given, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
+    assert "projected: error, refitted" in printed
     assert "alpha 1.5, 8 windows of 64 tokens" in printed and "configs/stages/converted.yaml" in printed
 
     loaded = load_model(tmp_path / "entmax")
