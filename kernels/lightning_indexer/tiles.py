@@ -19,8 +19,9 @@ def load_intervals(p_first, p_own, row, inside):
 
 @triton.jit
 def key_range(first, end, BN: tl.constexpr):
-    """Keys [lo, hi) that any row sees, lo rounded down to tiles of BN; [0, 0) where none sees one: loads that a pipelined
-    loop issues ahead are guarded by lo + BN < hi, which a lo near the largest integer would pass by overflow."""
+    """Keys [lo, hi) that any row sees, lo rounded down to tiles of BN; [0, 0) where none sees one: loads that a
+    pipelined loop issues ahead are guarded by lo + BN < hi, which a lo near the largest integer would pass by overflow.
+    """
     hi = tl.max(tl.where(first < end, end, 0), 0)
     return tl.min(tl.where(first < end, first, hi), 0) // BN * BN, hi
 
