@@ -47,7 +47,8 @@ def refit_projection(outputs: Tensor, wanted: Tensor, weight: Tensor) -> Refit:
     errors = {ridge: held_out(ridge) for ridge in RIDGES}
     enough = errors[inf] - GAINED * (errors[inf] - min(errors.values()))
     best = max(ridge for ridge, error in errors.items() if error <= enough)
-    change = _change(*(sum(parts[1:], parts[0]) for parts in zip(*products, strict=True)), best)
+    (gram, cross), (more_gram, more_cross) = products
+    change = _change(gram + more_gram, cross + more_cross, best)
     new = weight + weight @ change.T
     size = max(size, torch.finfo(torch.float64).tiny)
     return Refit(new.float().cpu(), errors[inf] / size, errors[best] / size, best)

@@ -107,7 +107,7 @@ class _FactorSearch:
         at_1, best = error(attend(torch.ones_like(size))) / total, error(found) / total
         refit = refit_projection(found, out, self.attention.wo.weight) if self.refit else None
         keys = stats.support.float().mean((0, 2))
-        self.found = HeadFactors(*(x.cpu() for x in (factor, at_1, best, keys)), refit)
+        self.found = HeadFactors(factor.cpu(), at_1.cpu(), best.cpu(), keys.cpu(), refit)
         self.layer_done()
         return out
 
