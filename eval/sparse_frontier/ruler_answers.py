@@ -63,6 +63,9 @@ def open_sets(
             open_frozen(folder, task, [])  # raises with the reason
         common = [length for length in contexts if length in lengths[task]]
         if tasks and not common:
+            not_built = [one["length"] for one in manifest["left_out"] if one["task"] == task]
+            if left_out := [length for length in contexts if length in not_built]:
+                open_frozen(folder, task, left_out)  # raises with the reason
             raise ValueError(_no_length(folder, f"{task} at", lengths[task], contexts))
         found += open_frozen(folder, task, common) if common else []
     if not found:

@@ -322,7 +322,9 @@ def test_what_cannot_be_measured_ends_in_one_line(
     longer = failing("--lengths", "2", "4")
     assert f"--ruler {ruler} has samples of 128 tokens, contexts measured have 256, 512: expected a common" in longer
     assert "python -m eval.ruler --lengths 256 512, or set --base_length and --lengths" in longer
-    assert "has vt at 128 tokens, contexts measured have 256" in failing("--lengths", "2", "--ruler_tasks", "vt")
+    assert "has vt at 128 tokens, contexts measured have 512" in failing("--lengths", "4", "--ruler_tasks", "vt")
+    not_built = failing("--lengths", "2", "--ruler_tasks", "vt")
+    assert f"{ruler} has no vt at 256; vt at 256 was left out: nothing to hide it in" in not_built
     assert f"{ruler} has no task cwe" in failing("--ruler_tasks", "cwe")
     unknown = failing("--ruler_tasks", "vt", "niah")
     assert "ruler_tasks is ['vt', 'niah']: expected different ones of niah_single_1" in unknown
