@@ -295,7 +295,10 @@ def main() -> int:
         show(row)
         write_rows(options.output, rows)  # each time: what fails later takes none with it
         if options.profile and row.tokens_per_second:
-            trial.profile(row.tokens, length, options.profile)
+            try:
+                trial.profile(row.tokens, length, options.profile)
+            except torch.cuda.OutOfMemoryError:
+                print("out of memory: no profile of this row", flush=True)
         return row
 
     for (model, kind, make), float8 in product(models, options.float8):

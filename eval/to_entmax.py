@@ -51,7 +51,7 @@ class ConversionConfig:
         length: Tokens of a window. None takes the checkpoint's training length, 2,048 at most.
         seed: Of the choice of windows.
         refit: Whether projections of attention's outputs are fitted anew, as far as that serves tokens they were not
-            fitted to.
+            fitted to; that takes more than one window.
         device: "auto" takes CUDA where there is one, else the CPU.
         precision: "auto" is bfloat16 autocast on CUDA for runs trained in bf16, else float32.
     """
@@ -105,9 +105,11 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
     if not windows:
         raise UsageError(f"{data}/train has no document of {length} tokens: pass a smaller --length")
     _check_memory(loaded.config, len(windows), length, opened.device)
+    refit = config.refit and len(windows) > 1
     tokens, precision = opened.tokens(store, windows, length), opened.runtime(length).precision()
     with tqdm(total=loaded.config.n_layers, desc="factors, by layer", leave=False) as bar:
-        layers = find_factors(loaded.model, tokens, config.alpha, precision, config.refit, bar.update)
+        layers = find_factors(loaded.model, tokens, config.alpha, precision, refit, bar.update)
+    _check_finite(layers)
     attention = AttentionConfig(kind="entmax", alpha=config.alpha, learn_alpha=True)
     network = replace(loaded.config, attention=attention)
     weights = converted_weights(loaded.model, network, layers)
@@ -117,10 +119,21 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
             aside, output, network, weights, tokenizer,
             length=loaded.training_length, source=f"{opened.checkpoint}, softmax as alpha-entmax",
         )  # fmt: skip
-    return [*table(layers), *bounded(layers),
+    stay = ["one window: projections of outputs stay, as a fit to it could be judged by itself alone"]
+    return [*table(layers), *bounded(layers), *(stay if config.refit and not refit else []),
             f"{output}: alpha {config.alpha}, {len(windows)} windows of {length:,} tokens",
             f"train with it: train.py --config {output / NETWORK} --config configs/stages/converted.yaml "
             f"--init_from {output} ..."]  # fmt: skip
+
+
+def _check_finite(layers: Sequence[HeadFactors]) -> None:
+    """Raises UsageError for a layer whose attention overflows."""
+    for number, layer in enumerate(layers):
+        if not bool(layer.error.isfinite().all()):
+            raise UsageError(
+                f"attention's outputs of layer {number} are not finite on these windows: expected weights that a pass "
+                "does not overflow with; if --precision is bfloat16, try float32"
+            )
 
 
 def _memory(device: torch.device) -> int:
@@ -133,8 +146,9 @@ def _memory(device: torch.device) -> int:
 def _check_memory(network: ModelConfig, windows: int, length: int, device: torch.device) -> None:
     """Raises UsageError for more tokens than the device can hold: a system that runs out of memory kills unrelated
     programs."""
-    width = 4 * network.d_model + 3 * network.d_ff + 20 * network.n_heads * network.head_size  # alive at once
-    needed, there = 4 * windows * length * width, _memory(device)
+    channels = network.n_heads * network.head_size
+    width = 4 * network.d_model + 3 * network.d_ff + 20 * channels  # alive at once
+    needed, there = 4 * windows * length * width + 10 * 8 * channels**2, _memory(device)  # and refit's products
     if needed > there:
         raise UsageError(
             f"{windows:,} windows of {length:,} tokens need about {needed / GIB:,.1f} GiB, all at once, and {device} "
@@ -153,7 +167,7 @@ def table(layers: Sequence[HeadFactors]) -> list[str]:
         lines.append(
             f"{number:>5}  {low:13.2f}  {middle:6.2f}  {high:4.2f}   {float(one.error_at_1.mean()):17.3f}   "
             f"{float(one.error.mean()):5.3f}   {float(one.keys.mean()):16.1f}"
-            + ("" if one.refit is None else f"   {one.refit.error_before:16.3f}   {one.refit.error:8.3f}")
+            + ("" if one.refit is None else f"   {one.refit.error_before:16.4f}   {one.refit.error:8.4f}")
         )
     return lines
 

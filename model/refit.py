@@ -1,7 +1,7 @@
 """A layer's projection of attention's outputs, fitted anew after the outputs have changed."""
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite, nan
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ def refit_projection(outputs: Tensor, wanted: Tensor, weight: Tensor) -> Refit:
 
     Args:
         outputs, wanted: (B, H, T, D), of the same tokens, at least two.
-        weight: (C, H D).
+        weight: (C, H D); it stays where they are not finite.
     """
     weight = weight.detach().double()
-    rows, gap = _rows(outputs), _rows(wanted - outputs)
-    size = _squares(_rows(wanted) @ weight.T)
+    rows, gap = _rows(outputs), _rows(wanted)
+    size = _squares(gap @ weight.T)
+    gap = gap - rows
     halves = list(zip(rows.tensor_split(2), gap.tensor_split(2), strict=True))
     products = [(part.T @ part, part.T @ missing) for part, missing in halves]
 
@@ -45,6 +46,8 @@ def refit_projection(outputs: Tensor, wanted: Tensor, weight: Tensor) -> Refit:
         return sum(_squares(one) for one in left)
 
     errors = {ridge: held_out(ridge) for ridge in RIDGES}
+    if not all(map(isfinite, errors.values())):
+        return Refit(weight.float().cpu(), nan, nan, inf)
     enough = errors[inf] - GAINED * (errors[inf] - min(errors.values()))
     best = max(ridge for ridge, error in errors.items() if error <= enough)
     (gram, cross), (more_gram, more_cross) = products

@@ -18,7 +18,6 @@ import numpy as np
 
 from common.command_line import CommandParser
 from common.errors import run_command
-from common.nested import flatten
 from common.wandb_config import WandbConfig
 from eval.common import provenance
 from eval.common.options import KEPT, check_output, config_of
@@ -93,7 +92,8 @@ def evaluate(
         raise ValueError(
             f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
         )
-    sets, notes = _ruler_sets(subjects, held_out, config)
+    sets, not_there = _ruler_sets(subjects, held_out, config)
+    notes = [*differences(subjects), *held_out.plan.notes, *held_out.needle_notes, *not_there]
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
     cells, ruler, times = _measure(measuring, sets)
     study = Study(
@@ -107,7 +107,7 @@ def evaluate(
         data=str(data),
         data_fingerprint=held_out.fingerprint,
         precision={one.subject.label: one.precision for one in measuring},
-        notes=[*differences(subjects), *held_out.plan.notes, *held_out.needle_notes, *notes],
+        notes=notes,
         **provenance.of_command(arguments, "eval.sparse_frontier", device).facts(),
     )
     summaries = summarise(study)
@@ -146,15 +146,12 @@ def _ruler_sets(
 
 def differences(subjects: Sequence[Subject]) -> list[str]:
     """A note where the two models differ in more than their attention."""
-    first, second = (
-        {
-            key: value
-            for key, value in flatten(asdict(one.checkpoint.architecture)).items()
-            if not key.startswith("attention.")
-        }
-        for one in subjects
-    )
-    unlike = [f"{key} {value} and {second[key]}" for key, value in first.items() if second[key] != value]
+    first, second = (asdict(one.checkpoint.architecture) for one in subjects)
+    unlike = [
+        f"{key} {value} and {second[key]}"
+        for key, value in first.items()
+        if key != "attention" and second[key] != value
+    ]
     labels = " and ".join(subject.label for subject in subjects)
     return [f"{labels} are no twins, they differ in: {', '.join(unlike)}."] if unlike else []
 

@@ -64,8 +64,8 @@ def open_sets(
         common = [length for length in contexts if length in lengths[task]]
         if tasks and not common:
             not_built = [one["length"] for one in manifest["left_out"] if one["task"] == task]
-            if left_out := [length for length in contexts if length in not_built]:
-                open_frozen(folder, task, left_out)  # raises with the reason
+            if set(contexts) <= set(not_built):
+                open_frozen(folder, task, contexts)  # raises with the reason
             raise ValueError(_no_length(folder, f"{task} at", lengths[task], contexts))
         found += open_frozen(folder, task, common) if common else []
     if not found:

@@ -1,5 +1,6 @@
 """Projections fitted to changed outputs."""
 
+import math
 from math import inf
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from model.refit import RIDGES, refit_projection
 
 HEADS, TOKENS, HEAD_DIM, WIDTH = 3, 50, 4, 10
+DTYPES = torch.bfloat16, torch.float64
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -96,3 +98,17 @@ def test_fewer_tokens_than_channels(weight: Tensor) -> None:
     wanted = drawn(1, HEADS, 5, HEAD_DIM, seed=6)
     found = refit_projection(wanted * 1.5, wanted, weight)
     assert bool(found.weight.isfinite().all()) and found.error <= found.error_before
+
+
+def test_outputs_that_are_not_finite(wanted: Tensor, weight: Tensor) -> None:
+    outputs = wanted.clone()
+    outputs[0, 0, 0, 0] = torch.nan
+    found = refit_projection(outputs, wanted, weight)
+    assert torch.equal(found.weight, weight) and found.ridge == inf and math.isnan(found.error)
+
+
+def test_differences_are_not_rounded(wanted: Tensor, weight: Tensor) -> None:
+    """In bfloat16 a small difference of large outputs would be."""
+    changed = (wanted + 0.004 * drawn(*wanted.shape, seed=7)).bfloat16()
+    half, whole = (refit_projection(changed.to(dtype), wanted.bfloat16().to(dtype), weight) for dtype in DTYPES)
+    assert half.error_before == pytest.approx(whole.error_before, rel=1e-6)

@@ -20,7 +20,7 @@ from eval.sparse_frontier.config import PHASES, FrontierConfig
 from eval.sparse_frontier.measure import Measuring
 from eval.sparse_frontier.tasks import Scorer, decode, entmax_density, make_tasks, set_density
 from kernels import entmax_attention
-from model.config import AttentionConfig, ModelConfig
+from model.config import AttentionConfig, ModelConfig, RopeScaling
 from model.loading import load_model
 from model.policies.families import FAMILIES, policy_at
 from model.policies.minference import BlockSparse
@@ -270,7 +270,10 @@ def test_models_that_differ_in_more_than_attention_are_named() -> None:
         architecture = ModelConfig(vocab_size=64, attention=attention, **sizes)
         return SimpleNamespace(label=label, checkpoint=SimpleNamespace(architecture=architecture))
 
-    same = dict(n_layers=2, d_model=64, n_heads=4)
+    same = dict(n_layers=2, d_model=64, n_heads=4, positions="rope")
     assert differences([subject("a", "softmax", **same), subject("b", "asentmax", **same)]) == []
     unlike = differences([subject("a", "softmax", **same), subject("b", "entmax", **same | dict(n_layers=3))])
     assert unlike == ["a and b are no twins, they differ in: n_layers 2 and 3."]
+    yarn = RopeScaling(kind="yarn", factor=8.0, original_length=128)
+    [unlike] = differences([subject("a", "softmax", **same), subject("b", "entmax", **same, rope_scaling=yarn)])
+    assert "differ in: rope_scaling None and {" in unlike
