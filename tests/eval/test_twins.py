@@ -182,7 +182,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--data", "none"], {}, "none/heldout/../manifest.json does not exist|none/manifest.json does not exist"),
         (["--eval.base_length", "100000"], {}, "the longest document has"),
         (["--eval.device", "tpu"], {}, "device is 'tpu'"),
-        (["--eval.thresholds", "none", "--eval.keep_blocks", "1"], {}, "none does not exist; calibrate"),
+        (["--eval.thresholds", "none", "--eval.keep_blocks", "1"], {}, "none does not exist; make it first"),
         (["--lrs", "1", "2", "--sweep_steps", "3"], {"val_sequences": 0}, "data.val_sequences is 0"),
         ([], {"sources": []}, "data.sources is empty"),
         ([], {"sources": [{"path": "nowhere"}]}, "nowhere/manifest.json does not exist"),
