@@ -36,7 +36,7 @@ from eval.common.windows import choose_windows
 from model.checkpoint import NETWORK, CheckpointInfo
 from model.config import AttentionConfig, ModelConfig
 from model.hub.run_folder import write_run
-from model.softmax_to_entmax import LARGEST_FACTOR, SMALLEST_FACTOR, HeadFactors, converted_weights, find_factors
+from model.softmax_to_entmax import LARGEST_FACTOR, SMALLEST_FACTOR, ConvertedLayer, converted_weights, find_factors
 
 GIB = 2**30
 
@@ -104,8 +104,8 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
     windows = choose_windows(store, length, config.samples, config.seed)
     if not windows:
         raise UsageError(f"{data}/train has no document of {length} tokens: pass a smaller --length")
-    _check_memory(loaded.config, len(windows), length, opened.device)
     refit = config.refit and len(windows) > 1
+    _check_memory(loaded.config, len(windows), length, refit, opened.device)
     tokens, precision = opened.tokens(store, windows, length), opened.runtime(length).precision()
     with tqdm(total=loaded.config.n_layers, desc="factors, by layer", leave=False) as bar:
         layers = find_factors(loaded.model, tokens, config.alpha, precision, refit, bar.update)
@@ -126,7 +126,7 @@ def to_entmax(run: str, data: Path, output: Path, config: ConversionConfig) -> l
             f"--init_from {output} ..."]  # fmt: skip
 
 
-def _check_finite(layers: Sequence[HeadFactors]) -> None:
+def _check_finite(layers: Sequence[ConvertedLayer]) -> None:
     """Raises UsageError for a layer whose attention overflows."""
     for number, layer in enumerate(layers):
         if not bool(layer.error.isfinite().all()):
@@ -143,12 +143,13 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_memory(network: ModelConfig, windows: int, length: int, device: torch.device) -> None:
+def _check_memory(network: ModelConfig, windows: int, length: int, refit: bool, device: torch.device) -> None:
     """Raises UsageError for more tokens than the device can hold: a system that runs out of memory kills unrelated
     programs."""
     channels = network.n_heads * network.head_size
-    width = 4 * network.d_model + 3 * network.d_ff + 20 * channels  # alive at once
-    needed, there = 4 * windows * length * width + 10 * 8 * channels**2, _memory(device)  # and refit's products
+    width = 4 * network.d_model + 3 * network.d_ff + (20 if refit else 8) * channels  # alive at once
+    products = 10 * 8 * channels**2 if refit else 0
+    needed, there = 4 * windows * length * width + products, _memory(device)
     if needed > there:
         raise UsageError(
             f"{windows:,} windows of {length:,} tokens need about {needed / GIB:,.1f} GiB, all at once, and {device} "
@@ -156,7 +157,7 @@ def _check_memory(network: ModelConfig, windows: int, length: int, device: torch
         )
 
 
-def table(layers: Sequence[HeadFactors]) -> list[str]:
+def table(layers: Sequence[ConvertedLayer]) -> list[str]:
     """One line a layer. Errors: mean over heads; behind them, of the layer's projected outputs, before and after these
     were fitted, each half of the tokens under a fit to the other half."""
     lines = ["layer  factor: least, median, most   error at factor 1   error   keys with weight"]
@@ -172,7 +173,7 @@ def table(layers: Sequence[HeadFactors]) -> list[str]:
     return lines
 
 
-def bounded(layers: Sequence[HeadFactors]) -> list[str]:
+def bounded(layers: Sequence[ConvertedLayer]) -> list[str]:
     """A line about the heads for which the search ended at a bound, if any did."""
     heads = [
         f"{number}.{head}" for number, one in enumerate(layers) for head in one.at_bound.nonzero().flatten().tolist()

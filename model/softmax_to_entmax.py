@@ -24,9 +24,9 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class HeadFactors:
-    """What one layer's heads have found, float32 (H,): factors of their scores, squared error of outputs relative to
-    softmax's outputs at a factor of 1 and at the one found, and keys with weight, mean over queries, at the latter.
+class ConvertedLayer:
+    """Found for a layer; of its heads, float32 (H,): factors of their scores, squared error of outputs relative
+    to softmax's outputs at a factor of 1 and at the one found, and keys with weight, mean over queries, at the latter.
     refit: the layer's projection of outputs, None where it is to stay."""
 
     factor: Tensor
@@ -50,8 +50,8 @@ def find_factors(
     precision: AbstractContextManager[Any],
     refit: bool = False,
     layer_done: Callable[[], object] = lambda: None,
-) -> list[HeadFactors]:
-    """One HeadFactors a layer, of a softmax model's forward pass over tokens (B, T) under the context `precision`.
+) -> list[ConvertedLayer]:
+    """One ConvertedLayer a layer, of a softmax model's forward pass over tokens (B, T) under the context `precision`.
 
     Each head's factor makes the squared differences of entmax's outputs from softmax's least. Where queries are
     normalised by head, which undoes factors in their projection, all heads of a layer share one. With `refit` each
@@ -70,7 +70,7 @@ class _FactorSearch:
     shared: one factor for all heads.
     """
 
-    found: HeadFactors
+    found: ConvertedLayer
 
     def __init__(
         self, attention: Attention, alpha: float, shared: bool, refit: bool, layer_done: Callable[[], object]
@@ -103,11 +103,11 @@ class _FactorSearch:
         bounds = torch.full_like(size, SMALLEST_FACTOR), torch.full_like(size, LARGEST_FACTOR)
         factor = golden_section(lambda factor: error(attend(factor)), *bounds, STEPS)
         found, stats = attend(factor, True)
-        total = size.sum() if self.shared else size
+        total = (size.sum() if self.shared else size).clamp(min=torch.finfo(size.dtype).tiny)  # of heads that give 0
         at_1, best = error(attend(torch.ones_like(size))) / total, error(found) / total
         refit = refit_projection(found, out, self.attention.wo.weight) if self.refit else None
         keys = stats.support.float().mean((0, 2))
-        self.found = HeadFactors(factor.cpu(), at_1.cpu(), best.cpu(), keys.cpu(), refit)
+        self.found = ConvertedLayer(factor.cpu(), at_1.cpu(), best.cpu(), keys.cpu(), refit)
         self.layer_done()
         return out
 
@@ -136,7 +136,7 @@ def golden_section(error: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
 
 
 def converted_weights(
-    model: Transformer, network: ModelConfig, layers: Sequence[HeadFactors]
+    model: Transformer, network: ModelConfig, layers: Sequence[ConvertedLayer]
 ) -> Iterator[tuple[str, Tensor]]:
     """All parameters of `network`, factors of scores of each layer within its queries'."""
     state = dict(model.state_dict())

@@ -26,7 +26,7 @@ from model.softmax_to_entmax import (
     LARGEST_FACTOR,
     SMALLEST_FACTOR,
     STEPS,
-    HeadFactors,
+    ConvertedLayer,
     converted_weights,
     find_factors,
     golden_section,
@@ -107,10 +107,20 @@ def test_factors_are_the_best(variant: str) -> None:
 def test_a_search_that_ends_at_a_bound_is_named(wanted: float, at_bound: bool) -> None:
     low, high = torch.tensor([SMALLEST_FACTOR]), torch.tensor([LARGEST_FACTOR])
     factor = golden_section(lambda x: (x / wanted).log().square(), low, high, STEPS)
-    layer = HeadFactors(factor, torch.ones(1), torch.ones(1), torch.ones(1))
+    layer = ConvertedLayer(factor, torch.ones(1), torch.ones(1), torch.ones(1))
     assert layer.at_bound.tolist() == [at_bound]
-    lines = bounded([HeadFactors(*[torch.full((1,), 0.5)] * 4), layer])
+    lines = bounded([ConvertedLayer(*[torch.full((1,), 0.5)] * 4), layer])
     assert len(lines) == at_bound and all("0.0078 to 1 for layer.head 1.0: compare" in line for line in lines)
+
+
+def test_heads_that_give_nothing_have_no_error() -> None:
+    torch.manual_seed(4)
+    model = Transformer(SHAPE)
+    with torch.no_grad():
+        model.layers()[0].attention.wv.weight[:8] = 0  # of one KV head, which two heads read
+    layer = find_factors(model, torch.randint(50, (4, 40)), 1.5, nullcontext(), refit=True)[0]
+    assert (layer.error[:2] == 0).all() and (layer.error[2:] > 0).all()
+    assert layer.refit is not None and bool(layer.refit.weight.isfinite().all())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -122,7 +132,7 @@ def test_weights_scale_the_scores(variant: str) -> None:
     factor = torch.full((4,), 0.3) if config.qk_norm else torch.tensor([0.1, 0.3, 0.5, 0.9])
     network = replace(config, attention=AttentionConfig(kind="entmax", alpha=1.5))
     new = Transformer(network)
-    layer = HeadFactors(factor, *[torch.ones(4)] * 3)
+    layer = ConvertedLayer(factor, *[torch.ones(4)] * 3)
     new.load_state_dict(dict(converted_weights(old, network, [layer])))
 
     def scaled(q, k, v, metadata, _):  # type: ignore[no-untyped-def]
@@ -167,6 +177,11 @@ def test_the_run_folder(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys:
     assert "projected: error, refitted" in printed
     assert "alpha 1.5, 8 windows of 64 tokens" in printed and "configs/stages/converted.yaml" in printed
 
+    alone = [*given[:3], "--output", str(tmp_path / "alone"), "--length", "64", "--samples", "1", "--device", "cpu"]
+    assert eval.to_entmax.main(alone) == 0
+    printed = capsys.readouterr().out
+    assert "one window: projections of outputs stay" in printed and "refitted" not in printed
+
     loaded = load_model(tmp_path / "entmax")
     assert (loaded.config.attention.kind, loaded.config.attention.alpha, loaded.step) == ("entmax", 1.5, 0)
     network = yaml.safe_load((tmp_path / "entmax" / "network.yaml").read_text())["model"]["network"]
@@ -182,6 +197,20 @@ def test_the_run_folder(tmp_path: Path, corpus: Path, make_run: MakeRun, capsys:
     with torch.no_grad():
         near, exact = goes_on.eval()(tokens), loaded.model(tokens)
     assert (near - exact).norm() < 0.05 * exact.norm()  # the temperature starts near 1
+
+
+def test_outputs_that_overflow_are_refused(
+    tmp_path: Path, corpus: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_run(tmp_path / "softmax", "softmax")
+    nothing = ConvertedLayer(*[torch.ones(4)] * 4)
+    broken = replace(nothing, error=torch.tensor([0.1, torch.nan, 0.1, 0.1]))
+    monkeypatch.setattr(eval.to_entmax, "find_factors", lambda *_: [nothing, broken])
+    given = [str(source), "--data", str(corpus), "--output", str(tmp_path / "new"), "--length", "64"]
+    assert eval.to_entmax.main(given) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # behind a progress bar
+    assert "error: attention's outputs of layer 1 are not finite" in last
+    assert not (tmp_path / "new").exists()
 
 
 def test_refusals(
