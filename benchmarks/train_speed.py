@@ -12,11 +12,12 @@
     PYTORCH_ALLOC_CONF=expandable_segments:True python -m ...             # where much is reserved and not allocated
 
 A step is forward, backward, clipping and fused AdamW on --tokens random tokens in sequences of one document, with
-freshly initialised weights: bf16 autocast over float32 weights, blocks compiled. A row is the median over --steps steps
-after two to warm up (--longest: one step after another, in which kernels compile). mode:
-model.activation_checkpointing. MFU: training.throughput.speed_metrics, in FP8 beside bfloat16's peak too. live %: 64 x
-64 tiles with support, mean over layers and heads. Fresh entmax weights are nearly uniform, so that nearly every tile is
-live: --runs steps trained checkpoints on held-out documents, with their own sparsity, at a learning rate of 0.
+freshly initialised weights: bf16 autocast over float32 weights, blocks compiled, softmax by FlashAttention-4 where it
+is installed (--flash_attention). A row is the median over --steps steps after two to warm up (--longest: one step after
+another, in which kernels compile). mode: model.activation_checkpointing. MFU: training.throughput.speed_metrics, in FP8
+beside bfloat16's peak too. live %: 64 x 64 tiles with support, mean over layers and heads. Fresh entmax weights are
+nearly uniform, so that nearly every tile is live: --runs steps trained checkpoints on held-out documents, with their
+own sparsity, at a learning rate of 0.
 With --sequence_parallel S a row is of one rank among S GPUs that share each sequence: its memory and MFU, and the
 tokens/s of all S together, less the time of exchanges (benchmarks/loopback.py).
 """
@@ -47,11 +48,12 @@ from benchmarks.loopback import first_rank
 from benchmarks.step_profile import kernel_lines, profile_step
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
+from model import flash_attention
 from model.attention_stats import attention_stats
 from model.config import TRAINED_SPARSE, AttentionConfig, ModelConfig
 from model.flops import peak_flops
 from training.distributed.engine import PlainEngine
-from training.module import LanguageModule
+from training.module import FlashAttention, LanguageModule
 from training.step.activations import ActivationCheckpointing
 from training.step.float8 import Float8, check_device, check_installed
 from training.step.loss import resolve_loss_backend
@@ -105,6 +107,9 @@ class Trial:
         with self.device:
             self.module = LanguageModule(self.config, OptimizerConfig(), **options)
         self.module.loss_backend = resolve_loss_backend(loss_backend, self.device)
+        flash_attention.deactivate()  # of the trial before
+        if self.module.flash_attention == "auto" and (told := flash_attention.activate(config, self.device)):
+            print(told, flush=True)
         self.optimizer, _ = build_optimizer(self.module.model, OptimizerConfig(), total_steps=1000, fused=True)
         self.engine = PlainEngine(self.module.model)
 
@@ -228,6 +233,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", nargs="+", choices=get_args(ActivationCheckpointing), default=["none"],
                         help="model.activation_checkpointing of --lengths")  # fmt: skip
     parser.add_argument("--float8", nargs="+", choices=get_args(Float8), default=["none"], help="model.float8")
+    parser.add_argument("--flash_attention", choices=get_args(FlashAttention), default="auto",
+                        help="model.flash_attention")  # fmt: skip
     parser.add_argument("--peers", nargs="+", choices=("litgpt",), default=[],
                         help="other recipes' steps at --lengths: LitGPT's of 1b's shape, softmax, in bf16")  # fmt: skip
     parser.add_argument("--tile", type=int, default=0, help="model.mlp_tile_tokens of --longest")
@@ -302,7 +309,9 @@ def main() -> int:
         return row
 
     for (model, kind, make), float8 in product(models, options.float8):
-        shared: dict[str, Any] = dict(compile=not options.eager, float8=float8)
+        shared: dict[str, Any] = dict(
+            compile=not options.eager, float8=float8, flash_attention=options.flash_attention
+        )  # fmt: skip
         for mode in options.checkpointing if options.lengths else ():
             torch._dynamo.reset()  # or compiled blocks of the mode before count towards the limit of recompilations
             trial = make({**shared, "activation_checkpointing": mode})
@@ -323,6 +332,7 @@ def main() -> int:
         torch.cuda.empty_cache()
     if options.peers and options.lengths:
         torch._dynamo.reset()
+        flash_attention.deactivate()
         trial = litgpt_peer.LitGPTTrial(max(options.lengths))
         for length in options.lengths:
             add(trial, litgpt_peer.MODEL, "litgpt", ("none", "none"), length, options.steps, 2, live=False)

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from model import flash_attention
 from model.block_masks import block_mask_of_intervals
 from model.compiling import share_cores
 from model.kv_cache import Extension
@@ -34,6 +35,7 @@ SOFTMAX_OPERATORS: tuple[Any, ...] = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.aten._flash_attention_forward.default,
     torch.ops.higher_order.flex_attention,
 )
 MASK_ELEMENTS = 2**22  # bias values held at once by the CPU path (16 MiB of float32)
@@ -53,7 +55,8 @@ def softmax_attention(
     """Causal softmax attention; shapes, documents, slopes and window as in kernels.entmax_attention.
 
     CUDA: FlexAttention for ALiBi (and windows of unpacked batches), torch's varlen_attn (FlashAttention) for packed
-    half-precision documents, scaled_dot_product_attention otherwise. CPU: scaled_dot_product_attention per document.
+    half-precision documents, scaled_dot_product_attention otherwise; FlashAttention-4 in place of the last two in
+    training where it is installed (model/flash_attention.py). CPU: scaled_dot_product_attention per document.
 
     Args:
         max_seqlen: an upper bound of the documents' lengths.
@@ -267,6 +270,8 @@ def compiled_flex() -> Callable[..., Any]:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
     packed_q, packed_k, packed_v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
+    if flash_attention.is_active() and window is None:
+        return flash_attention.packed(packed_q, packed_k, packed_v, cu_seqlens, max_seqlen).transpose(0, 1)[None]
     left = -1 if window is None else window - 1
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     out = varlen_attn(packed_q, packed_k, packed_v, *lengths, window_size=(left, 0), **VARLEN_GQA)
@@ -277,6 +282,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 def _dense(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, window: int | None) -> Tensor:
     gqa = q.shape[1] != k.shape[1]
     if alibi_slopes is None and window is None:
+        if flash_attention.is_active() and q.dtype in HALF:
+            return flash_attention.dense(q, k, v)
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     n_tokens = q.shape[2]
     rows = max(64, MASK_ELEMENTS // (q.shape[1] * n_tokens))

@@ -1,7 +1,7 @@
 """The LightningModule: network, loss, optimizer. What is logged and saved lives in the callbacks."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.checks import check_number
 from model.compiling import share_cores
 from model.config import ModelConfig
+from model.flash_attention import activate, deactivate
 from model.flops import forward_flops, train_flops
 from model.sequence_parallel import SequenceShards
 from model.sparse_attention import collected_auxiliary, freeze_dense
@@ -36,6 +37,7 @@ from training.step.teacher import DistillConfig, Teacher, check_distillation
 from training.tracking import say
 
 NO_TEACHER = DistillConfig()
+FlashAttention = Literal["auto", "none"]
 
 
 class LanguageModule(LightningModule):
@@ -60,6 +62,8 @@ class LanguageModule(LightningModule):
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
         float8: "none", or how the blocks' linears scale the operands of products in FP8 (step/float8.py): "tensorwise",
             "rowwise" or "rowwise_with_gw_hp". Needs torchao, and with torch.compile only it can be fast.
+        flash_attention: "auto" computes softmax attention by FlashAttention-4 where it is installed and works
+            (model/flash_attention.py); "none" by what torch itself has.
         compile: compile each block with torch.compile.
         activation_checkpointing: "none" keeps all activations for backward; "full" each block's input and entmax's
             thresholds, and recomputes the rest; "selective" attention's output too; "offload" is full with the blocks'
@@ -76,8 +80,8 @@ class LanguageModule(LightningModule):
 
     Raises:
         ValueError: a loss_backend that is unknown or that this machine cannot run, an unknown activation_checkpointing,
-            an unknown float8 or one without torchao, loss_chunk_tokens below 1, z_loss outside [0, 1],
-            mlp_tile_tokens below 0, or a teacher beside cuda_graphs or loss_backend liger.
+            an unknown float8 or one without torchao, an unknown flash_attention, loss_chunk_tokens below 1, z_loss
+            outside [0, 1], mlp_tile_tokens below 0, or a teacher beside cuda_graphs or loss_backend liger.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class LanguageModule(LightningModule):
         loss_chunk_tokens: int = 2048,
         z_loss: float = 0.0,
         float8: Float8 = "none",
+        flash_attention: FlashAttention = "auto",
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         mlp_tile_tokens: int = 0,
@@ -105,6 +110,7 @@ class LanguageModule(LightningModule):
         for name, value, known in (
             ("activation_checkpointing", activation_checkpointing, get_args(ActivationCheckpointing)),
             ("float8", float8, get_args(Float8)),
+            ("flash_attention", flash_attention, get_args(FlashAttention)),
         ):
             if value not in known:
                 raise ValueError(f"model.{name} is {value!r}: expected one of {known}")
@@ -114,7 +120,7 @@ class LanguageModule(LightningModule):
         self.teacher: Teacher | None = None  # no module, hence no part of this one's parameters
         if cuda_graphs or distill.teacher is not None:
             self.loss_backend = "chunked"  # liger waits for the device, and has no such divergence
-        self.model, self.float8 = Transformer(network, deferred), float8
+        self.model, self.float8, self.flash_attention = Transformer(network, deferred), float8, flash_attention
         if network.attention.freezes:
             freeze_dense(self.model)
         self.converted = None if float8 == "none" else convert_linears(self.model.layers(), float8)
@@ -142,6 +148,8 @@ class LanguageModule(LightningModule):
         workers = share_cores(self.trainer.num_devices)  # FlexAttention is compiled in eager models too
         if self.compiled:
             say(f"compiling with {workers} processes a rank: the first step takes a minute or more")
+        if self.flash_attention == "auto" and not self.graphed_loss and (told := activate(self.network_config, device)):
+            say(told)
         if self.graphed_loss:
             check_graphs(
                 self.network_config, device=device, world_size=self.trainer.world_size,
@@ -150,6 +158,9 @@ class LanguageModule(LightningModule):
         if self.teacher is not None:
             tiles, precision = self.model.layers()[0].feed_forward.tile_tokens, str(self.trainer.precision)
             self.teacher.place(device, precision, compile=self.compiled, tile_tokens=tiles)
+
+    def teardown(self, stage: str) -> None:
+        deactivate()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Take this rank's slice, and count its share of FLOPs and its valid tokens, while the batch is still on the

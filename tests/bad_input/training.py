@@ -170,6 +170,7 @@ CASES = [
     Case("an unknown precision", train("--trainer.precision", "fp7"), ["trainer.precision", "fp7"]),
     Case("FP8 on a CPU", train("--model.float8", "rowwise"),
          ["model.float8 is 'rowwise', which needs a CUDA device", "on cpu", "use model.float8 none"]),
+    Case("a wrong flash_attention", train("--model.flash_attention", "fa3"), ["model.flash_attention", "fa3", "auto"]),
     Case("an unknown kind of FP8", train("--model.float8", "e4m3"), ["model.float8", "e4m3", "rowwise"]),
     Case("a text for a number or null", train("--trainer.max_tokens", "NaN"),
          ["trainer.max_tokens", ": Expected int, float or null. Got value: NaN (--help"]),

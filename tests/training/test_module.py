@@ -245,3 +245,20 @@ def test_whole_sequences_are_not_packed() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=rounding)
     mixed = module.on_before_batch_transfer(make_batch(range(3)), 0)
     assert mixed["cu_seqlens"] is not None and mixed["tokens"].shape == (1, 3 * LENGTH)
+
+
+@pytest.mark.parametrize(("option", "asked"), [("auto", 1), ("none", 0)])
+def test_flash_attention_is_asked_for_while_training(
+    option: str, asked: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And torch's own kernels are back behind it."""
+    calls: list[object] = []
+    monkeypatch.setattr("training.module.activate", lambda *given: calls.append(given) or "attention by a peer")
+    monkeypatch.setattr("training.module.deactivate", lambda: calls.append("back"))
+    module = make_module(flash_attention=option)
+    module.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    module.setup("fit")
+    module.teardown("fit")
+    network, device = (module.network_config, torch.device("cpu"))
+    assert calls == [(network, device)] * asked + ["back"]
+    assert capsys.readouterr().err.count("attention by a peer") == asked
