@@ -11,7 +11,7 @@ eval.calibrate found it, --ruler the samples that eval.ruler built for the lengt
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,14 @@ from eval.common import provenance
 from eval.common.options import KEPT, check_output, config_of
 from eval.common.subjects import Subject, choose_device, find_subjects
 from eval.common.tracking import add_wandb_arguments, open_tracker, wandb_config
-from eval.held_out.texts import HeldOut, open_held_out
+from eval.held_out.texts import open_held_out
 from eval.reporting.html_page import check_page
 from eval.ruler.files import FrozenTask
 from eval.sparse_frontier.config import Cell, FrontierConfig, PrefillTime, RulerCell, Study
 from eval.sparse_frontier.measure import Measuring
+from eval.sparse_frontier.processes import Work, measure_beside
 from eval.sparse_frontier.report import TITLE, summarise, summary_lines, write_report
-from eval.sparse_frontier.ruler_answers import open_sets
+from eval.sparse_frontier.ruler_answers import open_wanted
 from eval.sparse_frontier.tables import study_records
 
 
@@ -92,10 +93,11 @@ def evaluate(
         raise ValueError(
             f"decode_tokens is {config.decode_tokens}, of contexts of {shortest} tokens: expected fewer, with a prompt"
         )
-    sets, not_there = _ruler_sets(subjects, held_out, config)
+    sets, not_there = open_wanted(config, subjects, held_out)
     notes = [*differences(subjects), *held_out.plan.notes, *held_out.needle_notes, *not_there]
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
-    cells, ruler, times = _measure(measuring, sets)
+    work = Work([softmax, entmax], str(data), str(output), config, [])
+    cells, ruler, times = _measure(measuring, sets, work)
     study = Study(
         cells=cells,
         ruler=ruler,
@@ -117,31 +119,27 @@ def evaluate(
 
 
 def _measure(
-    measuring: Sequence[Measuring], sets: Sequence[FrozenTask]
+    measuring: Sequence[Measuring], sets: Sequence[FrozenTask], work: Work
 ) -> tuple[list[Cell], list[RulerCell], list[PrefillTime]]:
-    """measuring: of the softmax model and of entmax, which comes first here: policies are also set to its density."""
+    """measuring: of the softmax model and of entmax, which comes first here: policies are also set to its density.
+    work: for what config.processes measure beside each other."""
     softmax_model, entmax_model = measuring
     cells_of_entmax = entmax_model.as_they_are()
     own = {(cell.phase, cell.multiple): round(float(np.mean(cell.density)), 4) for cell in cells_of_entmax}
     ruler_of_entmax = entmax_model.on_ruler(cells_of_entmax, sets)
     times_of_entmax = entmax_model.times({})
     entmax_model.release()
-    cells = [*softmax_model.as_they_are(), *softmax_model.under_policies(own)]
+    cells = softmax_model.as_they_are()
+    waiting = [place for place in softmax_model.places(own) if not softmax_model.is_kept(place, sets)]
+    if work.config.processes > 1 and len(waiting) > 1:
+        softmax_model.release()
+        measure_beside(replace(work, places=waiting))
+    cells += softmax_model.under_policies(own)
     return (
         [*cells, *cells_of_entmax],
         [*softmax_model.on_ruler(cells, sets), *ruler_of_entmax],
         [*softmax_model.times(own), *times_of_entmax],
     )
-
-
-def _ruler_sets(
-    subjects: Sequence[Subject], held_out: HeldOut, config: FrontierConfig
-) -> tuple[list[FrozenTask], list[str]]:
-    if config.ruler is None:
-        return [], []
-    contexts = [multiple * held_out.base_length for multiple in held_out.plan.multiples]
-    checkpoints = [subject.checkpoint for subject in subjects]
-    return open_sets(Path(config.ruler), config.ruler_tasks, config.ruler_samples, contexts, checkpoints)
 
 
 def differences(subjects: Sequence[Subject]) -> list[str]:

@@ -41,6 +41,8 @@ class FrontierConfig:
         row_tokens: Most tokens packed into one forward pass; a longer context is a row of its own.
         chunk_tokens: Most prompt tokens of one forward pass before decoding.
         timed_runs: Timed prefills behind each time to the first token; their median is reported.
+        processes: Processes that measure policies beside each other, on all GPUs where the device is auto or cuda.
+            Each has the model in memory. Times are measured by one alone.
     """
 
     policies: list[str] = field(default_factory=lambda: list(FAMILIES))
@@ -65,6 +67,7 @@ class FrontierConfig:
     row_tokens: int = EvalConfig.row_tokens
     chunk_tokens: int = 8192
     timed_runs: int = 3
+    processes: int = 1
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.policies if name not in FAMILIES]
@@ -81,8 +84,8 @@ class FrontierConfig:
                 f"ruler_tasks is {self.ruler_tasks} and ruler_samples is {self.ruler_samples}, but ruler is not set: "
                 "build RULER with python -m eval.ruler and pass its folder with --ruler"
             )
-        check_least(self, {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1, "ruler_samples": 1})
-        check_most(self, {"timed_runs": 1000})
+        check_least(self, {"decode_tokens": 1, "chunk_tokens": 1, "timed_runs": 1, "ruler_samples": 1, "processes": 1})
+        check_most(self, {"timed_runs": 1000, "processes": 256})
         self.shared()
 
     def shared(self) -> EvalConfig:

@@ -25,6 +25,7 @@ from model.policies.policy import Phase, SparsePolicy
 from model.policies.thresholds import read_thresholds
 from model.transformer import Transformer
 
+Place = tuple[str, Phase, int, float]  # method, phase, multiple and the density it is set to
 BSFA, MINFERENCE = BlockSparseFlash.name, HeadPatterns.name
 
 
@@ -105,15 +106,30 @@ class Measuring:
         return [self._cell(method, phase, m, None) for phase in PHASES for m in self.held_out.plan.multiples]
 
     def under_policies(self, own: Mapping[tuple[Phase, int], float]) -> list[Cell]:
-        """Each policy in its phases. own: a further density of each phase and length, the entmax model's."""
+        """Each policy in its phases. own: as of `places`."""
+        return [self._cell(*place) for place in self.places(own)]
+
+    def places(self, own: Mapping[tuple[Phase, int], float]) -> list[Place]:
+        """Of the cells of `under_policies`. own: a further density of each phase and length, the entmax model's."""
         return [
-            self._cell(name, phase, multiple, wanted)
+            (name, phase, multiple, wanted)
             for phase in PHASES
             for multiple in self.held_out.plan.multiples
             for policy, name, densities in self._policies(multiple, own.get((phase, multiple)))
             if phase in policy.phases
             for wanted in densities
         ]
+
+    def measure_place(self, place: Place, sets: Sequence[FrozenTask]) -> None:
+        """A cell and what it has of RULER, which are kept."""
+        self.on_ruler([self._cell(*place)], sets)
+
+    def is_kept(self, place: Place, sets: Sequence[FrozenTask]) -> bool:
+        """Whether `measure_place` would find all of it."""
+        context = place[2] * self.held_out.base_length
+        files = [self._kept("cell", *place)]
+        files += [self._kept(f"ruler-{one.task}", *place, one) for one in sets if one.length == context]
+        return all(file.is_file() for file in files)
 
     def on_ruler(self, cells: Sequence[Cell], sets: Sequence[FrozenTask]) -> list[RulerCell]:
         """The files of each cell's length under its attention. cells: of this checkpoint."""

@@ -16,9 +16,12 @@ from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from eval.common.scoring import Context
+from eval.common.subjects import Subject
 from eval.generation import Generated, generate
+from eval.held_out.texts import HeldOut
 from eval.ruler.files import FrozenTask, check_tokenizer, open_frozen, read_manifest
 from eval.ruler.tasks import RULER_TASKS, match
+from eval.sparse_frontier.config import FrontierConfig
 from eval.sparse_frontier.tasks import Scorer, Tasks, entmax_density
 from model.checkpoint import CheckpointInfo
 from model.policies.policy import Phase, SparsePolicy, use_policy
@@ -32,6 +35,17 @@ class Answers:
     density: float
     scores: list[float]
     texts: list[str]
+
+
+def open_wanted(
+    config: FrontierConfig, subjects: Sequence[Subject], held_out: HeldOut
+) -> tuple[list[FrozenTask], list[str]]:
+    """`open_sets` of what the configuration asks for; nothing without config.ruler."""
+    if config.ruler is None:
+        return [], []
+    contexts = [multiple * held_out.base_length for multiple in held_out.plan.multiples]
+    checkpoints = [subject.checkpoint for subject in subjects]
+    return open_sets(Path(config.ruler), config.ruler_tasks, config.ruler_samples, contexts, checkpoints)
 
 
 def open_sets(

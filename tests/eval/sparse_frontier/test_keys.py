@@ -80,9 +80,9 @@ def test_every_setting_is_decided_about() -> None:
     from eval.sparse_frontier.measure import deciding
 
     used = {setting for way in WAYS.values() for setting in deciding(way[0], way[2], way[4])}
-    elsewhere = {  # in the key by what they lead to, or which results there are
+    elsewhere = {  # in the key by what they lead to, or which results there are and who measures them
         "policies", "densities", "thresholds", "patterns", "ruler", "ruler_tasks", "ruler_samples", "lengths",
-        "base_length", "device", "precision",
+        "base_length", "device", "precision", "processes",
     }  # fmt: skip
     assert used | elsewhere == set(vars(BASE)) and not used & elsewhere
 
