@@ -108,7 +108,10 @@ class Trial:
             self.module = LanguageModule(self.config, OptimizerConfig(), **options)
         self.module.loss_backend = resolve_loss_backend(loss_backend, self.device)
         flash_attention.deactivate()  # of the trial before
-        if self.module.flash_attention == "auto" and (told := flash_attention.activate(config, self.device)):
+        told = None
+        if self.module.flash_attention == "auto":
+            told = flash_attention.activate([config], self.device, torch.bfloat16, ranks)
+        if told:
             print(told, flush=True)
         self.optimizer, _ = build_optimizer(self.module.model, OptimizerConfig(), total_steps=1000, fused=True)
         self.engine = PlainEngine(self.module.model)

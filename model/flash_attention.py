@@ -1,11 +1,13 @@
-"""FlashAttention-4 (flash-attn-4 on PyPI) in the place of cuDNN's attention and FlashAttention-2, in training.
+"""FlashAttention-4 (flash-attn-4 on PyPI) in the place of cuDNN's attention and FlashAttention-2, in training steps.
 
 torch.nn.attention.activate_flash_attention_impl exchanges the kernels behind torch's operators, for the whole process.
 The package is a beta that torch's glue does not fit in every version, so it is tried before it is used.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,50 +20,73 @@ from model.config import ModelConfig
 
 PACKAGE = "flash-attn-4"
 MAJORS = (9, 10)  # of compute capability: Hopper and datacenter Blackwell
+INSTEAD = "attention by torch's own kernels"
 PROBE_TOKENS = 256
-WORSE = 4  # times the error of plain products in bfloat16 at which a kernel counts as wrong
+WORSE = 4  # times the error of plain products in the same dtype at which a kernel counts as wrong
 
 _exchanged = _active = False  # torch's kernels, and these in use
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What one rank attends with: numbers of query heads and of key heads, and the head dim."""
+
+    queries: int
+    keys: int
+    dim: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, ranks: int = 1) -> "Heads":
+        """ranks: that share each sequence (model.sequence_parallel.HeadExchange)."""
+        keys = config.n_cached_heads
+        return cls(config.n_heads // ranks, keys // min(keys, ranks), config.head_size)
+
+
 def is_active() -> bool:
-    """Whether softmax attention in half precision goes through it, in this process."""
+    """Whether softmax attention in half precision goes through it, in this process, now."""
     return _active
 
 
-def activate(config: ModelConfig, device: torch.device) -> str | None:
-    """Has softmax attention of this model computed by FlashAttention-4, where the package is installed, the device is
+def activate(
+    configs: Sequence[ModelConfig], device: torch.device, dtype: torch.dtype | None, ranks: int = 1
+) -> str | None:
+    """Has softmax attention of these models computed by FlashAttention-4, where the package is installed, the device is
     of its kind and its kernels give what plain products give: these are compiled and tried here, in some 10 s.
 
+    Args:
+        configs: of all models that are to run in this process.
+        dtype: that attention computes in; None for others than bfloat16 and float16.
+        ranks: that share each sequence.
+
     Returns: a line for the user: that it is used, or, where it is installed, why it is not; None where there is nothing
-    to say: not installed, or no attention that it could compute (no softmax, ALiBi, a window, no CUDA).
+    to say: not installed, or no softmax, no half precision, no CUDA.
+
+    Raises: RuntimeError where the trial has left the device broken.
     """
-    global _exchanged, _active
+    global _active
     deactivate()
-    fits = config.attention.is_softmax and config.positions != "nape" and config.window is None
-    if not fits or device.type != "cuda":
+    softmax = [config for config in configs if config.attention.is_softmax]
+    if not softmax or dtype is None or device.type != "cuda":
         return None
     try:
-        installed = version(PACKAGE)
+        installed = f"{PACKAGE} {version(PACKAGE)}"
     except PackageNotFoundError:
         return None
-    instead = "attention by cuDNN and FlashAttention-2"
-    major = torch.cuda.get_device_capability(device)[0]
-    if major not in MAJORS:
-        return f"{PACKAGE} {installed} has no kernels for {torch.cuda.get_device_name(device)}: {instead}"
+    if any(config.positions == "nape" or config.window is not None for config in softmax):
+        return f"{installed} is not used, attention has ALiBi (positions: nape) or a window: {INSTEAD}"
+    if torch.cuda.get_device_capability(device)[0] not in MAJORS:
+        return f"{installed} has no kernels for {torch.cuda.get_device_name(device)}: {INSTEAD}"
     try:
-        torch.nn.attention.activate_flash_attention_impl("FA4")
-        _exchanged = True
-        try_kernels(config, device)
+        _exchange()
+        for heads in {Heads.of(config, ranks) for config in softmax}:
+            try_kernels(heads, device, dtype)
     except Exception as error:  # of any part of a beta and what it compiles with
         deactivate()
-        reason = " ".join(str(error).split())[:300]
-        return (
-            f"{PACKAGE} {installed} cannot be used with torch {torch.__version__} "
-            f"({type(error).__name__}: {reason}): {instead}"
-        )
+        torch.cuda.synchronize(device)  # raises where a kernel has crashed, after which nothing would run
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{installed} cannot be used with torch {torch.__version__} ({reason}): {INSTEAD}"
     _active = True
-    return f"softmax attention by FlashAttention-4 ({PACKAGE} {installed})"
+    return f"softmax attention by FlashAttention-4 ({installed})"
 
 
 def deactivate() -> None:
@@ -70,6 +95,26 @@ def deactivate() -> None:
     if _exchanged:
         torch.nn.attention.restore_flash_attention_impl()
     _exchanged = _active = False
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Torch's own kernels within: evaluation decodes and reads contexts of lengths that were not tried."""
+    global _active
+    active = _active
+    deactivate()
+    try:
+        yield
+    finally:
+        if active:
+            _exchange()
+            _active = True
+
+
+def _exchange() -> None:
+    global _exchanged
+    torch.nn.attention.activate_flash_attention_impl("FA4")
+    _exchanged = True
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,14 +136,14 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
     return out
 
 
-def try_kernels(config: ModelConfig, device: torch.device) -> None:
+def try_kernels(heads: Heads, device: torch.device, dtype: torch.dtype) -> None:
     """Outputs and gradients of both ways of calling against attention by plain products in float32.
 
-    Raises: RuntimeError where one is off by more than WORSE times what plain products in bfloat16 lose, and whatever
+    Raises: RuntimeError where one is off by more than WORSE times what plain products in this dtype lose, and whatever
     the kernels raise.
     """
     generator = torch.Generator().manual_seed(0)
-    sizes = [(1, heads, PROBE_TOKENS, config.head_size) for heads in (config.n_heads, *2 * [config.n_cached_heads])]
+    sizes = [(1, count, PROBE_TOKENS, heads.dim) for count in (heads.queries, heads.keys, heads.keys)]
     *inputs, gradient = (torch.randn(size, generator=generator).to(device) for size in (*sizes, sizes[0]))
     bounds = torch.tensor([0, PROBE_TOKENS // 3, PROBE_TOKENS], dtype=torch.int32, device=device)
 
@@ -107,17 +152,17 @@ def try_kernels(config: ModelConfig, device: torch.device) -> None:
         return packed(q, k, v, bounds, PROBE_TOKENS).transpose(0, 1)[None]
 
     for name, kernel, cuts in (("dense", dense, [0, PROBE_TOKENS]), ("packed", documents, bounds.tolist())):
-        plain = partial(_plain_products, cuts=cuts)
-        truth = _pass(plain, inputs, gradient, torch.float32)
-        lost = _pass(plain, inputs, gradient, torch.bfloat16)
-        found = _pass(kernel, inputs, gradient, torch.bfloat16)
+        plain = partial(plain_products, cuts=cuts)
+        truth = outputs_and_gradients(plain, inputs, gradient, dtype, torch.float32)
+        lost = outputs_and_gradients(plain, inputs, gradient, dtype, dtype)
+        found = outputs_and_gradients(kernel, inputs, gradient, dtype, dtype)
         for part, one, rounded, true in zip(("output", "dq", "dk", "dv"), found, lost, truth, strict=True):
             error, allowed = (one - true).norm().item(), WORSE * (rounded - true).norm().item()
             if not error <= allowed:
                 raise RuntimeError(f"{part} of {name} attention is off by {error:.2g}, expected at most {allowed:.2g}")
 
 
-def _plain_products(q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> Tensor:
+def plain_products(q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> Tensor:
     """Causal attention of documents between these cuts, by matrix products. Shapes as of `dense`."""
     outs = []
     for start, stop in zip(cuts, cuts[1:], strict=False):
@@ -127,11 +172,19 @@ def _plain_products(q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> Tensor:
     return torch.cat(outs, dim=2)
 
 
-def _pass(attend: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The output and the gradients of q, k and v, float32, for inputs rounded to bfloat16."""
-    leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
+def outputs_and_gradients(
+    attend: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    gradient: Tensor,
+    given: torch.dtype,
+    computed: torch.dtype,
+) -> list[Tensor]:
+    """The output and the gradients of q, k and v, float32 (float64 where computed in it), for inputs rounded to
+    `given`."""
+    leaves = [x.to(given).to(computed).requires_grad_() for x in inputs]
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # before a process's first step
         out = attend(*leaves)
-        gradients = torch.autograd.grad(out, leaves, gradient.to(torch.bfloat16).to(dtype))
-    return [x.detach().float() for x in (out, *gradients)]
+        gradients = torch.autograd.grad(out, leaves, gradient.to(given).to(computed))
+    wide = torch.promote_types(computed, torch.float32)
+    return [x.detach().to(wide) for x in (out, *gradients)]

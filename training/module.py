@@ -1,6 +1,6 @@
 """The LightningModule: network, loss, optimizer. What is logged and saved lives in the callbacks."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.checks import check_number
 from model.compiling import share_cores
 from model.config import ModelConfig
-from model.flash_attention import activate, deactivate
+from model.flash_attention import deactivate, suspended
 from model.flops import forward_flops, train_flops
 from model.sequence_parallel import SequenceShards
 from model.sparse_attention import collected_auxiliary, freeze_dense
@@ -22,6 +22,7 @@ from training.distributed.sequence_parallel import join_sequence_group
 from training.faults.step_guard import StepGuard
 from training.step.activations import ActivationCheckpointing, KeepOnHost, tile_feed_forward
 from training.step.cuda_graphs import GraphedLoss, check_graphs
+from training.step.flash_attention import take_flash_attention
 from training.step.float8 import Float8, convert_linears
 from training.step.forms import Batch, forms
 from training.step.loss import (
@@ -33,7 +34,7 @@ from training.step.loss import (
 )
 from training.step.optim import OptimizerConfig, build_optimizer, parameter_groups, reapply_settings
 from training.step.recomputation import checkpoint_blocks
-from training.step.teacher import DistillConfig, Teacher, check_distillation
+from training.step.teacher import PRODUCTS, DistillConfig, Teacher, check_distillation
 from training.tracking import say
 
 NO_TEACHER = DistillConfig()
@@ -62,8 +63,8 @@ class LanguageModule(LightningModule):
         loss_chunk_tokens: tokens whose logits exist at one time in the chunked loss.
         float8: "none", or how the blocks' linears scale the operands of products in FP8 (step/float8.py): "tensorwise",
             "rowwise" or "rowwise_with_gw_hp". Needs torchao, and with torch.compile only it can be fast.
-        flash_attention: "auto" computes softmax attention by FlashAttention-4 where it is installed and works
-            (model/flash_attention.py); "none" by what torch itself has.
+        flash_attention: "auto" computes softmax attention of training steps by FlashAttention-4 where it is installed
+            (pip install -r requirements-flash.txt) and works; "none" by what torch itself has.
         compile: compile each block with torch.compile.
         activation_checkpointing: "none" keeps all activations for backward; "full" each block's input and entmax's
             thresholds, and recomputes the rest; "selective" attention's output too; "offload" is full with the blocks'
@@ -129,6 +130,7 @@ class LanguageModule(LightningModule):
         self.step_gradient_norm: Tensor | float = 0.0
         self.step_lr = 0.0
         self.steps_done = 0
+        self.validating = ExitStack()
         self.guard: StepGuard | None = None  # looks at each step of train.py's runs before it is taken
         self.sample_ids: list[int] = []  # global samples of the current micro-batch, on the host
         self.shards: SequenceShards | None = None
@@ -148,8 +150,6 @@ class LanguageModule(LightningModule):
         workers = share_cores(self.trainer.num_devices)  # FlexAttention is compiled in eager models too
         if self.compiled:
             say(f"compiling with {workers} processes a rank: the first step takes a minute or more")
-        if self.flash_attention == "auto" and not self.graphed_loss and (told := activate(self.network_config, device)):
-            say(told)
         if self.graphed_loss:
             check_graphs(
                 self.network_config, device=device, world_size=self.trainer.world_size,
@@ -158,6 +158,11 @@ class LanguageModule(LightningModule):
         if self.teacher is not None:
             tiles, precision = self.model.layers()[0].feed_forward.tile_tokens, str(self.trainer.precision)
             self.teacher.place(device, precision, compile=self.compiled, tile_tokens=tiles)
+        deactivate()  # of a run in this process that has failed
+        if self.flash_attention == "auto" and not self.graphed_loss:
+            configs = [self.network_config, *([self.teacher.model.config] if self.teacher else [])]
+            dtype, ranks = PRODUCTS.get(str(self.trainer.precision)), self.shards.size if self.shards else 1
+            take_flash_attention(self.trainer.strategy, configs, dtype, ranks)
 
     def teardown(self, stage: str) -> None:
         deactivate()
@@ -187,6 +192,10 @@ class LanguageModule(LightningModule):
 
     def on_validation_start(self) -> None:
         self.model.set_step(self.trainer.global_step)
+        self.validating.enter_context(suspended())
+
+    def on_validation_end(self) -> None:
+        self.validating.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         if self.compiled and not self.forms_compiled:

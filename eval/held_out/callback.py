@@ -24,6 +24,7 @@ from eval.held_out.attention_profile import LayerProfile, profile_document
 from eval.held_out.config import EvalConfig
 from eval.held_out.needle import build_samples, context_of
 from eval.held_out.perplexity import PerplexityPlan, length_windows, plan_perplexity
+from model.flash_attention import suspended
 from model.transformer import Transformer
 
 LENGTHS = [1, 2, 4]
@@ -287,7 +288,7 @@ def undisturbed(module: Any) -> Iterator[None]:
     """No gradients, evaluation mode, no compilation, and afterwards modes and random states as before."""
     training, blocks = module.training, module.model.layers()
     compiled = [block._compiled_call_impl for block in blocks]
-    with isolate_rng(), torch.no_grad():
+    with isolate_rng(), torch.no_grad(), suspended():
         module.eval()
         for block in blocks:
             block._compiled_call_impl = None  # else compiled anew for the lengths of these contexts

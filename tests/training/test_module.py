@@ -1,6 +1,7 @@
 """The module's step: equal gradients for any micro-batch size, checkpointed and compiled blocks, loop counters."""
 
 import copy
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from model.config import AttentionConfig, ModelConfig
 from model.sequence_parallel import SequenceShards
 from training.module import LanguageModule, align_batch_counters
+from training.step import flash_attention
 from training.step.loss import IGNORE_INDEX
 from training.step.optim import OptimizerConfig
 
@@ -247,18 +249,51 @@ def test_whole_sequences_are_not_packed() -> None:
     assert mixed["cu_seqlens"] is not None and mixed["tokens"].shape == (1, 3 * LENGTH)
 
 
-@pytest.mark.parametrize(("option", "asked"), [("auto", 1), ("none", 0)])
-def test_flash_attention_is_asked_for_while_training(
-    option: str, asked: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And torch's own kernels are back behind it."""
+@pytest.mark.parametrize("option", ["auto", "none"])
+def test_flash_attention_is_asked_for_and_left_for_validation(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the dtype of the run's products; what a failed run in this process left is put back first."""
     calls: list[object] = []
-    monkeypatch.setattr("training.module.activate", lambda *given: calls.append(given) or "attention by a peer")
+    monkeypatch.setattr("training.step.flash_attention.activate", lambda *given: calls.append(given))
     monkeypatch.setattr("training.module.deactivate", lambda: calls.append("back"))
+    monkeypatch.setattr("training.module.suspended", lambda: closing(SimpleNamespace(close=lambda: calls.append("on"))))
     module = make_module(flash_attention=option)
-    module.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    module.trainer = Trainer(
+        accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, enable_checkpointing=False
+    )
     module.setup("fit")
+    asked = [([module.network_config], torch.device("cpu"), torch.bfloat16, 1)]
+    assert calls == ["back", *(asked if option == "auto" else [])]
+    module.on_validation_start()
+    assert calls[-1] != "on"
+    module.on_validation_end()
+    assert calls.pop() == "on"
     module.teardown("fit")
-    network, device = (module.network_config, torch.device("cpu"))
-    assert calls == [(network, device)] * asked + ["back"]
-    assert capsys.readouterr().err.count("attention by a peer") == asked
+    assert calls[-1] == "back"
+
+
+@pytest.mark.parametrize(
+    ("here", "everywhere", "rank", "told"),
+    [
+        (True, True, 0, "attention by a peer"),
+        (True, False, 0, "flash-attn-4 cannot be used on another rank: attention by torch's own kernels"),
+        (False, False, 0, "no kernels"),
+        (False, False, 3, "rank 3: no kernels"),
+        (False, False, 1, None),
+    ],
+)
+def test_flash_attention_on_all_ranks_or_none(
+    here: bool, everywhere: bool, rank: int, told: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    left: list[str] = []
+    line = None if told is None else "attention by a peer" if here else "no kernels"
+    monkeypatch.setattr(flash_attention, "activate", lambda *given: line)
+    monkeypatch.setattr(flash_attention, "is_active", lambda: here)
+    monkeypatch.setattr(flash_attention, "deactivate", lambda: left.append("back"))
+    strategy: Any = SimpleNamespace(
+        root_device=None, global_rank=rank, is_global_zero=rank == 0,
+        reduce_boolean_decision=lambda decision, all: everywhere,
+    )  # fmt: skip
+    flash_attention.take_flash_attention(strategy, [], None, 1)
+    assert capsys.readouterr().err == ("" if told is None else told + "\n")
+    assert left == ([] if everywhere else ["back"])
