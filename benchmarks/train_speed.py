@@ -110,7 +110,7 @@ class Trial:
         flash_attention.deactivate()  # of the trial before
         told = None
         if self.module.flash_attention == "auto":
-            told = flash_attention.activate([config], self.device, torch.bfloat16, ranks)
+            told = flash_attention.activate([config], self.device, torch.bfloat16, ranks, self.module.compiled)
         if told:
             print(told, flush=True)
         self.optimizer, _ = build_optimizer(self.module.model, OptimizerConfig(), total_steps=1000, fused=True)

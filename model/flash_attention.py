@@ -48,15 +48,20 @@ def is_active() -> bool:
 
 
 def activate(
-    configs: Sequence[ModelConfig], device: torch.device, dtype: torch.dtype | None, ranks: int = 1
+    configs: Sequence[ModelConfig],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    ranks: int = 1,
+    compiled: bool = False,
 ) -> str | None:
     """Has softmax attention of these models computed by FlashAttention-4, where the package is installed, the device is
-    of its kind and its kernels give what plain products give: these are compiled and tried here, in some 10 s.
+    of its kind and its kernels give what plain products give: these are compiled and tried here, in some 10 to 20 s.
 
     Args:
         configs: of all models that are to run in this process.
         dtype: that attention computes in; None for others than bfloat16 and float16.
         ranks: that share each sequence.
+        compiled: whether torch.compile compiles what calls it, which is tried too then.
 
     Returns: a line for the user: that it is used, or, where it is installed, why it is not; None where there is nothing
     to say: not installed, or no softmax, no half precision, no CUDA.
@@ -79,7 +84,7 @@ def activate(
     try:
         _exchange()
         for heads in {Heads.of(config, ranks) for config in softmax}:
-            try_kernels(heads, device, dtype)
+            try_kernels(heads, device, dtype, compiled)
     except Exception as error:  # of any part of a beta and what it compiles with
         deactivate()
         torch.cuda.synchronize(device)  # raises where a kernel has crashed, after which nothing would run
@@ -136,8 +141,9 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
     return out
 
 
-def try_kernels(heads: Heads, device: torch.device, dtype: torch.dtype) -> None:
-    """Outputs and gradients of both ways of calling against attention by plain products in float32.
+def try_kernels(heads: Heads, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+    """Outputs and gradients of both ways of calling against attention by plain products in float32. compiled: of calls
+    within torch.compile too, which holds kernels to the layout of results that it expects.
 
     Raises: RuntimeError where one is off by more than WORSE times what plain products in this dtype lose, and whatever
     the kernels raise.
@@ -151,7 +157,13 @@ def try_kernels(heads: Heads, device: torch.device, dtype: torch.dtype) -> None:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return packed(q, k, v, bounds, PROBE_TOKENS).transpose(0, 1)[None]
 
-    for name, kernel, cuts in (("dense", dense, [0, PROBE_TOKENS]), ("packed", documents, bounds.tolist())):
+    ways: list[tuple[str, Callable[..., Tensor], list[int]]] = [
+        ("dense", dense, [0, PROBE_TOKENS]),
+        ("packed", documents, bounds.tolist()),
+    ]
+    if compiled:
+        ways += [(f"compiled {name}", torch.compile(kernel), cuts) for name, kernel, cuts in ways]
+    for name, kernel, cuts in ways:
         plain = partial(plain_products, cuts=cuts)
         truth = outputs_and_gradients(plain, inputs, gradient, dtype, torch.float32)
         lost = outputs_and_gradients(plain, inputs, gradient, dtype, dtype)

@@ -162,7 +162,7 @@ class LanguageModule(LightningModule):
         if self.flash_attention == "auto" and not self.graphed_loss:
             configs = [self.network_config, *([self.teacher.model.config] if self.teacher else [])]
             dtype, ranks = PRODUCTS.get(str(self.trainer.precision)), self.shards.size if self.shards else 1
-            take_flash_attention(self.trainer.strategy, configs, dtype, ranks)
+            take_flash_attention(self.trainer.strategy, configs, dtype, ranks, self.compiled)
 
     def teardown(self, stage: str) -> None:
         deactivate()

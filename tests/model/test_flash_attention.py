@@ -44,7 +44,7 @@ def test_taken_where_it_is_installed_and_works(installed: SimpleNamespace) -> No
     told = activate([model()], GPU, BF16)
     assert told == "softmax attention by FlashAttention-4 (flash-attn-4 4.0.0b16)"
     assert flash_attention.is_active() and installed.calls == ["FA4"]
-    assert installed.tried == [(Heads(4, 2, 16), GPU, BF16)]
+    assert installed.tried == [(Heads(4, 2, 16), GPU, BF16, False)]
     flash_attention.deactivate()
     flash_attention.deactivate()  # once more changes nothing
     assert not flash_attention.is_active() and installed.calls == ["FA4", "torch's own"]
@@ -53,9 +53,9 @@ def test_taken_where_it_is_installed_and_works(installed: SimpleNamespace) -> No
 def test_tried_with_the_heads_of_each_model_and_rank(installed: SimpleNamespace) -> None:
     """Four ranks that share sequences share two key heads by two; a model of entmax is none of them."""
     teacher, entmax = model(d_model=512, n_heads=8, n_kv_heads=8), model(attention=AttentionConfig(kind="entmax"))
-    activate([model(), teacher, entmax], GPU, torch.float16, ranks=4)
+    activate([model(), teacher, entmax], GPU, torch.float16, ranks=4, compiled=True)
     assert {heads for heads, *_ in installed.tried} == {Heads(1, 1, 16), Heads(2, 2, 64)}
-    assert {dtype for *_, dtype in installed.tried} == {torch.float16}
+    assert {(dtype, compiled) for *_, dtype, compiled in installed.tried} == {(torch.float16, True)}
 
 
 @pytest.mark.parametrize("changes", [dict(positions="nape"), dict(window=128)], ids=["alibi", "window"])
@@ -163,7 +163,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, spoil: Spoil = lambda out: out, mi
 def test_the_trial_passes_right_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the sizes that it is told."""
     sizes = stand_in(monkeypatch)
-    flash_attention.try_kernels(Heads(6, 2, 24), torch.device("cpu"), dtype)
+    flash_attention.try_kernels(Heads(6, 2, 24), torch.device("cpu"), dtype, compiled=False)
     assert sizes == [((1, 6, 256, 24), (1, 2, 256, 24)), ((256, 6, 24), (256, 2, 24))]
 
 
@@ -180,7 +180,16 @@ def test_the_trial_passes_right_kernels(dtype: torch.dtype, monkeypatch: pytest.
 def test_the_trial_refuses_wrong_kernels(spoil: Spoil, mixes: bool, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, spoil, mixes)
     with pytest.raises(RuntimeError, match=f"{part} attention is off by"):
-        flash_attention.try_kernels(Heads(4, 2, 16), torch.device("cpu"), BF16)
+        flash_attention.try_kernels(Heads(4, 2, 16), torch.device("cpu"), BF16, compiled=False)
+
+
+def test_the_trial_compiles_for_models_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a compiler that spoils what it compiles."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda attend: lambda *inputs: 1.02 * attend(*inputs))
+    flash_attention.try_kernels(Heads(4, 2, 16), torch.device("cpu"), BF16, compiled=False)
+    with pytest.raises(RuntimeError, match="output of compiled dense attention is off by"):
+        flash_attention.try_kernels(Heads(4, 2, 16), torch.device("cpu"), BF16, compiled=True)
 
 
 def test_whole_rows_are_causal_and_by_flash_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +266,8 @@ def test_compiled_with_results_laid_out_as_its_kernels_lay_them_out(monkeypatch:
 def test_on_a_gpu(heads: int, kv_heads: int, head_dim: int, compiled: bool) -> None:
     """Outputs and gradients of softmax_attention against float64: within four times what plain products in bfloat16
     lose."""
-    told = activate([model(d_model=heads * head_dim, n_heads=heads, n_kv_heads=kv_heads)], GPU, BF16)
+    config = model(d_model=heads * head_dim, n_heads=heads, n_kv_heads=kv_heads)
+    told = activate([config], GPU, BF16, compiled=compiled)
     if not flash_attention.is_active():
         pytest.skip(told or "flash-attn-4 is not installed")
     attend: Any = torch.compile(softmax.softmax_attention) if compiled else softmax.softmax_attention

@@ -261,7 +261,7 @@ def test_flash_attention_is_asked_for_and_left_for_validation(option: str, monke
         accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, enable_checkpointing=False
     )
     module.setup("fit")
-    asked = [([module.network_config], torch.device("cpu"), torch.bfloat16, 1)]
+    asked = [([module.network_config], torch.device("cpu"), torch.bfloat16, 1, False)]
     assert calls == ["back", *(asked if option == "auto" else [])]
     module.on_validation_start()
     assert calls[-1] != "on"
@@ -294,6 +294,6 @@ def test_flash_attention_on_all_ranks_or_none(
         root_device=None, global_rank=rank, is_global_zero=rank == 0,
         reduce_boolean_decision=lambda decision, all: everywhere,
     )  # fmt: skip
-    flash_attention.take_flash_attention(strategy, [], None, 1)
+    flash_attention.take_flash_attention(strategy, [], None, 1, False)
     assert capsys.readouterr().err == ("" if told is None else told + "\n")
     assert left == ([] if everywhere else ["back"])

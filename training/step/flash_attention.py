@@ -13,10 +13,10 @@ from training.tracking import say
 
 
 def take_flash_attention(
-    strategy: Strategy, configs: Sequence[ModelConfig], dtype: torch.dtype | None, ranks: int
+    strategy: Strategy, configs: Sequence[ModelConfig], dtype: torch.dtype | None, ranks: int, compiled: bool
 ) -> None:
     """Arguments as of model.flash_attention.activate. A collective call; each rank that cannot use it says why."""
-    told = activate(configs, strategy.root_device, dtype, ranks)
+    told = activate(configs, strategy.root_device, dtype, ranks, compiled)
     here, everywhere = is_active(), strategy.reduce_boolean_decision(is_active(), all=True)
     if not everywhere:
         deactivate()
