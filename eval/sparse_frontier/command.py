@@ -11,7 +11,7 @@ eval.calibrate found it, --ruler the samples that eval.ruler built for the lengt
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +96,7 @@ def evaluate(
     sets, not_there = open_wanted(config, subjects, held_out)
     notes = [*differences(subjects), *held_out.plan.notes, *held_out.needle_notes, *not_there]
     measuring = [Measuring(subject, held_out, output, config, device) for subject in subjects]
-    work = Work([softmax, entmax], str(data), str(output), config, [])
-    cells, ruler, times = _measure(measuring, sets, work)
+    cells, ruler, times = _measure(measuring, sets, Work([softmax, entmax], data, output, config))
     study = Study(
         cells=cells,
         ruler=ruler,
@@ -133,7 +132,7 @@ def _measure(
     waiting = [place for place in softmax_model.places(own) if not softmax_model.is_kept(place, sets)]
     if work.config.processes > 1 and len(waiting) > 1:
         softmax_model.release()
-        measure_beside(replace(work, places=waiting))
+        measure_beside(work, waiting)
     cells += softmax_model.under_policies(own)
     return (
         [*cells, *cells_of_entmax],

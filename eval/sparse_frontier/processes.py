@@ -31,14 +31,13 @@ class Work:
     """What a process needs to measure cells of the softmax model. runs: softmax and entmax; data, output: folders."""
 
     runs: list[str]
-    data: str
-    output: str
+    data: Path
+    output: Path
     config: FrontierConfig
-    places: list[Place]
 
 
-def measure_beside(work: Work) -> None:
-    """Measures work.places, each with its RULER samples, in config.processes processes, which keep the results in
+def measure_beside(work: Work, places: Sequence[Place]) -> None:
+    """Measures these places, each with its RULER samples, in config.processes processes, which keep the results in
     output/results. They share the GPUs out where the device is auto or cuda, and the cores.
 
     Raises:
@@ -47,16 +46,16 @@ def measure_beside(work: Work) -> None:
     context = get_context("spawn")  # CUDA does not survive a fork
     taken, done = context.Value("l", 0), context.Value("l", 0)
     errors: Any = context.SimpleQueue()
-    count = min(work.config.processes, len(work.places))
+    count = min(work.config.processes, len(places))
     with _quiet():
         running = [
-            context.Process(target=_measure, args=(work, index, count, taken, done, errors), daemon=True)
+            context.Process(target=_measure, args=(work, places, index, count, taken, done, errors), daemon=True)
             for index in range(count)
         ]
         for process in running:
             process.start()
     try:
-        with tqdm(total=len(work.places), desc=f"cells, by {count} processes", leave=False) as bar:
+        with tqdm(total=len(places), desc=f"cells, by {count} processes", leave=False) as bar:
             while any(process.is_alive() for process in running):
                 time.sleep(POLL)
                 bar.update(done.value - bar.n)
@@ -79,13 +78,13 @@ def _raise_failure(running: Sequence[Any], errors: Any) -> None:
             )
 
 
-def _measure(work: Work, index: int, count: int, taken: Any, done: Any, errors: Any) -> None:
+def _measure(work: Work, places: Sequence[Place], index: int, count: int, taken: Any, done: Any, errors: Any) -> None:
     """Takes one place after the other until none is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the command, and that its processes
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     try:
         measuring, sets = _open(work, index)
-        while (place := _take(work.places, taken)) is not None:
+        while (place := _take(places, taken)) is not None:
             measuring.measure_place(place, sets)
             with done.get_lock():
                 done.value += 1
@@ -109,9 +108,9 @@ def _open(work: Work, index: int) -> tuple[Measuring, list[FrozenTask]]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one
     subjects = find_subjects(work.runs)
-    held_out = open_held_out(Path(work.data), subjects, work.config.shared())
+    held_out = open_held_out(work.data, subjects, work.config.shared())
     sets, _ = open_wanted(work.config, subjects, held_out)
-    return Measuring(subjects[0], held_out, Path(work.output), work.config, device), sets
+    return Measuring(subjects[0], held_out, work.output, work.config, device), sets
 
 
 @contextmanager

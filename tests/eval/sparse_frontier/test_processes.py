@@ -53,11 +53,9 @@ def test_processes_measure_what_one_does(
 
 def test_what_a_process_meets_ends_the_command(corpus: Path, runs: list[str], tmp_path: Path) -> None:
     config = FrontierConfig(lengths=[1], device="cpu", processes=2)
-    work = Work(
-        [str(tmp_path / "nowhere"), runs[1]], str(corpus), str(tmp_path), config, [("window", "prefill", 1, 0.5)] * 2
-    )
+    work = Work([str(tmp_path / "nowhere"), runs[1]], corpus, tmp_path, config)
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        measure_beside(work)
+        measure_beside(work, [("window", "prefill", 1, 0.5)] * 2)
 
 
 @pytest.mark.parametrize(("code", "told"), [(-9, "was killed, as for want of memory"), (1, "ended with a traceback")])
