@@ -1,7 +1,7 @@
 """FlashAttention-4 (flash-attn-4 on PyPI) in the place of cuDNN's attention and FlashAttention-2, in training steps.
 
 torch.nn.attention.activate_flash_attention_impl exchanges the kernels behind torch's operators, for the whole process.
-The package is a beta that torch's glue does not fit in every version, so it is tried before it is used.
+The package is a beta whose later releases torch's glue does not fit, so it is tried before it is used.
 """
 
 import warnings
@@ -24,7 +24,7 @@ INSTEAD = "attention by torch's own kernels"
 PROBE_TOKENS = 256
 WORSE = 4  # times the error of plain products in the same dtype at which a kernel counts as wrong
 
-_exchanged = _active = False  # torch's kernels, and these in use
+_active = False  # torch's kernels are exchanged
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Heads:
     dim: int
 
     @classmethod
-    def of(cls, config: ModelConfig, ranks: int = 1) -> "Heads":
+    def of(cls, config: ModelConfig, ranks: int) -> "Heads":
         """ranks: that share each sequence (model.sequence_parallel.HeadExchange)."""
         keys = config.n_cached_heads
         return cls(config.n_heads // ranks, keys // min(keys, ranks), config.head_size)
@@ -68,7 +68,6 @@ def activate(
 
     Raises: RuntimeError where the trial has left the device broken.
     """
-    global _active
     deactivate()
     softmax = [config for config in configs if config.attention.is_softmax]
     if not softmax or dtype is None or device.type != "cuda":
@@ -82,7 +81,7 @@ def activate(
     if torch.cuda.get_device_capability(device)[0] not in MAJORS:
         return f"{installed} has no kernels for {torch.cuda.get_device_name(device)}: {INSTEAD}"
     try:
-        _exchange()
+        reactivate()
         for heads in {Heads.of(config, ranks) for config in softmax}:
             try_kernels(heads, device, dtype, compiled)
     except Exception as error:  # of any part of a beta and what it compiles with
@@ -90,36 +89,34 @@ def activate(
         torch.cuda.synchronize(device)  # raises where a kernel has crashed, after which nothing would run
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return f"{installed} cannot be used with torch {torch.__version__} ({reason}): {INSTEAD}"
-    _active = True
     return f"softmax attention by FlashAttention-4 ({installed})"
 
 
-def deactivate() -> None:
-    """Back to torch's own kernels."""
-    global _exchanged, _active
-    if _exchanged:
+def deactivate() -> bool:
+    """Back to torch's own kernels. Returns whether there was anything to put back."""
+    global _active
+    active, _active = _active, False
+    if active:
         torch.nn.attention.restore_flash_attention_impl()
-    _exchanged = _active = False
+    return active
+
+
+def reactivate() -> None:
+    """As `activate` left it, without another trial."""
+    global _active
+    torch.nn.attention.activate_flash_attention_impl("FA4")
+    _active = True
 
 
 @contextmanager
 def suspended() -> Iterator[None]:
     """Torch's own kernels within: evaluation decodes and reads contexts of lengths that were not tried."""
-    global _active
-    active = _active
-    deactivate()
+    active = deactivate()
     try:
         yield
     finally:
         if active:
-            _exchange()
-            _active = True
-
-
-def _exchange() -> None:
-    global _exchanged
-    torch.nn.attention.activate_flash_attention_impl("FA4")
-    _exchanged = True
+            reactivate()
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

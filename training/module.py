@@ -1,6 +1,6 @@
 """The LightningModule: network, loss, optimizer. What is logged and saved lives in the callbacks."""
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.checks import check_number
 from model.compiling import share_cores
 from model.config import ModelConfig
-from model.flash_attention import deactivate, suspended
+from model.flash_attention import deactivate, reactivate
 from model.flops import forward_flops, train_flops
 from model.sequence_parallel import SequenceShards
 from model.sparse_attention import collected_auxiliary, freeze_dense
@@ -130,7 +130,7 @@ class LanguageModule(LightningModule):
         self.step_gradient_norm: Tensor | float = 0.0
         self.step_lr = 0.0
         self.steps_done = 0
-        self.validating = ExitStack()
+        self.suspended = False  # FlashAttention-4, which validation does without
         self.guard: StepGuard | None = None  # looks at each step of train.py's runs before it is taken
         self.sample_ids: list[int] = []  # global samples of the current micro-batch, on the host
         self.shards: SequenceShards | None = None
@@ -159,7 +159,7 @@ class LanguageModule(LightningModule):
             tiles, precision = self.model.layers()[0].feed_forward.tile_tokens, str(self.trainer.precision)
             self.teacher.place(device, precision, compile=self.compiled, tile_tokens=tiles)
         deactivate()  # of a run in this process that has failed
-        if self.flash_attention == "auto" and not self.graphed_loss:
+        if self.flash_attention == "auto" and not self.graphed_loss and stage == "fit":
             configs = [self.network_config, *([self.teacher.model.config] if self.teacher else [])]
             dtype, ranks = PRODUCTS.get(str(self.trainer.precision)), self.shards.size if self.shards else 1
             take_flash_attention(self.trainer.strategy, configs, dtype, ranks, self.compiled)
@@ -192,10 +192,11 @@ class LanguageModule(LightningModule):
 
     def on_validation_start(self) -> None:
         self.model.set_step(self.trainer.global_step)
-        self.validating.enter_context(suspended())
+        self.suspended = deactivate()
 
     def on_validation_end(self) -> None:
-        self.validating.close()
+        if self.suspended:
+            reactivate()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         if self.compiled and not self.forms_compiled:

@@ -1,7 +1,6 @@
 """The module's step: equal gradients for any micro-batch size, checkpointed and compiled blocks, loop counters."""
 
 import copy
-from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,50 +249,61 @@ def test_whole_sequences_are_not_packed() -> None:
 
 
 @pytest.mark.parametrize("option", ["auto", "none"])
-def test_flash_attention_is_asked_for_and_left_for_validation(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("active", [True, False])
+def test_flash_attention_is_asked_for_and_left_for_validation(
+    option: str, active: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the dtype of the run's products; what a failed run in this process left is put back first."""
     calls: list[object] = []
     monkeypatch.setattr("training.step.flash_attention.activate", lambda *given: calls.append(given))
-    monkeypatch.setattr("training.module.deactivate", lambda: calls.append("back"))
-    monkeypatch.setattr("training.module.suspended", lambda: closing(SimpleNamespace(close=lambda: calls.append("on"))))
+    monkeypatch.setattr("training.module.deactivate", lambda: calls.append("back") or active)
+    monkeypatch.setattr("training.module.reactivate", lambda: calls.append("on"))
     module = make_module(flash_attention=option)
     module.trainer = Trainer(
         accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, enable_checkpointing=False
     )
+    module.setup("validate")
+    assert calls == ["back"]  # nothing is trained
     module.setup("fit")
     asked = [([module.network_config], torch.device("cpu"), torch.bfloat16, 1, False)]
-    assert calls == ["back", *(asked if option == "auto" else [])]
+    assert calls[1:] == ["back", *(asked if option == "auto" else [])]
+    calls.clear()
     module.on_validation_start()
-    assert calls[-1] != "on"
+    assert calls == ["back"]
     module.on_validation_end()
-    assert calls.pop() == "on"
+    assert calls == ["back", *["on"] * active]
     module.teardown("fit")
     assert calls[-1] == "back"
 
 
+ELSEWHERE = "flash-attn-4 cannot be used on another rank: attention by torch's own kernels"
+
+
 @pytest.mark.parametrize(
-    ("here", "everywhere", "rank", "told"),
+    ("here", "others", "rank", "told"),
     [
         (True, True, 0, "attention by a peer"),
-        (True, False, 0, "flash-attn-4 cannot be used on another rank: attention by torch's own kernels"),
+        (True, True, 3, ""),
+        (True, False, 0, ELSEWHERE),
+        (True, False, 3, ""),
+        (False, True, 0, "no kernels"),
+        (False, True, 3, "rank 3: no kernels"),
         (False, False, 0, "no kernels"),
-        (False, False, 3, "rank 3: no kernels"),
-        (False, False, 1, None),
+        (False, False, 3, ""),  # what all ranks have to say the first one says
     ],
 )
 def test_flash_attention_on_all_ranks_or_none(
-    here: bool, everywhere: bool, rank: int, told: str | None, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    here: bool, others: bool, rank: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     left: list[str] = []
-    line = None if told is None else "attention by a peer" if here else "no kernels"
-    monkeypatch.setattr(flash_attention, "activate", lambda *given: line)
+    monkeypatch.setattr(flash_attention, "activate", lambda *given: "attention by a peer" if here else "no kernels")
     monkeypatch.setattr(flash_attention, "is_active", lambda: here)
     monkeypatch.setattr(flash_attention, "deactivate", lambda: left.append("back"))
     strategy: Any = SimpleNamespace(
         root_device=None, global_rank=rank, is_global_zero=rank == 0,
-        reduce_boolean_decision=lambda decision, all: everywhere,
+        reduce_boolean_decision=lambda decision, all: (decision and others) if all else (decision or others),
     )  # fmt: skip
+    monkeypatch.setattr("training.tracking.rank_zero_only.rank", rank)
     flash_attention.take_flash_attention(strategy, [], None, 1, False)
-    assert capsys.readouterr().err == ("" if told is None else told + "\n")
-    assert left == ([] if everywhere else ["back"])
+    assert capsys.readouterr().err == (told and told + "\n")
+    assert left == ["back"] * (here and not others)
