@@ -5,11 +5,13 @@
     python -m benchmarks.decode_speed --kinds entmax --backend torch    # another backend of kernels.entmax_attention
     python -m benchmarks.decode_speed --cuda_graphs                     # decoding steps captured
     python -m benchmarks.decode_speed --kinds softmax --positions rope --evict pyramidkv ada_snapkv h2o --keep 0.2
+    python -m benchmarks.decode_speed --runs runs/softmax runs/asentmax --data prepared/source-tree    # as trained
 
 The model has random weights in bfloat16. Prefill: --rows prompts of `length` random tokens, in chunks, after an untimed
 pass over the same, in which everything compiles. Decoding: the median step, of one token a row, that continues the
 filled cache and takes the likeliest token of its logits. Fresh entmax weights are nearly uniform, so that nearly every
-tile has support: entmax's slowest case. Cache: the bytes of keys and values that decoding holds, its room for further
+tile has support, entmax's slowest case: --runs takes checkpoints, their weights in bfloat16 too, and prompts from
+held-out documents, each inside one. Cache: the bytes of keys and values that decoding holds, its room for further
 tokens included; decode GiB: the most that was allocated while decoding, weights included.
 
 --evict: softmax models that evict keys too, down to --keep of the prompt's (model/inference/evicting.py), kernel by
@@ -27,7 +29,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,18 +39,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
+from benchmarks.trained_steps import open_runs, windows
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
 from model.config import ModelConfig, Positions
 from model.inference.decoding import STEPS_BEFORE_CAPTURE, Decoder
 from model.inference.evicting import evicting
 from model.inference.incremental import make_cache, prefill
+from model.loading import load_model
 from model.policies.eviction import EvictingPolicy
 from model.policies.families import policy_at
 from model.transformer import Transformer
 
 T = TypeVar("T")
 Values = dict[str, float]
+Prompts = list[list[int]]
 EVICTING = ["pyramidkv", "ada_snapkv", "h2o"]  # of model/policies/families.py: heads that share keys evict the same
 WARM_UP = STEPS_BEFORE_CAPTURE + 3  # decoding steps
 
@@ -88,12 +93,15 @@ def timed(device: torch.device, work: Callable[..., T], *arguments: Any) -> tupl
     return time.perf_counter() - start, result
 
 
-def measure(model: Transformer, rows: int, length: int, chunk_tokens: int, steps: int, cuda_graphs: bool) -> Values:
-    """The measured fields of a Row, but for the peaks of memory."""
-    device = model.embedding.weight.device
+def random_prompts(model: Transformer, rows: int, length: int) -> Prompts:
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, (rows, length), generator=generator).tolist()
+    return torch.randint(model.config.vocab_size, (rows, length), generator=generator).tolist()  # type: ignore[no-any-return]
 
+
+def measure(model: Transformer, prompts: Prompts, chunk_tokens: int, steps: int, cuda_graphs: bool) -> Values:
+    """The measured fields of a Row, but for the peaks of memory. prompts: of one length."""
+    device = model.embedding.weight.device
+    rows, length = len(prompts), len(prompts[0])
     cache = make_cache(model, rows, length + WARM_UP + steps)
     decoder = Decoder(model, cache, cuda_graphs)
 
@@ -108,10 +116,11 @@ def measure(model: Transformer, rows: int, length: int, chunk_tokens: int, steps
     return rates(rows, length, prefill_seconds, cache.nbytes, decoded)
 
 
-def measure_evicting(model: Transformer, name: str, keep: float, length: int, chunk_tokens: int, steps: int) -> Values:
+def measure_evicting(
+    model: Transformer, prompt: list[int], name: str, keep: float, chunk_tokens: int, steps: int
+) -> Values:
     """As `measure`, of one row under the eviction policy of this name."""
-    device = model.embedding.weight.device
-    prompt = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    device, length = model.embedding.weight.device, len(prompt)
     policy = policy_at(name, keep, length)
     assert isinstance(policy, EvictingPolicy)
     for _ in range(2):
@@ -184,9 +193,11 @@ def show(row: Row) -> None:
 def parse() -> argparse.Namespace:
     parser = PlainParser(prog="python -m benchmarks.decode_speed", description=__doc__)
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    parser.add_argument("--models", nargs="+", choices=names, default=["125m"])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["softmax", "entmax"])
-    parser.add_argument("--positions", nargs="+", choices=get_args(Positions), default=["nape"])
+    parser.add_argument("--models", nargs="+", choices=names, help="of random weights; default: 125m")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: softmax and entmax")
+    parser.add_argument("--positions", nargs="+", choices=get_args(Positions), help="default: nape")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="checkpoints in place of --models")
+    parser.add_argument("--data", type=a_path, help="prepared corpus of --runs, whose held-out documents are read")
     parser.add_argument("--lengths", nargs="+", type=a_count, default=[4096, 32768, 131072], help="tokens in the cache")
     parser.add_argument("--rows", type=a_count, default=1, help="texts at once")
     parser.add_argument("--evict", nargs="+", choices=EVICTING, default=[], help="policies, beside no eviction")
@@ -199,9 +210,56 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not 0 < options.keep <= 1:
         parser.error(f"--keep is {options.keep}: expected a share in (0, 1]")
-    if options.evict and "softmax" not in options.kinds:
+    if options.runs and (options.models or options.kinds or options.positions or options.backend != "auto"):
+        parser.error("--runs brings models of its own: leave out --models, --kinds, --positions and --backend")
+    if options.data and not options.runs:
+        parser.error(f"--data is {options.data}, but only --runs reads it: name runs, or leave it out")
+    options.models = options.models or ["125m"]
+    options.kinds, options.positions = options.kinds or ["softmax", "entmax"], options.positions or ["nape"]
+    if options.evict and not options.runs and "softmax" not in options.kinds:
         parser.error(f"--evict is {' '.join(options.evict)}, but --kinds has no softmax: its models evict alone")
     return options
+
+
+class Fresh:
+    """Models of random weights, and prompts of random tokens."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
+
+    def models(self) -> Iterator[tuple[str, Transformer]]:
+        """By name, one after another: only the last one is held."""
+        options = self.options
+        for name, kind, positions in itertools.product(options.models, options.kinds, options.positions):
+            config = network(name, kind)
+            attention = replace(config.attention, backend=options.backend)
+            yield name, build(replace(config, positions=positions, attention=attention), self.device)
+
+    def prompts(self, model: Transformer, length: int) -> Prompts:
+        return random_prompts(model, self.options.rows, length)
+
+
+class Trained:
+    """Checkpoints, and prompts of held-out documents.
+
+    Raises FileNotFoundError, ValueError: as trained_steps.open_runs and windows.
+    """
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.subjects, self.store = open_runs(options.runs, options.data)
+        self.rows, self.device = options.rows, device
+        for length in options.lengths:
+            windows(self.store, length, self.rows)
+
+    def models(self) -> Iterator[tuple[str, Transformer]]:
+        for subject in self.subjects:
+            yield subject.label, load_model(subject.checkpoint.path, self.device).model.to(torch.bfloat16).eval()
+
+    def prompts(self, model: Transformer, length: int) -> Prompts:
+        return [
+            self.store.document(document)[start : start + length].tolist()
+            for document, start in windows(self.store, length, self.rows)
+        ]
 
 
 def main() -> int:
@@ -210,25 +268,27 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: python -m benchmarks.decode_speed needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
+    device = torch.device("cuda")
+    try:
+        measured = Trained(options, device) if options.runs else Fresh(options, device)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     launched = "CUDA graphs" if options.cuda_graphs else "kernel by kernel"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}, {launched}")
     print("model  attention  pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB cache MiB decode GiB")
     rows: list[Row] = []
-    for name in options.models:
-        for kind in options.kinds:
-            for positions in options.positions:
-                config = network(name, kind)
-                attention = replace(config.attention, backend=options.backend)
-                model = build(replace(config, positions=positions, attention=attention), torch.device("cuda"))
-                policies = options.evict if kind == "softmax" else []
-                for length, policy in itertools.product(options.lengths, ["", *policies]):
-                    row = Row(name, policy or kind, positions, length, 1 if policy else options.rows)
-                    own = partial(measure, model, options.rows, length, cuda_graphs=options.cuda_graphs)
-                    evicted = partial(measure_evicting, model, policy, options.keep, length)
-                    work = partial(evicted if policy else own, chunk_tokens=options.chunk_tokens, steps=options.steps)
-                    measured = fill(row, work)
-                    rows.append(measured)
-                    show(measured)
+    for name, model in measured.models():
+        kind = model.config.attention.kind
+        policies = options.evict if kind == "softmax" else []
+        for length, policy in itertools.product(options.lengths, ["", *policies]):
+            prompts = measured.prompts(model, length)
+            row = Row(name, policy or kind, model.config.positions, length, 1 if policy else options.rows)
+            own = partial(measure, model, prompts, cuda_graphs=options.cuda_graphs)
+            evicted = partial(measure_evicting, model, prompts[0], policy, options.keep)
+            work = partial(evicted if policy else own, chunk_tokens=options.chunk_tokens, steps=options.steps)
+            rows.append(fill(row, work))
+            show(rows[-1])
     write_rows(options.output, rows)
     return 0
 

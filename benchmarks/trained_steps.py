@@ -17,12 +17,12 @@ from model.loading import load_model
 
 
 def open_runs(runs: Sequence[str], data: Path | None) -> tuple[list[Subject], TokenStore]:
-    """The runs and the held-out split that they are stepped on.
+    """The runs and the held-out split that they read.
 
     Raises FileNotFoundError, ValueError: no checkpoint, no corpus, another tokenizer than a run's.
     """
     if data is None:
-        raise ValueError("--runs needs --data: the prepared corpus whose held-out documents the steps read")
+        raise ValueError("--runs needs --data: the prepared corpus whose held-out documents are read")
     subjects, store = find_subjects(runs), TokenStore(data / "heldout")
     for subject in subjects:
         check_tokenizer(subject, data, store)
@@ -42,8 +42,8 @@ def windows(store: TokenStore, length: int, count: int) -> list[tuple[int, int]]
     ]
     if len(found) < count:
         raise ValueError(
-            f"{store.folder} has {len(found)} windows of {length} tokens inside documents, expected {count} for a "
-            "step: set --tokens or --lengths lower, or hold out longer documents (data.prepare)"
+            f"{store.folder} has {len(found)} windows of {length} tokens inside documents, expected {count}: "
+            "set --lengths, --tokens or --rows lower, or hold out longer documents (data.prepare)"
         )
     return [found[len(found) * i // count] for i in range(count)]
 
