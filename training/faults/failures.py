@@ -14,7 +14,8 @@ from torch import Tensor
 
 from training.distributed.engine import Engine
 
-LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel", "torchao")  # torch names its build itself (+cu130)
+# torch names its build itself (+cu130)
+LIBRARIES = ("triton", "lightning", "deepspeed", "liger-kernel", "torchao", "flash-attn-4")
 
 
 @dataclass(frozen=True)
