@@ -1,4 +1,4 @@
-"""Continues a text with a trained model: python -m eval.generate --checkpoint RUN --prompt TEXT
+"""Continues a text with a trained model: python -m eval.generate RUN --prompt TEXT
 
 The text is written as it comes, to standard output; why it ended and how fast it came, to standard error.
 """
@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m eval.generate", description=__doc__, may_be_empty=["prompt"])
-    parser.add_argument(
-        "--checkpoint", type=str, required=True, help="run folder (newest complete checkpoint), checkpoint or export"
-    )
+    parser.add_argument("run", type=str, help="run folder (newest complete checkpoint), checkpoint or export")
     parser.add_argument("--prompt", type=str, default=None, help="text to continue; may be empty")
     parser.add_argument("--prompt_file", type=str, default=None, help="UTF-8 file with the text to continue")
     parser.add_argument(
@@ -69,7 +67,7 @@ def write_continuation(options: Namespace) -> None:
     """Raises ValueError or OSError for a prompt, checkpoint, tokenizer or device that cannot be used."""
     prompt = _prompt(options)
     device = choose_device(options.device)
-    found = resolve_checkpoint(options.checkpoint)
+    found = resolve_checkpoint(options.run)
     autocast = choose_autocast(options.precision, Subject(found.path.name, found), device)
     tokenizer = open_tokenizer(found, options.tokenizer)
     values = {name: options[name] for name in OFFERED}

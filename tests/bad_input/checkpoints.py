@@ -29,7 +29,7 @@ def flipped_step(place: Place) -> None:
 
 MOVED_AWAY = "choose another checkpoint (once this one is moved away, its run stands for the one before)"
 EXPORT = ["-m", "model.export", "{run}", "{tmp}/hf"]
-GENERATE = ["-m", "eval.generate", "--checkpoint", "{run}", "--prompt", "a", "--device", "cpu"]
+GENERATE = ["-m", "eval.generate", "{run}", "--prompt", "a", "--device", "cpu"]
 MARKER = "{run}/checkpoints/step-00000010/complete.json is damaged: its content has checksum"
 STATE = "{run}/checkpoints/step-00000010/state-00000.safetensors is damaged: "
 

@@ -15,12 +15,12 @@ def run(*options: str, of: tuple[str, ...] = ("{run}",)) -> list[str]:
     return ["-m", "eval.run", *of, "--data", "{corpus}", "--output", "{tmp}/report", *fitting, *options]
 
 
-def generate(*options: str) -> list[str]:
-    return ["-m", "eval.generate", "--checkpoint", "{run}", "--prompt", "a", "--device", "cpu", *options]
+def generate(*options: str, of: str = "{run}") -> list[str]:
+    return ["-m", "eval.generate", of, "--prompt", "a", "--device", "cpu", *options]
 
 
 def from_file(*options: str) -> list[str]:
-    return ["-m", "eval.generate", "--checkpoint", "{run}", "--device", "cpu", *options]
+    return ["-m", "eval.generate", "{run}", "--device", "cpu", *options]
 
 
 def tasks(*options: str) -> list[str]:
@@ -76,7 +76,7 @@ EMPTY = (
     run("--output", ""),
     run("--data", " "),
     run(of=("",)),
-    generate("--checkpoint", ""),
+    generate(of=""),
     from_file("--prompt_file", ""),
     generate("--thresholds", "", "--keep_blocks", "1"),
     calibrate("--output", ""),
@@ -149,10 +149,8 @@ CASES = [
     Case("a mode of wandb", run("--wandb.mode", "on"), ["wandb.mode", "on"]),
     Case("a checkpoint without tokenizer", run(), ["complete.json", "lacks 'tokenizer'"], remove_marker_key),
     *(Case(f"nothing given, {number}", command, ["is empty: expected a path"]) for number, command in enumerate(EMPTY)),
-    Case(
-        "generate without a checkpoint", ["-m", "eval.generate", "--prompt", "a"], ["--checkpoint is needed", "add it"]
-    ),
-    Case("generate from no run", generate("--checkpoint", "{tmp}/none"), ["{tmp}/none"]),
+    Case("generate without a checkpoint", ["-m", "eval.generate", "--prompt", "a"], ["run is needed", "add it"]),
+    Case("generate from no run", generate(of="{tmp}/none"), ["{tmp}/none"]),
     Case("generate from nothing", from_file(), ["either --prompt or --prompt_file"]),
     Case("generate from two prompts", generate("--prompt_file", "{tiny}"), ["either --prompt or --prompt_file"]),
     Case("generate from a folder", from_file("--prompt_file", "{tmp}"), ["{tmp}: Is a directory"]),

@@ -152,7 +152,7 @@ def test_generation_prefills_under_the_thresholds(
         return original(model, prompts, chosen)
 
     monkeypatch.setattr(eval.generate, "stream", record)
-    common = ["--checkpoint", run, "--prompt_file", prompt, "--max_new_tokens", 5, "--device", "cpu"]
+    common = [run, "--prompt_file", prompt, "--max_new_tokens", 5, "--device", "cpu"]
     sparse = ["--thresholds", thresholds, "--keep_blocks", 2]
     for arguments in (common, [*common, *sparse]):
         assert eval.generate.main([str(one) for one in arguments]) == 0
@@ -174,12 +174,8 @@ def test_what_cannot_be_done_is_one_line(
     assert "ks is [4, 4]" in failing_line(capsys, calibrate, *options(run, texts, out, "--ks", 4, 4))
     assert not out.exists()
     chosen = ["--thresholds", thresholds, "--keep_blocks"]
-    assert "not 5: choose" in failing_line(
-        capsys, generate, "--checkpoint", run, "--prompt", "a", "--device", "cpu", *chosen, 5
-    )
-    assert "belongs to model" in failing_line(
-        capsys, generate, "--checkpoint", other, "--prompt", "a", "--device", "cpu", *chosen, 4
-    )
+    assert "not 5: choose" in failing_line(capsys, generate, run, "--prompt", "a", "--device", "cpu", *chosen, 5)
+    assert "belongs to model" in failing_line(capsys, generate, other, "--prompt", "a", "--device", "cpu", *chosen, 4)
     assert "no run is a softmax model" in failing_line(capsys, evaluate, *options(entmax, corpus, tmp_path, *chosen, 4))
     assert "give both, or neither" in failing_line(capsys, evaluate, *options(run, texts, tmp_path, "--keep_blocks", 4))
 

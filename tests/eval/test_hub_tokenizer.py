@@ -43,7 +43,7 @@ def run(data: Path, make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_generation(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--checkpoint", str(run), "--prompt", "value é", "--max_new_tokens", "8", "--device", "cpu"]
+    arguments = [str(run), "--prompt", "value é", "--max_new_tokens", "8", "--device", "cpu"]
     assert main(arguments) == 0
     written = capsys.readouterr().out
     assert main([*arguments, "--tokenizer", str(data)]) == 0

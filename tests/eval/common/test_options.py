@@ -67,7 +67,7 @@ KEPT = "what was measured is kept, the same command continues"
         ("eval.ruler.command", "find_tokenizer", ["--tokenizer", "t"],
          "what was built is kept, the same command continues"),
         ("eval.calibrate", "calibrate", ["r", "--data", "d"], "nothing is written"),
-        ("eval.generate", "write_continuation", ["--checkpoint", "r", "--prompt", "p"], "stopped by Ctrl-C"),
+        ("eval.generate", "write_continuation", ["r", "--prompt", "p"], "stopped by Ctrl-C"),
     ],
 )  # fmt: skip
 def test_ctrl_c_is_one_line(
