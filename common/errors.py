@@ -11,6 +11,8 @@ from common.exits import KEYBOARD, READER_GONE, USER_ERROR
 from common.interrupts import raise_on_ctrl_c
 from common.redaction import redact
 
+LESS_MEMORY = "smaller options of what is computed at once (--row_tokens, --batch_tokens, --chunk_tokens) need less"
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done; the message names the value, what was expected and what to do."""
@@ -36,10 +38,19 @@ def error_line(error: BaseException) -> str:
     return redact(" ".join(filter(None, map(str.strip, message.splitlines()))))
 
 
+def out_of_memory(error: BaseException) -> str:
+    """What torch says in one line where a device's memory does not suffice; empty for other errors."""
+    torch = sys.modules.get("torch")  # commands without it need not wait for it
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    said, end = error_line(error), " is free."
+    return said[: said.find(end) + len(end) - 1] if end in said else said
+
+
 @contextmanager
 def user_errors(*more: type[Exception], stopped: str = "stopped by Ctrl-C") -> Iterator[SetupPhase]:
-    """Around the whole of a command: a ValueError, an OSError, an error in its arguments or one of `more` ends it with
-    one "error:" line and USER_ERROR, Ctrl-C with the line `stopped` and KEYBOARD.
+    """Around the whole of a command: a ValueError, an OSError, an error in its arguments, a device without memory or
+    one of `more` ends it with one "error:" line and USER_ERROR, Ctrl-C with the line `stopped` and KEYBOARD.
 
     With --debug, or once the phase is closed, errors are raised as they are.
     """
@@ -54,11 +65,12 @@ def user_errors(*more: type[Exception], stopped: str = "stopped by Ctrl-C") -> I
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(READER_GONE)
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError, ArgumentError, *more)):
+        memory = out_of_memory(error)
+        if not isinstance(error, (ValueError, OSError, ArgumentError, *more)) and not memory:
             raise
         if "--debug" in sys.argv or not phase.open:
             raise
-        print("error:", error_line(error), file=sys.stderr)
+        print("error:", f"{memory}; {LESS_MEMORY}" if memory else error_line(error), file=sys.stderr)
         sys.exit(USER_ERROR)
 
 

@@ -36,6 +36,7 @@ from training.callbacks.profiling import StepProfiler
 from training.distributed.config import check_combinations
 from training.distributed.sequence_parallel import check_sequence_parallel
 from training.distributed.strategies import build_strategy
+from training.faults.devices import DEVICE_ERRORS, report_failure
 from training.faults.ending import exit_code
 from training.faults.interruption import Interruption
 from training.faults.signals import StopSignals
@@ -307,16 +308,12 @@ class TrainingCLI(LightningCLI):
         data, trainer, module = self.datamodule, self.trainer, self.model
         parameters, device = module.model.initial.count(), trainer.strategy.root_device  # ZeRO 3 has divided them
         products = module.converted
+        fp8 = f", {products.float8} of the blocks' {products.all} linears in FP8 ({module.float8})" if products else ""
         return (
             f"training {parameters:,} parameters ({module.network_config.attention.kind}) from step {self.start.step} "
             f"to {trainer.max_steps}: {data.global_batch_size} x {data.sequence_length} tokens a step, accumulated "
             f"over {trainer.accumulate_grad_batches}, on {trainer.world_size} x {device.type} in {trainer.precision}, "
-            f"loss backend {resolve_loss_backend(module.loss_backend, device)}"
-            + (
-                f", {products.float8} of the blocks' {products.all} linears in FP8 ({module.float8})"
-                if products
-                else ""
-            )
+            f"loss backend {resolve_loss_backend(module.loss_backend, device)}{fp8}"
         )
 
     def fit(self, on_start: Callable[[], None]) -> int:
@@ -341,9 +338,11 @@ class TrainingCLI(LightningCLI):
         try:
             # weights_only: nothing pickled in a checkpoint is executed
             self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.trainer_state, weights_only=True)
-        except NotSaved as error:
+        except (NotSaved, *DEVICE_ERRORS) as error:
             if "--debug" in sys.argv:
                 raise
+            if not isinstance(error, NotSaved):
+                return report_failure(error, self.trainer, self.datamodule.micro_batch_size, self.run_dir)
             say(f"error: {error_line(error)}")
             return CRASHED if self.trainer.is_global_zero else 0  # as in exit_code
         return exit_code(self.trainer, self.guard, self.interruption, self.run_dir)

@@ -126,6 +126,35 @@ class Crash(Callback):
             raise RuntimeError("crashed as asked")
 
 
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.10 GiB is "
+    "free. Including non-PyTorch memory, this process has 78.00 GiB memory in use."
+)
+ILLEGAL_ACCESS = (
+    "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in https://docs.nvidia"
+    ".com/cuda for more information.\nCUDA kernel errors might be asynchronously reported at some other API call"
+)
+
+
+class FailDevice(Callback):
+    """The device of one rank fails behind a step: out of "memory", or with an "access" that its driver refuses, after
+    which nothing can be moved away from it either."""
+
+    def __init__(self, step: int, kind: Literal["memory", "access"], rank: int = 0) -> None:
+        self.step, self.kind, self.rank = step, kind, rank
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if (trainer.global_step, trainer.global_rank) != (self.step, self.rank):
+            return
+        if self.kind == "memory":
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        trainer.strategy.teardown = self.fail
+        self.fail()
+
+    def fail(self) -> None:
+        raise torch.AcceleratorError(ILLEGAL_ACCESS)
+
+
 class SaveAtStart(Callback):
     """Writes the restored state before the first step, as a checkpoint of its own."""
 

@@ -1,0 +1,83 @@
+"""A device that fails: what is said, and how the run goes on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import LESS_MEMORY, out_of_memory, user_errors
+from model.checkpoint import checkpoint_folder
+from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
+from tests.training.faults.callbacks import OUT_OF_MEMORY
+
+MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.10 GiB is free"
+)
+
+
+def failed_line(stderr: str) -> str:
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_out_of_memory_is_one_line_and_the_run_goes_on(undisturbed: Path, train: TrainProcess, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--run_dir", run_dir, "--resume", "auto")
+    before = train(*options, callbacks(("FailDevice", {"step": 2, "kind": "memory"})))
+    assert before.returncode == 1 and "Traceback" not in before.stderr
+    line = failed_line(before.stderr)
+    assert line.startswith("error: rank 0 (cpu of ") and f"is out of memory behind step 2: {MEMORY}; model." in line
+    assert "mlp_tile_tokens, data.micro_batch_size below 2 need less" in line and line.endswith(
+        "; there is no checkpoint yet"
+    )
+    behind = train(*options, callbacks(("FailDevice", {"step": 7, "kind": "memory"})))
+    assert behind.returncode == 1
+    newest = checkpoint_folder(run_dir, 5)
+    assert failed_line(behind.stderr).endswith(f"checkpoint is {newest}, from which --resume auto continues")
+    assert train(*options).returncode == 0
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_failed_device_shows_its_own_traceback_and_one_line(train: TrainProcess, tmp_path: Path) -> None:
+    failing = callbacks(("FailDevice", {"step": 7, "kind": "access"}))
+    ended = train("--run_dir", tmp_path / "run", failing)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == 1 and "another exception" not in ended.stderr
+    assert "in on_train_batch_start" in ended.stderr and "trainer._teardown" not in ended.stderr
+    line = failed_line(ended.stderr)
+    assert " failed behind step 7: CUDA error: an illegal memory access was encountered; if it comes again" in line
+    assert "CUDA_LAUNCH_BLOCKING=1" in line and line.endswith("from which --resume auto continues")
+    raised = train("--run_dir", tmp_path / "debugged", failing, "--debug")
+    assert raised.returncode == 1 and "another exception" in raised.stderr and "CUDA_LAUNCH" not in raised.stderr
+
+
+def test_any_rank_says_that_its_device_failed(train: TrainProcess, tmp_path: Path) -> None:
+    two = ("--trainer.devices", 2, "--data.micro_batch_size", 1)
+    ended = train(
+        "--run_dir", tmp_path / "run", *two, callbacks(("FailDevice", {"step": 7, "kind": "memory", "rank": 1}))
+    )
+    assert ended.returncode != 0
+    assert "error: rank 1 (cpu of " in ended.stderr and "full, model.mlp_tile_tokens need less" in ended.stderr
+
+
+def test_commands_say_in_one_line_that_memory_does_not_suffice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {MEMORY}; {LESS_MEMORY}\n"
+    with pytest.raises(RuntimeError), user_errors():
+        raise RuntimeError(OUT_OF_MEMORY)
+    monkeypatch.setattr(sys, "argv", ["command", "--debug"])
+    with pytest.raises(torch.OutOfMemoryError), user_errors():
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def test_other_words_of_torch_are_kept_whole() -> None:
+    assert (
+        out_of_memory(torch.OutOfMemoryError("HIP out of memory.\nTried a lot.")) == "HIP out of memory. Tried a lot."
+    )
+    assert not out_of_memory(ValueError("out of memory"))

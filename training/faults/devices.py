@@ -1,0 +1,57 @@
+"""A device that fails under a run: out of memory, or an error of its driver."""
+
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from tqdm import tqdm
+
+from common.errors import error_line, out_of_memory
+from common.exits import CRASHED
+from model.checkpoint import list_checkpoints
+
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+def report_failure(error: BaseException, trainer: Trainer, micro_batch_size: int, run_dir: Path) -> int:
+    """Says on stderr, from any rank, what has failed and how the run goes on, and returns the exit code. Out of memory
+    is one line; another error's own traceback stands in front of it.
+
+    Args:
+        error: one of DEVICE_ERRORS. A device that has failed fails again while Lightning moves tensors away from it:
+            told is the first of the errors that led here.
+    """
+    first = next(found for found in reversed(_chain(error)) if isinstance(found, DEVICE_ERRORS))
+    newest = list_checkpoints(run_dir).newest
+    on = (
+        f"the newest complete checkpoint is {newest.path}, from which --resume auto continues"
+        if newest
+        else "there is no checkpoint yet"
+    )
+    where = f"rank {trainer.global_rank} ({trainer.strategy.root_device} of {socket.gethostname()})"
+    if memory := out_of_memory(first):
+        smaller = f", data.micro_batch_size below {micro_batch_size}" if micro_batch_size > 1 else ""
+        what = (
+            f"{where} is out of memory behind step {trainer.global_step}: {memory}; model.activation_checkpointing "
+            f"full, model.mlp_tile_tokens{smaller} need less, and python -m training.memory with the same options "
+            "estimates it"
+        )
+    else:
+        traceback.print_exception(first, chain=False)
+        what = (
+            f"{where} failed behind step {trainer.global_step}: {error_line(first).split(' Search for ')[0]}; if it "
+            "comes again at this step, CUDA_LAUNCH_BLOCKING=1 in front of the command shows where"
+        )
+    tqdm.write(f"error: {what}; {on}", file=sys.stderr)  # type: ignore[attr-defined]
+    return CRASHED
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """This error and those that led to it, the first one last."""
+    found = [error]
+    while (before := found[-1].__cause__ or found[-1].__context__) is not None:
+        found.append(before)
+    return found
