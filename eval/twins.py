@@ -11,7 +11,11 @@ sweep_steps with each of them (OUTPUT/sweep/KIND-lr-X) and takes the one with th
 end before models copy from their context choose too high a rate for ASEntmax (results/quality). Then every kind trains
 with every seed (OUTPUT/KIND-seed-S). Twins of one seed see the same data in the same order. Run again, the command
 continues where it stopped; Ctrl-C, SIGTERM and SIGUSR1 let the training at hand save first (exit code 75).
-OUTPUT/twins.json holds what was asked for and what was chosen.
+OUTPUT/twins.json holds what was asked for and what was chosen. OUTPUT/report compares the twins.
+
+A second -- begins the options of a stage that goes on from each twin's weights (--init_from), with its own learning
+rate, as extending the context does: -- ... -- --config configs/stages/extend_32k.yaml ... --model.optimizer.lr 3e-4
+makes OUTPUT/KIND-seed-S-stage2 and OUTPUT/report-stage2. More stages may follow.
 """
 
 from common.interrupts import end_on_ctrl_c
@@ -20,27 +24,25 @@ if __name__ == "__main__":
     end_on_ctrl_c()  # the imports take seconds
 
 import math
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.command_line import CommandParser
 from common.errors import UsageError, run_command
-from common.exits import DIVERGED, INTERRUPTED, KEYBOARD, USER_ERROR
+from common.exits import DIVERGED
 from common.files import read_json, write_json
 from common.locks import folder_lock
 from data.store import TokenStore
-from eval.common import child
 from eval.common.metrics import read_metrics
 from eval.common.options import KEPT, check_output, config_of
 from eval.common.subjects import Subject, choose_device
 from eval.common.tracking import add_wandb_arguments, wandb_config
+from eval.common.training import Stopped, check_code, run_training, settings_of
 from eval.held_out.config import EvalConfig
 from eval.held_out.texts import open_held_out
 from eval.run import evaluate
@@ -50,8 +52,9 @@ from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
-OWNED = ("--run_dir", "--resume", "--model.optimizer.lr", "--seed_everything", "--data.seed")
+OWNED = ("--run_dir", "--resume", "--seed_everything", "--data.seed")
 Train = Callable[[Sequence[str]], int]
+TrainOne = Callable[[str, int, Path], int]
 
 
 @dataclass(frozen=True)
@@ -93,29 +96,26 @@ class TwinsEvalConfig(EvalConfig):
         return f"--eval.{name}"
 
 
-class Stopped(Exception):
-    """Training was interrupted; the same command continues. code: this command's exit code."""
-
-    def __init__(self, message: str = "", code: int = INTERRUPTED) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 after one "error:" line; 75 when training was interrupted and can be continued."""
 
     def work(given: list[str]) -> list[str]:
         if {"-h", "--help"} & set(given[: given.index("--")] if "--" in given else given):
             _parser().parse_args(["--help"])  # ends here
-        own, options = split(given)
+        own, stages = split(given)
         parsed = _parser().parse_args(own)
         twins, measured = config_of(TwinsConfig, parsed.twins), config_of(TwinsEvalConfig, parsed.eval)
         output, data, wandb = Path(parsed.output), Path(parsed.data), wandb_config(parsed)
         check_output(output)
         with folder_lock(output, f"--output {output} is in use by another eval.twins: wait for it, or choose another"):
-            check_before_training(twins, options, output, data, measured)
-            folders = [str(run) for run in train_twins(twins, options, output, run_training)]
-            return evaluate(folders, data, output / "report", measured, wandb, given, "eval.twins")
+            check_before_training(twins, stages, output, data, measured)
+            lines: list[str] = []
+            for number, options in enumerate(stages, 1):
+                train = train_twins if number == 1 else partial(train_on, number)
+                folders = [str(run) for run in train(twins, options, output, run_training)]
+                report = output / ("report" + _suffix(number))
+                lines += evaluate(folders, data, report, measured, wandb, given, "eval.twins")
+            return lines
 
     try:
         return run_command(work, arguments, stopped=KEPT)
@@ -124,15 +124,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stopped.code
 
 
-def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind "--". Raises ValueError where options of train.py are missing or not the user's."""
+def split(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """What stands before the first "--", and behind each the options of a stage. Raises ValueError where options of
+    train.py are missing or not the user's."""
     if "--" not in arguments:
         raise ValueError("there is no -- among the arguments: train.py's options stand behind it (--help shows it)")
-    own, options = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    for option in options:
-        if (name := option.split("=")[0]) in OWNED or "configs/attention/" in option:
-            raise ValueError(f"{name} stands behind --, but this command sets it for each twin: leave it out")
-    return own, options
+    groups: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "--":
+            groups.append([])
+        else:
+            groups[-1].append(argument)
+    own, *stages = groups
+    for number, options in enumerate(stages, 1):
+        if number > 1 and not options:
+            raise ValueError(
+                f"nothing stands behind -- number {number}: give the options of that stage, or leave it out"
+            )
+        owned = (*OWNED, "--model.optimizer.lr" if number == 1 else "--init_from")
+        for option in options:
+            if (name := option.split("=")[0]) in owned or "configs/attention/" in option:
+                raise ValueError(f"{name} stands behind --, but this command sets it for each twin: leave it out")
+    return own, stages
 
 
 def _parser() -> CommandParser:
@@ -148,7 +161,7 @@ def _parser() -> CommandParser:
 
 
 def check_before_training(
-    config: TwinsConfig, options: list[str], output: Path, data: Path, measured: EvalConfig
+    config: TwinsConfig, stages: list[list[str]], output: Path, data: Path, measured: EvalConfig
 ) -> None:
     """All that can be known before hours of training: that the twins can be compared on `data`, and go on in `output`.
 
@@ -157,20 +170,22 @@ def check_before_training(
     choose_device(measured.device)
     if measured.thresholds is not None:
         read_thresholds(Path(measured.thresholds))
-    _open_record(output, config, options)
-    run = output / f"{config.kinds[0]}-seed-{config.seeds[0]}"
-    try:
-        twin = resolve_checkpoint(run)
-    except FileNotFoundError:  # not trained yet
-        twin = CheckpointInfo(run, 0, _planned(config, options, run))
-    open_held_out(data, [Subject(run.name, twin)], measured)
+    _open_record(output, config, stages[0])
+    for number, options in enumerate(stages, 1):
+        run = _run(output, config.kinds[0], config.seeds[0], number)
+        try:
+            twin = resolve_checkpoint(run)
+        except FileNotFoundError:  # not trained yet
+            twin = CheckpointInfo(run, 0, _planned(config, options, run, number))
+        open_held_out(data, [Subject(run.name, twin)], measured)
 
 
-def _planned(config: TwinsConfig, options: list[str], run: Path) -> dict[str, Any]:
-    """Tokenizer and sequence length of the checkpoints that a run will have. Raises ValueError, FileNotFoundError."""
-    lr = config.lrs[0] if config.lrs else None
-    data = _settings(_options(options, config.kinds[0], lr, config.seeds[0], run))["data"]
-    if len(config.lrs) > 1 and not data["val_sequences"]:
+def _planned(config: TwinsConfig, options: list[str], run: Path, number: int) -> dict[str, Any]:
+    """Tokenizer and sequence length of the checkpoints that a run of this stage will have. Raises ValueError,
+    FileNotFoundError."""
+    lr = config.lrs[0] if config.lrs and number == 1 else None
+    data = settings_of(_options(options, config.kinds[0], lr, config.seeds[0], run))["data"]
+    if number == 1 and len(config.lrs) > 1 and not data["val_sequences"]:
         raise UsageError("data.val_sequences is 0: learning rates are chosen by the validation loss; set it")
     if not data["sources"]:
         raise UsageError("data.sources is empty behind --: the twins are compared on a corpus, name the trained one")
@@ -178,20 +193,6 @@ def _planned(config: TwinsConfig, options: list[str], run: Path) -> dict[str, An
     store = TokenStore(source / "train", verify="size")
     tokenizer = {"fingerprint": store.fingerprint_of_tokenizer, "path": str(store.tokenizer_path)}
     return {"tokenizer": tokenizer, "sequence_length": data["sequence_length"]}
-
-
-def ask_training(options: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *options], capture_output=True, text=True)
-
-
-def _settings(options: Sequence[str]) -> dict[str, Any]:
-    """What train.py makes of its options. Raises UsageError with its error line."""
-    printed = ask_training([*options, "--print_config"])
-    if printed.returncode:
-        why = (printed.stderr.strip().splitlines() or [f"exit code {printed.returncode}"])[-1]
-        raise UsageError(f"train.py: {why.removeprefix('error: ')}")
-    found: dict[str, Any] = yaml.safe_load(printed.stdout)
-    return found
 
 
 def train_twins(config: TwinsConfig, options: list[str], output: Path, train: Train) -> list[Path]:
@@ -212,15 +213,36 @@ def train_twins(config: TwinsConfig, options: list[str], output: Path, train: Tr
     for kind in config.kinds:
         if kind not in record["lr"]:
             record["lr"][kind], record["sweep"][kind] = _choose_lr(config, kind, options, output, train)
-            _save_record(output, record)
+            write_json(_record(output), record)
+    return _train_each(config, 1, output, lambda kind, *more: train(_options(options, kind, record["lr"][kind], *more)))
+
+
+def train_on(number: int, config: TwinsConfig, options: list[str], output: Path, train: Train) -> list[Path]:
+    """Train the stage of this number, from 2 on, of all twins, as `train_twins` the first. options: of this stage."""
+
+    def go_on(kind: str, seed: int, run: Path) -> int:
+        before = _run(output, kind, seed, number - 1)
+        return train([*_options(options, kind, None, seed, run), "--init_from", str(before)])
+
+    return _train_each(config, number, output, go_on)
+
+
+def _train_each(config: TwinsConfig, number: int, output: Path, train: TrainOne) -> list[Path]:
+    """train: of a kind, a seed and a run folder. Returns the run folders, the kinds of a seed next to each other."""
     runs = []
-    for seed in config.seeds:
-        for kind in config.kinds:
-            run = output / f"{kind}-seed-{seed}"
-            code = train(_options(options, kind, record["lr"][kind], seed, run))
-            check_code(code, run)
-            runs.append(run)
+    for seed, kind in product(config.seeds, config.kinds):
+        runs.append(_run(output, kind, seed, number))
+        check_code(train(kind, seed, runs[-1]), runs[-1])
     return runs
+
+
+def _run(output: Path, kind: str, seed: int, number: int) -> Path:
+    return output / f"{kind}-seed-{seed}{_suffix(number)}"
+
+
+def _suffix(number: int) -> str:
+    """Of what belongs to a stage of training, from 1 on."""
+    return "" if number == 1 else f"-stage{number}"
 
 
 def _choose_lr(
@@ -247,14 +269,6 @@ def _choose_lr(
     return best, {f"{lr:g}": loss for lr, loss in losses.items()}
 
 
-def check_code(code: int, run: Path, *more: int) -> None:
-    """Raises ValueError where training has failed, SystemExit where train.py's own error line says why."""
-    if code == USER_ERROR:
-        raise SystemExit(code)
-    if code not in (0, *more):
-        raise ValueError(f"training {run} ended with exit code {code}: see above, then run this command again")
-
-
 def _validation_loss(run: Path, step: int) -> float | None:
     """val/loss at the sweep's last step; None where it is not finite."""
     series = read_metrics(run).get("val/loss")
@@ -270,24 +284,15 @@ def _options(options: list[str], kind: str, lr: float | None, seed: int, run: Pa
     return [*attention, *options, *rate, *seeds, "--run_dir", str(run), "--resume", "auto"]
 
 
-def run_training(options: Sequence[str]) -> int:
-    """train.py's exit code. Raises Stopped when a signal to this process or to train.py has stopped it."""
-    code, told = child.run([sys.executable, str(ROOT / "train.py"), *options])
-    if code == INTERRUPTED or (told is not None and code in (0, DIVERGED)):
-        raise Stopped(f"stopped with everything saved: the same command continues (exit code {INTERRUPTED})")
-    if told is not None and code in (KEYBOARD, -told):  # before there was anything to save, or by a second Ctrl-C
-        raise Stopped(
-            "stopped: the same command continues with what was saved before",
-            KEYBOARD if told == signal.SIGINT else INTERRUPTED,
-        )
-    return code
+def _record(output: Path) -> Path:
+    return output / "twins.json"
 
 
 def _open_record(output: Path, config: TwinsConfig, options: list[str]) -> dict[str, Any]:
-    path, asked = output / "twins.json", {"twins": asdict(config), "options": options}
+    path, asked = _record(output), {"twins": asdict(config), "options": options}
     if not path.is_file():
         record = {**asked, "code_version": code_version(), "lr": {}, "sweep": {}}
-        _save_record(output, record)
+        write_json(path, record)
         return record
     way_out = "choose another --output, or remove it to choose learning rates again"
     record = read_json(path, way_out, {"twins": dict, "options": list, "lr": dict, "sweep": dict})
@@ -298,10 +303,6 @@ def _open_record(output: Path, config: TwinsConfig, options: list[str]) -> dict[
                 "another --output"
             )
     return record
-
-
-def _save_record(output: Path, record: dict[str, Any]) -> None:
-    write_json(output / "twins.json", record)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,13 @@ def test_other_commands_parse(name: str) -> None:
     assert dash == "-m"
     package = ROOT.joinpath(*module.split(".")).is_dir()
     command = importlib.import_module(f"{module}.command" if package else module)
+    if "--" in arguments:
+        arguments, stages = command.split(arguments)
+        for options in stages:
+            attention = ["--config", "configs/attention/softmax.yaml", "--run_dir", "runs/x"]
+            printed = [*attention, *options, "--print_config"]
+            ended = warm_interpreter("train", "training.cli").run(["train.py", *printed], child_environment(), 100)
+            assert ended.returncode == 0, ended.stderr
     command._parser().parse_args(arguments)  # every documented command has one: else it could not fail here
 
 

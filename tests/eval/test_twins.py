@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
+import eval.common.training
 import eval.twins
-from eval.twins import DIVERGED, INTERRUPTED, Stopped, TwinsConfig, main, run_training, split, train_twins
+from common.exits import DIVERGED, INTERRUPTED
+from eval.common.training import Stopped, run_training
+from eval.twins import TwinsConfig, main, split, train_on, train_twins
 from tests.training.conftest import TINY, make_corpus, run_train
 
 
@@ -109,11 +112,38 @@ def test_bad_settings_name_the_value(arguments: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--kinds", "softmax"], "there is no --"), (["--", "--run_dir", "x"], "--run_dir stands behind --"),
-     (["--", "--data.seed=3"], "--data.seed stands behind --")],
+     (["--", "--data.seed=3"], "--data.seed stands behind --"),
+     (["--", "--model.optimizer.lr", "1"], "--model.optimizer.lr stands behind --"),
+     (["--", "--a", "--", "--init_from", "x"], "--init_from stands behind --"),
+     (["--", "--a", "--", "--config", "configs/attention/nsa.yaml"], "configs/attention/nsa.yaml stands behind"),
+     (["--", "--a", "--"], "nothing stands behind -- number 2: give the options of that stage"),
+     (["--", "--", "--a", "--", "--b"], "")],
 )  # fmt: skip
 def test_what_stands_behind_the_dashes(arguments: list[str], message: str) -> None:
+    if not message:
+        assert split(["--kinds", "softmax", *arguments]) == (["--kinds", "softmax"], [[], ["--a"], ["--b"]])
+        return
     with pytest.raises(ValueError, match=message):
         split(arguments)
+
+
+def test_later_stages_go_on_from_each_twin(tmp_path: Path) -> None:
+    given: list[dict[str, str]] = []
+
+    def train(options: Sequence[str]) -> int:
+        given.append(dict(zip(options, options[1:], strict=False)))
+        return 0
+
+    options = ["--model.optimizer.lr", "0.3"]
+    runs = train_on(2, CONFIG, options, tmp_path, train)
+    third = train_on(3, CONFIG, options, tmp_path, train)
+    names = ["softmax-seed-3", "entmax-seed-3", "softmax-seed-4", "entmax-seed-4"]
+    assert [run.name for run in runs] == [f"{name}-stage2" for name in names]
+    assert [Path(one["--init_from"]).name for one in given[:4]] == names
+    assert [Path(one["--init_from"]) for one in given[4:]] == runs and third[0].name == "softmax-seed-3-stage3"
+    assert [Path(one["--config"]).stem for one in given[:4]] == ["softmax", "entmax"] * 2
+    assert [one["--seed_everything"] for one in given[:4]] == ["3", "3", "4", "4"]
+    assert {one["--model.optimizer.lr"] for one in given} == {"0.3"} and {one["--resume"] for one in given} == {"auto"}
 
 
 def test_help_needs_no_options_of_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +175,7 @@ def test_a_signal_waits_for_the_save_of_training(
     code: int, exit_code: int | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.py").write_text(STUB)
-    monkeypatch.setattr(eval.twins, "ROOT", tmp_path)
+    monkeypatch.setattr(eval.common.training, "ROOT", tmp_path)
 
     def tell() -> None:
         while not (tmp_path / "ready").exists():
@@ -197,7 +227,7 @@ def test_what_can_be_known_is_known_before_training(
     settings = {"sources": [{"path": str(small_corpus)}], "sequence_length": 128, "val_sequences": 4} | data
     (tmp_path / "train.py").write_text(STUB)
     (tmp_path / "config.yaml").write_text(json.dumps({"data": settings}))
-    monkeypatch.setattr(eval.twins, "ROOT", tmp_path)
+    monkeypatch.setattr(eval.common.training, "ROOT", tmp_path)
     monkeypatch.setattr(eval.twins, "run_training", lambda options: pytest.fail("trained"))
     given = ["--data", str(small_corpus), "--output", str(tmp_path / "twins"), "--eval.lengths", "[1]"]
     assert main([*given, "--eval.max_documents", "2", "--eval.needle_digits", "2", *own, "--"]) == 2
@@ -213,7 +243,7 @@ def test_an_error_line_of_training_is_the_only_one(
     data = {"sources": [{"path": str(small_corpus)}], "sequence_length": 128, "val_sequences": 4}
     (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
     (tmp_path / "train.py").write_text(FAILING.replace("KNOWN", repr(known)))
-    monkeypatch.setattr(eval.twins, "ROOT", tmp_path)
+    monkeypatch.setattr(eval.common.training, "ROOT", tmp_path)
     given = ["--data", str(small_corpus), "--output", str(tmp_path / "twins"), "--eval.lengths", "[1]"]
     assert main([*given, "--eval.max_documents", "2", "--eval.needle_digits", "2", "--", "--lr", "nan"]) == 2
     assert capfd.readouterr().err.strip().removeprefix("error: train.py: ").removeprefix("error: ") == "lr is nan"
@@ -250,7 +280,7 @@ def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
         return done.returncode
 
     monkeypatch.setattr(eval.twins, "run_training", train)
-    monkeypatch.setattr(eval.twins, "ask_training", lambda options: run_train(*options))
+    monkeypatch.setattr(eval.common.training, "ask_training", lambda options: run_train(*options))
     command = [
         "--kinds",
         "softmax",
@@ -267,7 +297,20 @@ def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     assert main(command) == 0, capfd.readouterr().err
     assert "asentmax-seed-0" in capfd.readouterr().out and len(trained) == 2
     assert "python -m eval.twins --kinds softmax asentmax" in (output / "report" / "report.html").read_text()
+    # the same with a further stage: what is trained stays
+    command += [
+        "--",
+        "--config",
+        str(tmp_path / "tiny.yaml"),
+        "--data.sequence_length",
+        "128",
+        "--trainer.max_steps",
+        "2",
+    ]
     assert main(["--wandb.mode", "offline", *command]) == 0
-    assert ["nothing to train" in said for said in trained] == [False, False, True, True]
+    assert ["nothing to train" in said for said in trained] == [False, False, True, True, False, False]
+    assert all(f"starting from the weights of {output}/" in said for said in trained[4:])
+    assert "Trained at 128 tokens" in (output / "report-stage2" / "report.md").read_text()
+    assert "asentmax-seed-0-stage2" in capfd.readouterr().out
     (tracked,) = (output / "report" / "wandb").glob("offline-run-*")
     assert list(tracked.rglob("perplexity_over_length_*.table.json"))
