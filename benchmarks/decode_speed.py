@@ -54,6 +54,8 @@ from model.transformer import Transformer
 T = TypeVar("T")
 Values = dict[str, float]
 Prompts = list[list[int]]
+DEVICE = "cuda"
+NAME = 20  # columns of the table: of runs too
 EVICTING = ["pyramidkv", "ada_snapkv", "h2o"]  # of model/policies/families.py: heads that share keys evict the same
 WARM_UP = STEPS_BEFORE_CAPTURE + 3  # decoding steps
 
@@ -182,7 +184,7 @@ def show(row: Row) -> None:
         return "-".rjust(width) if value is None else f"{value:{width},.{digits}f}"
 
     print(
-        f"{row.model:6} {row.attention:10} {row.positions:5} {row.length:>7} {row.rows:>4} "
+        f"{row.model:{NAME}} {row.attention:10} {row.positions:5} {row.length:>7} {row.rows:>4} "
         f"{cell(row.prefill_per_second, 14, 0)} {cell(row.decode_per_second, 13, 1)} {cell(row.step_ms, 8, 2)} "
         f"{cell(row.peak_gib, 9, 1)} "
         f"{cell(row.cache_mib, 9, 1)} {cell(row.decode_gib, 10, 2)}  {row.note}",
@@ -228,7 +230,7 @@ class Fresh:
         self.options, self.device = options, device
 
     def models(self) -> Iterator[tuple[str, Transformer]]:
-        """By name, one after another: only the last one is held."""
+        """By name, one after another."""
         options = self.options
         for name, kind, positions in itertools.product(options.models, options.kinds, options.positions):
             config = network(name, kind)
@@ -247,9 +249,15 @@ class Trained:
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.subjects, self.store = open_runs(options.runs, options.data)
+        kinds = [subject.checkpoint.architecture.attention for subject in self.subjects]
+        if options.evict and not any(kind.is_softmax for kind in kinds):
+            raise ValueError(
+                f"--evict is {' '.join(options.evict)}, but --runs are {', '.join(kind.kind for kind in kinds)}: "
+                "softmax models evict alone"
+            )
         self.rows, self.device = options.rows, device
         for length in options.lengths:
-            windows(self.store, length, self.rows)
+            windows(self.store, length, self.rows, "--lengths or --rows")
 
     def models(self) -> Iterator[tuple[str, Transformer]]:
         for subject in self.subjects:
@@ -268,15 +276,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: python -m benchmarks.decode_speed needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
+    device = torch.device(DEVICE)
     try:
         measured = Trained(options, device) if options.runs else Fresh(options, device)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     launched = "CUDA graphs" if options.cuda_graphs else "kernel by kernel"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {options.backend}, {launched}")
-    print("model  attention  pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB cache MiB decode GiB")
+    backend = "of the runs" if options.runs else options.backend
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, backend {backend}, {launched}")
+    head = "attention  pos.  length rows prefill tok/s  decode tok/s  step ms  peak GiB cache MiB decode GiB"
+    print("model".ljust(NAME), head)
     rows: list[Row] = []
     for name, model in measured.models():
         kind = model.config.attention.kind
@@ -289,6 +299,7 @@ def main() -> int:
             work = partial(evicted if policy else own, chunk_tokens=options.chunk_tokens, steps=options.steps)
             rows.append(fill(row, work))
             show(rows[-1])
+        del model, own, evicted, work  # before the next one is loaded
     write_rows(options.output, rows)
     return 0
 

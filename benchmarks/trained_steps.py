@@ -29,11 +29,13 @@ def open_runs(runs: Sequence[str], data: Path | None) -> tuple[list[Subject], To
     return subjects, store
 
 
-def windows(store: TokenStore, length: int, count: int) -> list[tuple[int, int]]:
+def windows(
+    store: TokenStore, length: int, count: int, options: str = "--lengths or --tokens"
+) -> list[tuple[int, int]]:
     """Document and first token of `count` windows of `length` tokens, each inside one document and followed by a token,
     evenly among all that do not overlap.
 
-    Raises ValueError: there are fewer.
+    Raises ValueError: there are fewer; `options` ask for less.
     """
     found = [
         (document, start)
@@ -43,7 +45,7 @@ def windows(store: TokenStore, length: int, count: int) -> list[tuple[int, int]]
     if len(found) < count:
         raise ValueError(
             f"{store.folder} has {len(found)} windows of {length} tokens inside documents, expected {count}: "
-            "set --lengths, --tokens or --rows lower, or hold out longer documents (data.prepare)"
+            f"set {options} lower, or hold out longer documents (data.prepare)"
         )
     return [found[len(found) * i // count] for i in range(count)]
 

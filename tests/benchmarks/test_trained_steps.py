@@ -72,7 +72,7 @@ def test_windows_lie_in_documents_and_do_not_overlap(corpus: Path) -> None:
         (["--steps", "two"], "is 'two': expected a whole number, at least 1"),
         (["--runs", "{run}", "--data", "{run}"], "manifest.json"),
         (["--runs", "{corpus}", "--data", "{corpus}"], "checkpoint"),
-        (["--runs", "{run}", "--data", "{corpus}"], "expected 8: set --lengths, --tokens or --rows lower"),
+        (["--runs", "{run}", "--data", "{corpus}"], "expected 8: set --lengths or --tokens lower"),
     ],
 )
 def test_errors_come_before_anything_is_measured(
