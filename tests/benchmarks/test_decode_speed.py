@@ -24,10 +24,10 @@ from benchmarks.decode_speed import (
 )
 from benchmarks.train_speed import KINDS, network
 from benchmarks.trained_steps import windows
-from common.errors import UsageError
 from data.store import TokenStore
 from model.loading import load_model
 from model.transformer import Transformer
+from tests.benchmarks.conftest import Refused
 from tests.eval.conftest import MakeRun
 
 
@@ -105,18 +105,10 @@ def test_checkpoints_read_held_out_documents(
     ],
 )
 def test_errors_come_before_anything_is_measured(
-    options: list[str], message: str, corpus: Path, make_run: MakeRun, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    options: list[str], message: str, corpus: Path, make_run: MakeRun, tmp_path: Path, refused: Refused
+) -> None:
     places = dict(run=make_run(tmp_path / "run", "softmax"), sparse=make_run(tmp_path / "x", "asentmax"), corpus=corpus)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("sys.argv", ["decode_speed", *(one.format(**places) for one in options)])
-    try:
-        assert main() == 2
-        found = capsys.readouterr().err
-    except UsageError as error:
-        found = str(error)
-    assert message in found and len(found.splitlines()) == 1
+    assert message in refused(main, [one.format(**places) for one in options])
 
 
 @dataclass

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.train_speed import main
 from benchmarks.trained_steps import TrainedTrial, open_runs, windows
-from common.errors import UsageError
 from data.store import TokenStore
 from model.attention_stats import attention_stats
 from model.loading import load_model
+from tests.benchmarks.conftest import Refused
 from tests.eval.conftest import MakeRun
 
 
@@ -76,18 +76,7 @@ def test_windows_lie_in_documents_and_do_not_overlap(corpus: Path) -> None:
     ],
 )
 def test_errors_come_before_anything_is_measured(
-    options: list[str], message: str, corpus: Path, make_run: MakeRun, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    options: list[str], message: str, corpus: Path, make_run: MakeRun, tmp_path: Path, refused: Refused
+) -> None:
     run = make_run(tmp_path / "run", "softmax")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    given = [one.format(run=run, corpus=corpus) for one in options]
-    monkeypatch.setattr("sys.argv", ["train_speed", *given])
-    try:
-        assert main() == 2
-        captured = capsys.readouterr()
-        found = captured.err
-    except UsageError as error:
-        captured = capsys.readouterr()
-        found = str(error)
-    assert message in found and len(found.splitlines()) == 1 and not captured.out
+    assert message in refused(main, [one.format(run=run, corpus=corpus) for one in options])
