@@ -38,6 +38,18 @@ def options(corpus: Path, output: Path) -> list[str]:
     return ["--data", str(corpus), "--output", str(output), "--device", "cpu", *QUICK]
 
 
+def test_runs_that_were_measured_one_by_one_are_compared_by_the_command_of_all(
+    corpus: Path, runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in runs:
+        assert main([run, *options(corpus, tmp_path)]) == 0
+    capsys.readouterr()
+    assert main([*runs, *options(corpus, tmp_path)]) == 0
+    assert capsys.readouterr().err.count("reusing") == 2
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [run["label"] for run in report["runs"]] == ["asentmax", "softmax"] and report["pairs"]
+
+
 def test_twins_are_compared_and_a_second_run_reuses_every_result(
     corpus: Path, runs: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
