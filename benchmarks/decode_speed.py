@@ -42,6 +42,7 @@ from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
 from benchmarks.trained_steps import open_runs, windows
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
+from eval.common.options import check_output_file
 from model.config import ModelConfig, Positions
 from model.inference.decoding import STEPS_BEFORE_CAPTURE, Decoder
 from model.inference.evicting import evicting
@@ -220,6 +221,7 @@ def parse() -> argparse.Namespace:
     options.kinds, options.positions = options.kinds or ["softmax", "entmax"], options.positions or ["nape"]
     if options.evict and not options.runs and "softmax" not in options.kinds:
         parser.error(f"--evict is {' '.join(options.evict)}, but --kinds has no softmax: its models evict alone")
+    check_output_file(options.output)
     return options
 
 
@@ -299,8 +301,8 @@ def main() -> int:
             work = partial(evicted if policy else own, chunk_tokens=options.chunk_tokens, steps=options.steps)
             rows.append(fill(row, work))
             show(rows[-1])
+            write_rows(options.output, rows)  # each time: what fails later takes none with it
         del model, own, evicted, work  # before the next one is loaded
-    write_rows(options.output, rows)
     return 0
 
 

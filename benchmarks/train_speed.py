@@ -48,6 +48,7 @@ from benchmarks.loopback import first_rank
 from benchmarks.step_profile import kernel_lines, profile_step
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
+from eval.common.options import check_output_file
 from model import flash_attention
 from model.attention_stats import attention_stats
 from model.config import TRAINED_SPARSE, AttentionConfig, ModelConfig
@@ -252,6 +253,7 @@ def parse() -> argparse.Namespace:
     if options.runs and options.sequence_parallel > 1:
         parser.error(f"--sequence_parallel is {options.sequence_parallel}: expected 1 with --runs")
     options.models, options.kinds = options.models or ["1b"], options.kinds or ["softmax", "asentmax"]
+    check_output_file(options.output)
     return options
 
 

@@ -15,7 +15,8 @@ from eval.reporting.formatting import interval_text
 SEED = "seed_everything"
 OF_A_RUN = (SEED, "data.seed", "run_dir", "resume", "wandb.", "debug")
 NUMBER = re.compile(r"\d+")
-SEED_IN_LABEL = re.compile(r"(?<![^\W_])(?:seed|s)?[-_]?\d+(?![^\W_])")
+SEPARATORS = re.compile(r"([-_/. ]+)")
+SEED_IN_LABEL = re.compile(r"(?:seed|s)?\d+")
 Settings = Mapping[str, Mapping[str, str]]
 
 
@@ -71,13 +72,25 @@ def compare_seeds(measurements: Sequence[Measurement], settings: Settings) -> li
 def _mean(runs: Sequence[Measurement]) -> Measurement:
     """A run whose losses are the means of these."""
     first = runs[0]
-    names = {SEED_IN_LABEL.sub("", run.label).strip("-_/. ") for run in runs}
-    label = names.pop() if len(names) == 1 else ""
     results = [run.perplexity for run in runs]
     by_length = {m: _mean_sums([result.by_length[m] for result in results]) for m in first.perplexity.by_length}
     headline = _mean_sums([result.headline for result in results])
     perplexity = replace(first.perplexity, headline=headline, by_length=by_length)
-    return replace(first, label=label or "mean of " + ", ".join(run.label for run in runs), perplexity=perplexity)
+    return replace(first, label=_shared_name([run.label for run in runs]), perplexity=perplexity)
+
+
+def _shared_name(labels: Sequence[str]) -> str:
+    """What labels share that differ in one number or more, their seeds; else all of them."""
+    apart = [SEPARATORS.split(label) for label in labels]  # pieces at even places, between them separators
+    if len({len(pieces) for pieces in apart}) == 1:
+        columns = list(zip(*apart, strict=True))
+        own = [len(set(column)) > 1 for column in columns]
+        seeds = [piece for column, differs in zip(columns, own, strict=True) if differs for piece in column]
+        word = [column[0] == "seed" and any(own[i + 2 : i + 3]) for i, column in enumerate(columns)]
+        kept = [i for i in range(0, len(columns), 2) if not own[i] and not word[i]]
+        if kept and all(map(SEED_IN_LABEL.fullmatch, seeds)):
+            return "".join((columns[i - 1][0] if i > kept[0] else "") + columns[i][0] for i in kept)
+    return "mean of " + ", ".join(labels)
 
 
 def _mean_sums(sums: Sequence[Sums]) -> Sums:

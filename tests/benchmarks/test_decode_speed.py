@@ -93,6 +93,8 @@ def test_checkpoints_read_held_out_documents(
     ("options", "message"),
     [
         (["--runs", "{run}"], "--runs needs --data"),
+        (["--output", "{corpus}/x.csv"], "is a run's or a corpus's own folder"),
+        (["--output", "{folder}"], "is a folder: expected the name of a file"),
         (["--data", "{corpus}"], "only --runs reads it"),
         (["--runs", "{run}", "--data", "{corpus}", "--positions", "rope"], "brings models of its own"),
         (["--runs", "{run}", "--data", "{corpus}", "--backend", "torch"], "brings models of its own"),
@@ -107,7 +109,8 @@ def test_checkpoints_read_held_out_documents(
 def test_errors_come_before_anything_is_measured(
     options: list[str], message: str, corpus: Path, make_run: MakeRun, tmp_path: Path, refused: Refused
 ) -> None:
-    places = dict(run=make_run(tmp_path / "run", "softmax"), sparse=make_run(tmp_path / "x", "asentmax"), corpus=corpus)
+    places = dict(run=make_run(tmp_path / "run", "softmax"), sparse=make_run(tmp_path / "x", "asentmax"))
+    places |= dict(corpus=corpus, folder=tmp_path)
     assert message in refused(main, [one.format(**places) for one in options])
 
 

@@ -64,6 +64,8 @@ def test_windows_lie_in_documents_and_do_not_overlap(corpus: Path) -> None:
     ("options", "message"),
     [
         (["--runs", "{run}"], "--runs needs --data"),
+        (["--output", "{corpus}/x.csv"], "is a run's or a corpus's own folder"),
+        (["--output", "{folder}"], "is a folder: expected the name of a file"),
         (["--runs", "{run}", "--data", "{corpus}", "--models", "1b"], "leave out --models and --kinds"),
         (["--runs", "{run}", "--data", "{corpus}", "--sequence_parallel", "2"], "expected 1 with --runs"),
         (["--data", "{corpus}"], "only --runs reads it"),
@@ -79,4 +81,4 @@ def test_errors_come_before_anything_is_measured(
     options: list[str], message: str, corpus: Path, make_run: MakeRun, tmp_path: Path, refused: Refused
 ) -> None:
     run = make_run(tmp_path / "run", "softmax")
-    assert message in refused(main, [one.format(run=run, corpus=corpus) for one in options])
+    assert message in refused(main, [one.format(run=run, corpus=corpus, folder=tmp_path) for one in options])

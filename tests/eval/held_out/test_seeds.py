@@ -80,6 +80,10 @@ def test_other_steps_are_another_configuration() -> None:
         (("run-seed1", "run-seed12"), "run"),
         (("seed1-softmax", "seed2-softmax"), "softmax"),
         (("a150-1", "a150-2"), "a150"),
+        (("a150-2e-3-1-32k", "a150-2e-3-2-32k"), "a150-2e-3-32k"),
+        (("softmax-seed-1-stage2", "softmax-seed-2-stage2"), "softmax-stage2"),
+        (("a_seed_1", "a-seed-2"), "mean of a_seed_1, a-seed-2"),
+        (("1", "2"), "mean of 1, 2"),
         (("one", "other"), "mean of one, other"),
     ],
 )
