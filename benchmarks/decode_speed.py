@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -38,7 +38,8 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.train_speed import CONFIGS, KINDS, network, write_rows
+from benchmarks.report import write_csv
+from benchmarks.train_speed import CONFIGS, KINDS, network
 from benchmarks.trained_steps import open_runs, windows
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
@@ -301,7 +302,7 @@ def main() -> int:
             work = partial(evicted if policy else own, chunk_tokens=options.chunk_tokens, steps=options.steps)
             rows.append(fill(row, work))
             show(rows[-1])
-            write_rows(options.output, rows)  # each time: what fails later takes none with it
+            write_csv([asdict(row) for row in rows], options.output)  # each time: what fails later takes none with it
         del model, own, evicted, work  # before the next one is loaded
     return 0
 

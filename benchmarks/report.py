@@ -1,10 +1,13 @@
 """Tables on the terminal, CSV files, plots, and the density at which two lines of times cross."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from common.files import write_file
 
 Row = Mapping[str, Any]
 
@@ -83,12 +86,13 @@ class Report:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Columns: every key, in the order in which they first appear. None becomes empty."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    """Columns: every key, in the order in which they first appear. None becomes empty. The file is whole, or as it was
+    before."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, table.getvalue().encode())
 
 
 def plot_speed_up(rows: Sequence[Row], x: str, path: Path, title: str) -> Path:

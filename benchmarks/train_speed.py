@@ -28,7 +28,6 @@ if __name__ == "__main__":
     end_on_ctrl_c()  # the imports take seconds
 
 import argparse
-import csv
 import gc
 import statistics
 import sys
@@ -45,6 +44,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.loopback import first_rank
+from benchmarks.report import write_csv
 from benchmarks.step_profile import kernel_lines, profile_step
 from common.arguments import PlainParser, a_count, a_path
 from common.errors import user_errors
@@ -209,15 +209,6 @@ def show(row: Row) -> None:
     )
 
 
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """A CSV file of dataclass instances, at least one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def parse() -> argparse.Namespace:
     parser = PlainParser(prog="python -m benchmarks.train_speed", description=__doc__)
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -305,7 +296,7 @@ def main() -> int:
         row = run(trial, row, steps, warm_up, live)
         rows.append(row)
         show(row)
-        write_rows(options.output, rows)  # each time: what fails later takes none with it
+        write_csv([asdict(row) for row in rows], options.output)  # each time: what fails later takes none with it
         if options.profile and row.tokens_per_second:
             try:
                 trial.profile(row.tokens, length, options.profile)

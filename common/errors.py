@@ -11,7 +11,9 @@ from common.exits import KEYBOARD, READER_GONE, USER_ERROR
 from common.interrupts import raise_on_ctrl_c
 from common.redaction import redact
 
-LESS_MEMORY = "smaller options of what is computed at once (--row_tokens, --batch_tokens, --chunk_tokens) need less"
+LESS_MEMORY = (
+    "what a command has of --row_tokens, --batch_tokens, --chunk_tokens makes it need less where it is smaller"
+)
 
 
 class UsageError(ValueError):
@@ -43,8 +45,7 @@ def out_of_memory(error: BaseException) -> str:
     torch = sys.modules.get("torch")  # commands without it need not wait for it
     if torch is None or not isinstance(error, torch.OutOfMemoryError):
         return ""
-    said, end = error_line(error), " is free."
-    return said[: said.find(end) + len(end) - 1] if end in said else said
+    return error_line(error).split(" Of the allocated memory ")[0].removesuffix(".")
 
 
 @contextmanager

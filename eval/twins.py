@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
+SIZES = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tie_embeddings")
 OWNED = ("--run_dir", "--resume", "--seed_everything", "--data.seed")
 Train = Callable[[Sequence[str]], int]
 TrainOne = Callable[[str, int, Path], int]
@@ -170,7 +171,9 @@ def check_before_training(
     choose_device(measured.device)
     if measured.thresholds is not None:
         read_thresholds(Path(measured.thresholds))
-    _open_record(output, config, stages[0])
+    _check_stages(_open_record(output, config, stages[0]), output, stages)
+    if len(stages) > 1:
+        _check_networks(config, stages, output)
     for number, options in enumerate(stages, 1):
         run = _run(output, config.kinds[0], config.seeds[0], number)
         try:
@@ -178,6 +181,30 @@ def check_before_training(
         except FileNotFoundError:  # not trained yet
             twin = CheckpointInfo(run, 0, _planned(config, options, run, number))
         open_held_out(data, [Subject(run.name, twin)], measured)
+
+
+def _check_stages(record: dict[str, Any], output: Path, stages: list[list[str]]) -> None:
+    """Raises ValueError where a later stage that was trained in `output` is now another one."""
+    for number, (trained, asked) in enumerate(zip(record.get("later", []), stages[1:], strict=False), 2):
+        if trained != asked:
+            raise ValueError(
+                f"{_record(output)}: behind -- number {number} stood {trained}, now it is {asked}: repeat those "
+                "options (further stages may follow), or choose another --output"
+            )
+
+
+def _check_networks(config: TwinsConfig, stages: list[list[str]], output: Path) -> None:
+    """Raises UsageError where a stage cannot take over the weights of the one before, as model.loading would."""
+    run = _run(output, config.kinds[0], config.seeds[0], 1)
+    settings = [settings_of(_options(options, config.kinds[0], None, config.seeds[0], run)) for options in stages]
+    sizes = [{name: one["model"]["network"][name] for name in SIZES} for one in settings]
+    for number, (before, now) in enumerate(pairwise(sizes), 2):
+        for name in SIZES:
+            if before[name] != now[name]:
+                raise UsageError(
+                    f"model.network.{name} is {now[name]} behind -- number {number}, but {before[name]} in the stage "
+                    "before, whose weights it starts from: give it the same model (--config configs/models/...)"
+                )
 
 
 def _planned(config: TwinsConfig, options: list[str], run: Path, number: int) -> dict[str, Any]:
@@ -222,7 +249,11 @@ def train_on(number: int, config: TwinsConfig, options: list[str], output: Path,
 
     def go_on(kind: str, seed: int, run: Path) -> int:
         before = _run(output, kind, seed, number - 1)
-        return train([*_options(options, kind, None, seed, run), "--init_from", str(before)])
+        code = train([*_options(options, kind, None, seed, run), "--init_from", str(before)])
+        record = _read_record(output)
+        if not code and len(later := record.get("later", [])) < number - 1:
+            write_json(_record(output), {**record, "later": [*later, options]})
+        return code
 
     return _train_each(config, number, output, go_on)
 
@@ -288,14 +319,18 @@ def _record(output: Path) -> Path:
     return output / "twins.json"
 
 
+def _read_record(output: Path) -> dict[str, Any]:
+    way_out = "choose another --output, or remove it to choose learning rates again"
+    return read_json(_record(output), way_out, {"twins": dict, "options": list, "lr": dict, "sweep": dict})
+
+
 def _open_record(output: Path, config: TwinsConfig, options: list[str]) -> dict[str, Any]:
     path, asked = _record(output), {"twins": asdict(config), "options": options}
     if not path.is_file():
         record = {**asked, "code_version": code_version(), "lr": {}, "sweep": {}}
         write_json(path, record)
         return record
-    way_out = "choose another --output, or remove it to choose learning rates again"
-    record = read_json(path, way_out, {"twins": dict, "options": list, "lr": dict, "sweep": dict})
+    record = _read_record(output)
     for name in asked:
         if record[name] != asked[name]:
             raise ValueError(

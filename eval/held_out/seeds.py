@@ -65,7 +65,10 @@ def compare_seeds(measurements: Sequence[Measurement], settings: Settings) -> li
         if group is not baseline and len(seeds) > 1:
             ours, theirs = [group[seed] for seed in seeds], [baseline[seed] for seed in seeds]
             each = [pair(a, b).bits_per_byte_ratio.value for a, b in zip(ours, theirs, strict=True)]
-            found.append(SeedSummary(pair(_mean(ours), _mean(theirs)), seeds, each))
+            means = _mean(ours), _mean(theirs)
+            if means[0].label == means[1].label:
+                means = replace(means[0], label=_all_names(ours)), replace(means[1], label=_all_names(theirs))
+            found.append(SeedSummary(pair(*means), seeds, each))
     return found
 
 
@@ -76,11 +79,15 @@ def _mean(runs: Sequence[Measurement]) -> Measurement:
     by_length = {m: _mean_sums([result.by_length[m] for result in results]) for m in first.perplexity.by_length}
     headline = _mean_sums([result.headline for result in results])
     perplexity = replace(first.perplexity, headline=headline, by_length=by_length)
-    return replace(first, label=_shared_name([run.label for run in runs]), perplexity=perplexity)
+    return replace(first, label=_shared_name([run.label for run in runs]) or _all_names(runs), perplexity=perplexity)
+
+
+def _all_names(runs: Sequence[Measurement]) -> str:
+    return "mean of " + ", ".join(run.label for run in runs)
 
 
 def _shared_name(labels: Sequence[str]) -> str:
-    """What labels share that differ in one number or more, their seeds; else all of them."""
+    """What labels share that differ in one number, their seeds; empty for others."""
     apart = [SEPARATORS.split(label) for label in labels]  # pieces at even places, between them separators
     if len({len(pieces) for pieces in apart}) == 1:
         columns = list(zip(*apart, strict=True))
@@ -88,9 +95,10 @@ def _shared_name(labels: Sequence[str]) -> str:
         seeds = [piece for column, differs in zip(columns, own, strict=True) if differs for piece in column]
         word = [column[0] == "seed" and any(own[i + 2 : i + 3]) for i, column in enumerate(columns)]
         kept = [i for i in range(0, len(columns), 2) if not own[i] and not word[i]]
-        if kept and all(map(SEED_IN_LABEL.fullmatch, seeds)):
-            return "".join((columns[i - 1][0] if i > kept[0] else "") + columns[i][0] for i in kept)
-    return "mean of " + ", ".join(labels)
+        name = "".join((columns[i - 1][0] if i > kept[0] else "") + columns[i][0] for i in kept).strip("-_/. ")
+        if name and sum(own) == 1 and all(map(SEED_IN_LABEL.fullmatch, seeds)):
+            return name
+    return ""
 
 
 def _mean_sums(sums: Sequence[Sums]) -> Sums:

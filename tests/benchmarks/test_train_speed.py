@@ -1,6 +1,7 @@
 """The training-speed benchmark, as far as it runs without a CUDA device."""
 
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import litgpt_peer, train_speed
-from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show, write_rows
+from benchmarks.report import write_csv
+from benchmarks.train_speed import KINDS, Row, main, network, random_batch, show
 from model.config import ModelConfig
 from model.flops import train_flops
 from training.module import LanguageModule
@@ -44,9 +46,8 @@ def test_rows_show_what_did_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rows_are_written(tmp_path: Path) -> None:
-    write_rows(
-        tmp_path / "new" / "x.csv", [Row("1b", "softmax", "rowwise", "full", 32768, 4096, 7.0, 0.5, 2.0, 1.0, None)]
-    )
+    row_of_table = Row("1b", "softmax", "rowwise", "full", 32768, 4096, 7.0, 0.5, 2.0, 1.0, None)
+    write_csv([asdict(row_of_table)], tmp_path / "new" / "x.csv")
     header, row = (tmp_path / "new" / "x.csv").read_text().splitlines()
     assert (
         header.startswith("model,attention,float8,checkpointing,tokens,length")

@@ -135,8 +135,10 @@ def test_later_stages_go_on_from_each_twin(tmp_path: Path) -> None:
         return 0
 
     options = ["--model.optimizer.lr", "0.3"]
+    train_twins(CONFIG, [], tmp_path, FakeTraining(LOSSES))
     runs = train_on(2, CONFIG, options, tmp_path, train)
-    third = train_on(3, CONFIG, options, tmp_path, train)
+    third = train_on(3, CONFIG, [*options, "--x"], tmp_path, train)
+    assert json.loads((tmp_path / "twins.json").read_text())["later"] == [options, [*options, "--x"]]
     names = ["softmax-seed-3", "entmax-seed-3", "softmax-seed-4", "entmax-seed-4"]
     assert [run.name for run in runs] == [f"{name}-stage2" for name in names]
     assert [Path(one["--init_from"]).name for one in given[:4]] == names
@@ -312,5 +314,14 @@ def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     assert all(f"starting from the weights of {output}/" in said for said in trained[4:])
     assert "Trained at 128 tokens" in (output / "report-stage2" / "report.md").read_text()
     assert "asentmax-seed-0-stage2" in capfd.readouterr().out
+    for other, message in (
+        (["--trainer.max_steps", "5"], "twins.json: behind -- number 2 stood ["),
+        (
+            ["--", *command[-6:], "--model.network.d_model", "32"],
+            "model.network.d_model is 32 behind -- number 3, but 16",
+        ),
+    ):
+        assert main([*command, *other]) == 2
+        assert message in capfd.readouterr().err and len(trained) == 6
     (tracked,) = (output / "report" / "wandb").glob("offline-run-*")
     assert list(tracked.rglob("perplexity_over_length_*.table.json"))

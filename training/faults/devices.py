@@ -22,9 +22,11 @@ def report_failure(error: BaseException, trainer: Trainer, micro_batch_size: int
 
     Args:
         error: one of DEVICE_ERRORS. A device that has failed fails again while Lightning moves tensors away from it:
-            told is the first of the errors that led here.
+            shown are the errors that led here, up to the first one of a device.
     """
-    first = next(found for found in reversed(_chain(error)) if isinstance(found, DEVICE_ERRORS))
+    chain = _chain(error)
+    place = next(i for i, found in enumerate(chain) if isinstance(found, DEVICE_ERRORS))
+    first = chain[place]
     newest = list_checkpoints(run_dir).newest
     on = (
         f"the newest complete checkpoint is {newest.path}, from which --resume auto continues"
@@ -33,16 +35,19 @@ def report_failure(error: BaseException, trainer: Trainer, micro_batch_size: int
     )
     where = f"rank {trainer.global_rank} ({trainer.strategy.root_device} of {socket.gethostname()})"
     if memory := out_of_memory(first):
-        smaller = f", data.micro_batch_size below {micro_batch_size}" if micro_batch_size > 1 else ""
+        smaller = (
+            f"data.micro_batch_size below {micro_batch_size}" if micro_batch_size > 1 else "parallel.sequence_parallel"
+        )
         what = (
             f"{where} is out of memory behind step {trainer.global_step}: {memory}; model.activation_checkpointing "
-            f"full, model.mlp_tile_tokens{smaller} need less, and python -m training.memory with the same options "
+            f"full, model.mlp_tile_tokens or {smaller} need less, and python -m training.memory with the same options "
             "estimates it"
         )
     else:
-        traceback.print_exception(first, chain=False)
+        for found in chain[: place + 1]:
+            traceback.print_exception(found, chain=False)
         what = (
-            f"{where} failed behind step {trainer.global_step}: {error_line(first).split(' Search for ')[0]}; if it "
+            f"{where} failed behind step {trainer.global_step}: {error_line(chain[0]).split(' Search for ')[0]}; if it "
             "comes again at this step, CUDA_LAUNCH_BLOCKING=1 in front of the command shows where"
         )
     tqdm.write(f"error: {what}; {on}", file=sys.stderr)  # type: ignore[attr-defined]
@@ -50,8 +55,8 @@ def report_failure(error: BaseException, trainer: Trainer, micro_batch_size: int
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """This error and those that led to it, the first one last."""
+    """The errors that led to this one, the earliest first, and itself."""
     found = [error]
-    while (before := found[-1].__cause__ or found[-1].__context__) is not None:
-        found.append(before)
+    while (before := found[0].__cause__ or found[0].__context__) is not None:
+        found.insert(0, before)
     return found

@@ -75,15 +75,17 @@ def test_other_steps_are_another_configuration() -> None:
 @pytest.mark.parametrize(
     ("labels", "wanted"),
     [
-        (("softmax-seed-10", "softmax-seed-11"), "softmax"),
-        (("softmax-10", "softmax-11"), "softmax"),
+        (("entmax-seed-10", "entmax-seed-11"), "entmax"),
+        (("entmax-10", "entmax-11"), "entmax"),
         (("run-seed1", "run-seed12"), "run"),
-        (("seed1-softmax", "seed2-softmax"), "softmax"),
+        (("seed1-entmax", "seed2-entmax"), "entmax"),
         (("a150-1", "a150-2"), "a150"),
         (("a150-2e-3-1-32k", "a150-2e-3-2-32k"), "a150-2e-3-32k"),
         (("softmax-seed-1-stage2", "softmax-seed-2-stage2"), "softmax-stage2"),
         (("a_seed_1", "a-seed-2"), "mean of a_seed_1, a-seed-2"),
         (("1", "2"), "mean of 1, 2"),
+        (("a-20261130-1", "a-20261129-2"), "mean of a-20261130-1, a-20261129-2"),
+        (("softmax-seed-3", "softmax-seed-4"), "mean of softmax-seed-3, softmax-seed-4"),  # softmax is the other one's
         (("one", "other"), "mean of one, other"),
     ],
 )

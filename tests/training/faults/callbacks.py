@@ -128,7 +128,8 @@ class Crash(Callback):
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.10 GiB is "
-    "free. Including non-PyTorch memory, this process has 78.00 GiB memory in use."
+    "free. Process 7 has 40.00 GiB memory in use. Including non-PyTorch memory, this process has 38.00 GiB memory in "
+    "use. Of the allocated memory 37.00 GiB is allocated by PyTorch, and 0.50 GiB is reserved but unallocated."
 )
 ILLEGAL_ACCESS = (
     "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in https://docs.nvidia"
@@ -138,9 +139,9 @@ ILLEGAL_ACCESS = (
 
 class FailDevice(Callback):
     """The device of one rank fails behind a step: out of "memory", or with an "access" that its driver refuses, after
-    which nothing can be moved away from it either."""
+    which nothing can be moved away from it either; a "kernel" that says so itself is no error of torch's."""
 
-    def __init__(self, step: int, kind: Literal["memory", "access"], rank: int = 0) -> None:
+    def __init__(self, step: int, kind: Literal["memory", "access", "kernel"], rank: int = 0) -> None:
         self.step, self.kind, self.rank = step, kind, rank
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -149,6 +150,8 @@ class FailDevice(Callback):
         if self.kind == "memory":
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         trainer.strategy.teardown = self.fail
+        if self.kind == "kernel":
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
         self.fail()
 
     def fail(self) -> None:
