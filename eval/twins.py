@@ -194,7 +194,7 @@ def _check_stages(record: dict[str, Any], output: Path, stages: list[list[str]])
 
 
 def _check_networks(config: TwinsConfig, stages: list[list[str]], output: Path) -> None:
-    """Raises UsageError where a stage cannot take over the weights of the one before, which train.py would say later."""
+    """Raises UsageError where a stage cannot take over the weights of the one before; train.py would say it later."""
     run = _run(output, config.kinds[0], config.seeds[0], 1)
     settings = [settings_of(_options(options, config.kinds[0], None, config.seeds[0], run)) for options in stages]
     sizes = [{name: one["model"]["network"][name] for name in SIZES} for one in settings]
