@@ -25,7 +25,7 @@ from model.policies.policy import Phase, SparsePolicy
 from model.policies.thresholds import read_thresholds
 from model.transformer import Transformer
 
-Place = tuple[str, Phase, int, float]  # method, phase, multiple and the density it is set to
+Place = tuple[str, Phase, int, float | None]  # method, phase, multiple; density it is set to, None of a model as it is
 BSFA, MINFERENCE = BlockSparseFlash.name, HeadPatterns.name
 
 
@@ -103,11 +103,11 @@ class Measuring:
     def as_they_are(self) -> list[Cell]:
         """The model without a policy, in each phase and at each length."""
         method = "entmax" if self.entmax else "dense"
-        return [self._cell(method, phase, m, None) for phase in PHASES for m in self.held_out.plan.multiples]
+        return [self._cell((method, phase, m, None)) for phase in PHASES for m in self.held_out.plan.multiples]
 
     def under_policies(self, own: Mapping[tuple[Phase, int], float]) -> list[Cell]:
         """Each policy in its phases. own: as of `places`."""
-        return [self._cell(*place) for place in self.places(own)]
+        return [self._cell(place) for place in self.places(own)]
 
     def places(self, own: Mapping[tuple[Phase, int], float]) -> list[Place]:
         """Of the cells of `under_policies`. own: a further density of each phase and length, the entmax model's."""
@@ -122,13 +122,12 @@ class Measuring:
 
     def measure_place(self, place: Place, sets: Sequence[FrozenTask]) -> None:
         """A cell and what it has of RULER, which are kept."""
-        self.on_ruler([self._cell(*place)], sets)
+        self.on_ruler([self._cell(place)], sets)
 
     def is_kept(self, place: Place, sets: Sequence[FrozenTask]) -> bool:
         """Whether `measure_place` would find all of it."""
         context = place[2] * self.held_out.base_length
-        files = [self._kept("cell", *place)]
-        files += [self._kept(f"ruler-{one.task}", *place, one) for one in sets if one.length == context]
+        files = [self._cell_file(place), *(self._ruler_file(place, one) for one in sets if one.length == context)]
         return all(file.is_file() for file in files)
 
     def on_ruler(self, cells: Sequence[Cell], sets: Sequence[FrozenTask]) -> list[RulerCell]:
@@ -185,9 +184,14 @@ class Measuring:
         key = result_key(path, read, settings, base, kind, (__name__,))
         return self.output / "results" / f"{self.subject.label}-{what}-{method}-{phase}-{multiple}x-{key}.json"
 
-    def _cell(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
-        path = self._kept("cell", method, phase, multiple, wanted)
-        return reuse(path, Cell, lambda: self._measure(method, phase, multiple, wanted))
+    def _cell_file(self, place: Place) -> Path:
+        return self._kept("cell", *place)
+
+    def _ruler_file(self, place: Place, frozen: FrozenTask) -> Path:
+        return self._kept(f"ruler-{frozen.task}", *place, frozen)
+
+    def _cell(self, place: Place) -> Cell:
+        return reuse(self._cell_file(place), Cell, lambda: self._measure(*place))
 
     def _measure(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
         started = time.monotonic()
@@ -231,7 +235,6 @@ class Measuring:
 
     def _ruler_cell(self, cell: Cell, frozen: FrozenTask) -> RulerCell:
         place = (cell.method, cell.phase, cell.multiple, cell.wanted)
-        path = self._kept(f"ruler-{frozen.task}", *place, frozen)
 
         def answer() -> RulerCell:
             started = time.monotonic()
@@ -248,7 +251,7 @@ class Measuring:
                 seconds=round(time.monotonic() - started, 2),
             )  # fmt: skip
 
-        return reuse(path, RulerCell, answer)
+        return reuse(self._ruler_file(place, frozen), RulerCell, answer)
 
     def _scorer(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Scorer:
         label = f"{self.subject.label}: {method}" + (f" at {wanted:g}" if wanted else "") + f", {phase}, {multiple}x"
