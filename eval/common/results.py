@@ -19,19 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 Kind = TypeVar("Kind")
 
 
-def reuse(path: Path, kind: type[Kind], measure: Callable[[], Kind]) -> Kind:
+def reuse(path: Path, kind: type[Kind], measure: Callable[[], Kind], *, quiet: bool = False) -> Kind:
     """What the file keeps, else what measure() gives, which is kept there: an evaluation that was interrupted goes on.
 
     Args:
         kind: a dataclass.
+        quiet: do not say that it was kept.
 
     Raises:
         ValueError: a file that is damaged, which it names.
     """
-    if path.is_file():
-        tqdm.write(f"reusing {path}", file=sys.stderr)
-    else:
+    if not path.is_file():
         write_json(path, asdict(measure()))  # type: ignore[call-overload]
+    elif not quiet:
+        tqdm.write(f"reusing {path}", file=sys.stderr)
     return read_kept(path, kind)
 
 

@@ -133,6 +133,7 @@ def _measure(
     if work.config.processes > 1 and len(waiting) > 1:
         softmax_model.release()
         measure_beside(work, waiting)
+        softmax_model.beside = set(waiting)
     cells += softmax_model.under_policies(own)
     return (
         [*cells, *cells_of_entmax],

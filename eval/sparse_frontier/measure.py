@@ -65,7 +65,8 @@ class Measuring:
     """All that is measured of one checkpoint: read where it is kept in output/results, else with the model, which is
     loaded then.
 
-    Attributes: subject. precision: as the report shows it.
+    Attributes: subject. precision: as the report shows it. beside: places that this command's processes have measured,
+    which said what they reused.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Measuring:
         self.entmax = subject.checkpoint.architecture.attention.is_entmax
         self._model: Transformer | None = None
         self._found: dict[tuple[str, Phase, int, float], SparsePolicy] = {}
+        self.beside: set[Place] = set()
         self.ks: list[int] = []  # that bsfa was calibrated for
         if config.thresholds is not None and not self.entmax:
             path = Path(config.thresholds)
@@ -191,7 +193,7 @@ class Measuring:
         return self._kept(f"ruler-{frozen.task}", *place, frozen)
 
     def _cell(self, place: Place) -> Cell:
-        return reuse(self._cell_file(place), Cell, lambda: self._measure(*place))
+        return reuse(self._cell_file(place), Cell, lambda: self._measure(*place), quiet=place in self.beside)
 
     def _measure(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Cell:
         started = time.monotonic()
@@ -251,7 +253,7 @@ class Measuring:
                 seconds=round(time.monotonic() - started, 2),
             )  # fmt: skip
 
-        return reuse(self._ruler_file(place, frozen), RulerCell, answer)
+        return reuse(self._ruler_file(place, frozen), RulerCell, answer, quiet=place in self.beside)
 
     def _scorer(self, method: str, phase: Phase, multiple: int, wanted: float | None) -> Scorer:
         label = f"{self.subject.label}: {method}" + (f" at {wanted:g}" if wanted else "") + f", {phase}, {multiple}x"

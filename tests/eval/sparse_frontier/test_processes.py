@@ -3,6 +3,7 @@
 import json
 import os
 from collections import deque
+from collections.abc import Sequence
 from multiprocessing import Value
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 
+import eval.sparse_frontier.command
+from data.tokenizer import load_tokenizer
+from eval.ruler.files import FrozenTask
 from eval.sparse_frontier.command import main
 from eval.sparse_frontier.config import FrontierConfig
-from eval.sparse_frontier.measure import Measuring
-from eval.sparse_frontier.processes import QUIET, Work, _raise_failure, _take, measure_beside
-from tests.eval.conftest import MakeRun
+from eval.sparse_frontier.measure import Measuring, Place
+from eval.sparse_frontier.processes import QUIET, Work, _open, _raise_failure, _take, measure_beside
+from tests.eval.conftest import BASE_LENGTH, MakeRun
+from tests.eval.sparse_frontier.test_ruler import freeze, without_plots
 
 OPTIONS = ["--max_documents", "2", "--needle_samples", "1", "--needle_depths", "2", "--lengths", "1"]
 OPTIONS += ["--decode_tokens", "3", "--timed_runs", "1", "--device", "cpu", "--densities", "0.5", "--policies"]
@@ -49,6 +54,33 @@ def test_processes_measure_what_one_does(
             assert set(measured) == {"dense", "entmax"}
     assert found["2"] == found["1"] and len(found["1"]) > 6
     assert QUIET not in os.environ
+
+
+def test_told_is_what_was_kept_before(
+    corpus: Path, runs: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each: by the processes, which are this one here, or by the command."""
+
+    def beside(work: Work, places: Sequence[Place]) -> None:
+        measuring, sets = _open(work, 0)
+        for place in places:
+            measuring.measure_place(place, sets)
+
+    monkeypatch.setattr(eval.sparse_frontier.command, "measure_beside", beside)
+    without_plots(monkeypatch)
+    samples = [{"index": 0, "prompt": "a b", "answers": ["c"], "tokens": 9}]
+    frozen = FrozenTask("vt", BASE_LENGTH, "", samples)
+    ruler = freeze(tmp_path / "ruler", load_tokenizer(corpus / "tokenizer.model"), [frozen], [])
+    arguments = ["--softmax", runs[0], "--entmax", runs[1], "--data", str(corpus), "--output", str(tmp_path)]
+    arguments += [*OPTIONS, "window", "snapkv", "--processes", "2", "--ruler", str(ruler)]
+    assert main(arguments) == 0
+    assert "reusing" not in capsys.readouterr().err
+    for name in ("*-ruler-vt-window-prefill-*", "*-cell-snapkv-decode-*"):
+        for path in (tmp_path / "results").glob(name):
+            path.unlink()
+    left = sorted(f"reusing {path}" for path in (tmp_path / "results").iterdir())
+    assert main(arguments) == 0
+    assert sorted(line for line in capsys.readouterr().err.splitlines() if "reusing" in line) == left
 
 
 def test_what_a_process_meets_ends_the_command(corpus: Path, runs: list[str], tmp_path: Path) -> None:
