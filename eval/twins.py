@@ -27,7 +27,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -172,14 +172,17 @@ def check_before_training(
     if measured.thresholds is not None:
         read_thresholds(Path(measured.thresholds))
     _check_stages(_open_record(output, config, stages[0]), output, stages)
+    numbers = range(1, len(stages) + 1)
+    # train.py takes seconds to say it
+    settings = cache(lambda number: _settings(config, stages[number - 1], output, number))
     if len(stages) > 1:
-        _check_networks(config, stages, output)
-    for number, options in enumerate(stages, 1):
+        _check_networks([settings(number)["model"]["network"] for number in numbers])
+    for number in numbers:
         run = _run(output, config.kinds[0], config.seeds[0], number)
         try:
             twin = resolve_checkpoint(run)
         except FileNotFoundError:  # not trained yet
-            twin = CheckpointInfo(run, 0, _planned(config, options, run, number))
+            twin = CheckpointInfo(run, 0, _planned(config, settings(number)["data"], number))
         open_held_out(data, [Subject(run.name, twin)], measured)
 
 
@@ -193,12 +196,15 @@ def _check_stages(record: dict[str, Any], output: Path, stages: list[list[str]])
             )
 
 
-def _check_networks(config: TwinsConfig, stages: list[list[str]], output: Path) -> None:
+def _settings(config: TwinsConfig, options: list[str], output: Path, number: int) -> dict[str, Any]:
+    """What train.py makes of the first twin's options in this stage. Raises UsageError."""
+    kind, seed, lr = config.kinds[0], config.seeds[0], config.lrs[0] if config.lrs and number == 1 else None
+    return settings_of(_options(options, kind, lr, seed, _run(output, kind, seed, number)))
+
+
+def _check_networks(networks: list[dict[str, Any]]) -> None:
     """Raises UsageError where a stage cannot take over the weights of the one before; train.py would say it later."""
-    run = _run(output, config.kinds[0], config.seeds[0], 1)
-    settings = [settings_of(_options(options, config.kinds[0], None, config.seeds[0], run)) for options in stages]
-    sizes = [{name: one["model"]["network"][name] for name in SIZES} for one in settings]
-    for number, (before, now) in enumerate(pairwise(sizes), 2):
+    for number, (before, now) in enumerate(pairwise(networks), 2):
         for name in SIZES:
             if before[name] != now[name]:
                 raise UsageError(
@@ -207,11 +213,9 @@ def _check_networks(config: TwinsConfig, stages: list[list[str]], output: Path) 
                 )
 
 
-def _planned(config: TwinsConfig, options: list[str], run: Path, number: int) -> dict[str, Any]:
-    """Tokenizer and sequence length of the checkpoints that a run of this stage will have. Raises ValueError,
-    FileNotFoundError."""
-    lr = config.lrs[0] if config.lrs and number == 1 else None
-    data = settings_of(_options(options, config.kinds[0], lr, config.seeds[0], run))["data"]
+def _planned(config: TwinsConfig, data: dict[str, Any], number: int) -> dict[str, Any]:
+    """Tokenizer and sequence length of the checkpoints that a run of this stage will have. data: of its `_settings`.
+    Raises ValueError, FileNotFoundError."""
     if number == 1 and len(config.lrs) > 1 and not data["val_sequences"]:
         raise UsageError("data.val_sequences is 0: learning rates are chosen by the validation loss; set it")
     if not data["sources"]:

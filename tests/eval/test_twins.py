@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import eval.common.training
 import eval.twins
 from common.exits import DIVERGED, INTERRUPTED
 from eval.common.training import Stopped, run_training
-from eval.twins import TwinsConfig, main, split, train_on, train_twins
+from eval.twins import TwinsConfig, TwinsEvalConfig, check_before_training, main, split, train_on, train_twins
+from model.config import ModelConfig
 from tests.training.conftest import TINY, make_corpus, run_train
 
 
@@ -235,6 +237,23 @@ def test_what_can_be_known_is_known_before_training(
     assert main([*given, "--eval.max_documents", "2", "--eval.needle_digits", "2", *own, "--"]) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: ") and "\n" not in line and re.search(message, line), line
+
+
+def test_training_is_asked_once_for_the_settings_of_a_stage(
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def settings_of(options: Sequence[str]) -> dict[str, Any]:
+        values = dict(zip(options, options[1:], strict=False))
+        asked.append((Path(values["--run_dir"]).name, values.get("--model.optimizer.lr")))
+        data = {"sources": [{"path": str(small_corpus)}], "sequence_length": 128}
+        return {"data": data, "model": {"network": asdict(ModelConfig())}}
+
+    monkeypatch.setattr(eval.twins, "settings_of", settings_of)
+    measured = TwinsEvalConfig(lengths=[1], max_documents=2, needle_digits=2)
+    check_before_training(TwinsConfig(lrs=[0.5]), [[], ["--x"]], tmp_path, small_corpus, measured)
+    assert asked == [("softmax-seed-0", "0.5"), ("softmax-seed-0-stage2", None)]
 
 
 @pytest.mark.parametrize("known", ["--print_config", "--seed_everything"])
