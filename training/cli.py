@@ -36,7 +36,7 @@ from training.callbacks.profiling import StepProfiler
 from training.distributed.config import check_combinations
 from training.distributed.sequence_parallel import check_sequence_parallel
 from training.distributed.strategies import build_strategy
-from training.faults.devices import DEVICE_ERRORS, report_failure
+from training.faults.devices import DEVICE_ERRORS, less_memory, report_failure
 from training.faults.ending import exit_code
 from training.faults.interruption import Interruption
 from training.faults.signals import StopSignals
@@ -342,7 +342,8 @@ class TrainingCLI(LightningCLI):
             if "--debug" in sys.argv:
                 raise
             if not isinstance(error, NotSaved):
-                return report_failure(error, self.trainer, self.datamodule.micro_batch_size, self.run_dir)
+                less = less_memory(self.config, self.model.network_config) if said else []
+                return report_failure(error, self.trainer, less, self.run_dir)
             say(f"error: {error_line(error)}")
             return CRASHED if self.trainer.is_global_zero else 0  # as in exit_code
         return exit_code(self.trainer, self.guard, self.interruption, self.run_dir)

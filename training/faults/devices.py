@@ -6,23 +6,45 @@ import traceback
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from tqdm import tqdm
 
 from common.errors import error_line, out_of_memory
 from common.exits import CRASHED
 from model.checkpoint import list_checkpoints
+from model.config import ModelConfig
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+# model.activation_checkpointing -> the value with which less is kept on the device
+LESS_KEPT = {"none": "full", "selective": "full", "full": "offload"}
 
 
-def report_failure(error: BaseException, trainer: Trainer, micro_batch_size: int, run_dir: Path) -> int:
+def less_memory(settings: Namespace, network: ModelConfig) -> list[str]:
+    """Options that make steps need less memory than with these of train.py. network: that they describe."""
+    model, size, shared = settings.model, settings.data.micro_batch_size, settings.parallel.sequence_parallel
+    if model.cuda_graphs:  # which go with no other of these
+        return ["model.cuda_graphs false with model.activation_checkpointing full"]
+    found = []
+    if mode := LESS_KEPT.get(model.activation_checkpointing):
+        found.append(f"model.activation_checkpointing {mode}")
+    if (tile := model.mlp_tile_tokens) != 1:
+        found.append(f"model.mlp_tile_tokens below {tile}" if tile else "model.mlp_tile_tokens")
+    if size > 1:
+        found.append(f"data.micro_batch_size below {size}")
+    elif shared < network.n_heads and not network.attention.is_trained_sparse:  # n_heads ranks can always share
+        found.append(f"parallel.sequence_parallel above {shared}")
+    return found
+
+
+def report_failure(error: BaseException, trainer: Trainer, less: list[str], run_dir: Path) -> int:
     """Says on stderr, from any rank, what has failed and how the run goes on, and returns the exit code. Out of memory
     is one line; another error's own traceback stands in front of it.
 
     Args:
         error: one of DEVICE_ERRORS. A device that has failed fails again while Lightning moves tensors away from it:
             shown are the errors that led here, up to the first one of a device.
+        less: options that need less memory; none before there was a step, which needs no activations.
     """
     chain = _chain(error)
     place = next(i for i, found in enumerate(chain) if isinstance(found, DEVICE_ERRORS))
@@ -35,12 +57,10 @@ def report_failure(error: BaseException, trainer: Trainer, micro_batch_size: int
     )
     where = f"rank {trainer.global_rank} ({trainer.strategy.root_device} of {socket.gethostname()})"
     if memory := out_of_memory(first):
-        smaller = (
-            f"data.micro_batch_size below {micro_batch_size}" if micro_batch_size > 1 else "parallel.sequence_parallel"
-        )
+        named = " or ".join(filter(None, (", ".join(less[:-1]), *less[-1:])))
         what = (
-            f"{where} is out of memory behind step {trainer.global_step}: {memory}; model.activation_checkpointing "
-            f"full, model.mlp_tile_tokens or {smaller} need less, and python -m training.memory with the same options "
+            f"{where} is out of memory behind step {trainer.global_step}: {memory}; "
+            f"{f'less is needed with {named}; ' if less else ''}python -m training.memory with the same options "
             "estimates it"
         )
     else:

@@ -139,13 +139,20 @@ ILLEGAL_ACCESS = (
 
 class FailDevice(Callback):
     """The device of one rank fails behind a step: out of "memory", or with an "access" that its driver refuses, after
-    which nothing can be moved away from it either; a "kernel" that says so itself is no error of torch's."""
+    which nothing can be moved away from it either; a "kernel" that says so itself is no error of torch's. Behind step
+    -1: before training begins."""
 
     def __init__(self, step: int, kind: Literal["memory", "access", "kernel"], rank: int = 0) -> None:
         self.step, self.kind, self.rank = step, kind, rank
 
+    def setup(self, trainer: Any, *_: Any, **__: Any) -> None:
+        self._fail_behind(-1, trainer)
+
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if (trainer.global_step, trainer.global_rank) != (self.step, self.rank):
+        self._fail_behind(trainer.global_step, trainer)
+
+    def _fail_behind(self, step: int, trainer: Any) -> None:
+        if (step, trainer.global_rank) != (self.step, self.rank):
             return
         if self.kind == "memory":
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)

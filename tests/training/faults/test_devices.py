@@ -2,15 +2,20 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from common.errors import LESS_MEMORY, out_of_memory, user_errors
 from model.checkpoint import checkpoint_folder
+from model.config import AttentionConfig, ModelConfig
 from tests.training.conftest import TrainProcess, assert_same_weights, callbacks
 from tests.training.faults.callbacks import OUT_OF_MEMORY
+from training.faults.devices import less_memory
 
+MODE, TILE, SHARED = "model.activation_checkpointing", "model.mlp_tile_tokens", "parallel.sequence_parallel"
 MEMORY = OUT_OF_MEMORY[: OUT_OF_MEMORY.index(". Of the")]
 
 
@@ -25,10 +30,12 @@ def test_out_of_memory_is_one_line_and_the_run_goes_on(undisturbed: Path, train:
     before = train(*options, callbacks(("FailDevice", {"step": 2, "kind": "memory"})))
     assert before.returncode == 1 and "Traceback" not in before.stderr
     line = failed_line(before.stderr)
-    assert line.startswith("error: rank 0 (cpu of ") and f"is out of memory behind step 2: {MEMORY}; model." in line
-    assert "mlp_tile_tokens or data.micro_batch_size below 2 need less" in line and line.endswith(
-        "; there is no checkpoint yet"
+    assert line.startswith("error: rank 0 (cpu of ") and f"is out of memory behind step 2: {MEMORY}; less is" in line
+    assert (
+        "; less is needed with model.activation_checkpointing full, model.mlp_tile_tokens or data.micro_batch_size "
+        "below 2; python -m training.memory" in line
     )
+    assert line.endswith("; there is no checkpoint yet")
     behind = train(*options, callbacks(("FailDevice", {"step": 7, "kind": "memory"})))
     assert behind.returncode == 1
     newest = checkpoint_folder(run_dir, 5)
@@ -65,8 +72,36 @@ def test_any_rank_says_that_its_device_failed(train: TrainProcess, tmp_path: Pat
     assert ended.returncode != 0
     assert (
         "error: rank 1 (cpu of " in ended.stderr
-        and "model.mlp_tile_tokens or parallel.sequence_parallel need less" in ended.stderr
+        and "model.mlp_tile_tokens or parallel.sequence_parallel above 1; python" in ended.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "network", "named"),
+    [
+        ({"mode": "selective", "size": 4}, {}, [f"{MODE} full", TILE, "data.micro_batch_size below 4"]),
+        ({"mode": "full", "tile": 512}, {}, [f"{MODE} offload", f"{TILE} below 512", f"{SHARED} above 1"]),
+        ({"mode": "offload", "tile": 1, "shared": 2}, {"n_heads": 4}, [f"{SHARED} above 2"]),
+        ({"mode": "offload", "shared": 4}, {"n_heads": 4}, [TILE]),
+        ({"mode": "offload"}, {"attention": AttentionConfig(kind="nsa")}, [TILE]),
+        ({"graphs": True, "size": 4}, {}, [f"model.cuda_graphs false with {MODE} full"]),
+        ({"mode": "offload", "tile": 1, "shared": 4}, {"n_heads": 4}, []),
+    ],
+)
+def test_named_is_what_can_still_need_less(settings: dict[str, Any], network: dict[str, Any], named: list[str]) -> None:
+    given = {"mode": "none", "tile": 0, "graphs": False, "size": 1, "shared": 1} | settings
+    model = Namespace(
+        activation_checkpointing=given["mode"], mlp_tile_tokens=given["tile"], cuda_graphs=given["graphs"]
+    )
+    data, parallel = Namespace(micro_batch_size=given["size"]), Namespace(sequence_parallel=given["shared"])
+    assert less_memory(Namespace(model=model, data=data, parallel=parallel), ModelConfig(**network)) == named
+
+
+def test_out_of_memory_before_the_first_step_is_the_same_crash(train: TrainProcess, tmp_path: Path) -> None:
+    """For srun's script, too; options that need fewer activations would not help."""
+    ended = train("--run_dir", tmp_path / "run", callbacks(("FailDevice", {"step": -1, "kind": "memory"})))
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"out of memory behind step 0: {MEMORY}; python -m training.memory with" in failed_line(ended.stderr)
 
 
 def test_commands_say_in_one_line_that_memory_does_not_suffice(
