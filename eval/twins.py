@@ -47,12 +47,13 @@ from eval.held_out.config import EvalConfig
 from eval.held_out.texts import open_held_out
 from eval.run import evaluate
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
+from model.config import config_from_dict
 from model.policies.thresholds import read_thresholds
+from model.transfer import flat, unlike_weights
 from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
-SIZES = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tie_embeddings")
 OWNED = ("--run_dir", "--resume", "--seed_everything", "--data.seed")
 Train = Callable[[Sequence[str]], int]
 TrainOne = Callable[[str, int, Path], int]
@@ -204,13 +205,13 @@ def _settings(config: TwinsConfig, options: list[str], output: Path, number: int
 
 def _check_networks(networks: list[dict[str, Any]]) -> None:
     """Raises UsageError where a stage cannot take over the weights of the one before; train.py would say it later."""
-    for number, (before, now) in enumerate(pairwise(networks), 2):
-        for name in SIZES:
-            if before[name] != now[name]:
-                raise UsageError(
-                    f"model.network.{name} is {now[name]} behind -- number {number}, but {before[name]} in the stage "
-                    "before, whose weights it starts from: give it the same model (--config configs/models/...)"
-                )
+    for number, (before, now) in enumerate(pairwise(map(config_from_dict, networks)), 2):
+        for name in unlike_weights(before, now):
+            raise UsageError(
+                f"model.network.{name} is {flat(now).get(name)} behind -- number {number}, but "
+                f"{flat(before).get(name)} in the stage before, whose weights it starts from: give it the same model "
+                "(--config configs/models/...)"
+            )
 
 
 def _planned(config: TwinsConfig, data: dict[str, Any], number: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 
 import eval.common.training
 import eval.twins
+from common.errors import UsageError
 from common.exits import DIVERGED, INTERRUPTED
 from eval.common.training import Stopped, run_training
 from eval.twins import TwinsConfig, TwinsEvalConfig, check_before_training, main, split, train_on, train_twins
@@ -256,6 +257,14 @@ def test_training_is_asked_once_for_the_settings_of_a_stage(
     assert asked == [("softmax-seed-0", "0.5"), ("softmax-seed-0-stage2", None)]
 
 
+def test_a_stage_must_fit_the_weights_of_the_one_before() -> None:
+    network = asdict(ModelConfig(positions="rope"))
+    check = eval.twins._check_networks
+    check([network, network | {"rope_base": 1e6, "window": 7}])
+    with pytest.raises(UsageError, match="model.network.qk_norm is True behind -- number 3, but False in the stage"):
+        check([network, network, network | {"qk_norm": True}])
+
+
 @pytest.mark.parametrize("known", ["--print_config", "--seed_everything"])
 def test_an_error_line_of_training_is_the_only_one(
     known: str, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -302,19 +311,9 @@ def test_from_text_to_report(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
 
     monkeypatch.setattr(eval.twins, "run_training", train)
     monkeypatch.setattr(eval.common.training, "ask_training", lambda options: run_train(*options))
-    command = [
-        "--kinds",
-        "softmax",
-        "asentmax",
-        "--data",
-        str(corpus),
-        "--output",
-        str(output),
-        "--eval.lengths",
-        "[1]",
-    ]
-    command += ["--eval.max_documents", "2", "--eval.needle_digits", "2", "--eval.base_length", "128"]
-    command += ["--", "--config", str(tmp_path / "tiny.yaml"), "--trainer.max_steps", "3"]
+    command = ["--kinds", "softmax", "asentmax", "--data", str(corpus), "--output", str(output)]
+    command += ["--eval.lengths", "[1]", "--eval.max_documents", "2", "--eval.needle_digits", "2"]
+    command += ["--eval.base_length", "128", "--", "--config", str(tmp_path / "tiny.yaml"), "--trainer.max_steps", "3"]
     assert main(command) == 0, capfd.readouterr().err
     assert "asentmax-seed-0" in capfd.readouterr().out and len(trained) == 2
     assert "python -m eval.twins --kinds softmax asentmax" in (output / "report" / "report.html").read_text()

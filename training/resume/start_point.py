@@ -25,8 +25,8 @@ from model.checkpoint import (
 from model.checksums import Verify
 from model.config import ModelConfig
 from model.loading import StoredTensors, check_file
+from model.transfer import keeps_weights
 from training.distributed.checkpoint_state import check_stored
-from training.resume.transfer import keeps_weights
 from training.tracking import is_first_process, say
 
 # Keys of the model config that choose how to compute, not what: they may differ between sessions.
