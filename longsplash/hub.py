@@ -176,7 +176,9 @@ class LongSplashDecoderLayer(mistral.MistralDecoderLayer):
 
 class LongSplashRotaryEmbedding(mistral.MistralRotaryEmbedding):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in float32, whatever the dtype of x."""
+        """Cosines and sines in float32, whatever the dtype of x; "dynamic" ones of these positions alone, as ours."""
+        if self.rope_type == "dynamic":  # transformers goes on from the longest text before
+            self.inv_freq, self.max_seq_len_cached = self.original_inv_freq, self.original_max_seq_len
         return super().forward(x.new_empty(0, dtype=torch.float32), position_ids)
 
 

@@ -44,6 +44,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(positions="rope", rope_scaling=RopeScaling("yarn", factor=2.0, original_length=16, high_turns=32.0)),
         dict(kind="asentmax"),
     ),
+    "dynamic": (
+        dict(positions="rope", rope_scaling=RopeScaling("dynamic", factor=2.0, original_length=16)),
+        dict(kind="asentmax"),
+    ),
     "annealing": (dict(positions="rope"), dict(kind="entmax", anneal_steps=40, anneal_from=1.05)),
     "annealing a number": (dict(positions="rope"), dict(kind="entmax", anneal_steps=40, learn_alpha=False)),
 }
@@ -92,7 +96,7 @@ def ours_on(device: str, ours: Transformer, tokens: Tensor) -> tuple[Tensor, dic
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dynamic"])  # has a test of its own
 def test_logits_and_gradients_are_ours(name: str, device: str, tmp_path: Path) -> None:
     ours, folder = exported(tmp_path, name)
     theirs = AutoModelForCausalLM.from_pretrained(folder).to(device)
@@ -151,6 +155,18 @@ def test_padded_prompts_are_answered_as_ours(name: str, device: str, tmp_path: P
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [15, 16, 20])
+def test_dynamic_positions_remember_no_longer_text(tokens: int, tmp_path: Path) -> None:
+    """Of the original length, one less and more."""
+    ours, folder = exported(tmp_path, "dynamic")
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        expected = ours.logits(ours(ids(tokens)))
+        for text in (ids(40), ids(tokens)):
+            found = theirs(text, use_cache=False).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.std()
+
+
 def test_positions_count_real_tokens(asentmax: tuple[Any, Path]) -> None:
     """The temperature needs them, also where a caller gives a padding mask alone."""
     theirs = AutoModelForCausalLM.from_pretrained(asentmax[1])
