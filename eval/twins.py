@@ -54,7 +54,7 @@ from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = tuple(sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
-OWNED = ("--run_dir", "--resume", "--seed_everything", "--data.seed")
+OWNED = ("--run_dir", "--resume", "--seed_everything", "--data.seed", "--model.network.attention.kind")
 Train = Callable[[Sequence[str]], int]
 TrainOne = Callable[[str, int, Path], int]
 
@@ -210,7 +210,7 @@ def _check_networks(networks: list[dict[str, Any]]) -> None:
             raise UsageError(
                 f"model.network.{name} is {flat(now).get(name)} behind -- number {number}, but "
                 f"{flat(before).get(name)} in the stage before, whose weights it starts from: give it the same model "
-                "(--config configs/models/...)"
+                "(its --config and its options of model.network)"
             )
 
 

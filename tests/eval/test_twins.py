@@ -116,6 +116,7 @@ def test_bad_settings_name_the_value(arguments: dict[str, Any], message: str) ->
     ("arguments", "message"),
     [(["--kinds", "softmax"], "there is no --"), (["--", "--run_dir", "x"], "--run_dir stands behind --"),
      (["--", "--data.seed=3"], "--data.seed stands behind --"),
+     (["--", "--a", "--", "--model.network.attention.kind=dsa"], "--model.network.attention.kind stands behind --"),
      (["--", "--model.optimizer.lr", "1"], "--model.optimizer.lr stands behind --"),
      (["--", "--a", "--", "--init_from", "x"], "--init_from stands behind --"),
      (["--", "--a", "--", "--config", "configs/attention/nsa.yaml"], "configs/attention/nsa.yaml stands behind"),

@@ -59,7 +59,8 @@ def _patch_language(fn: Any) -> Any:
 
 def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
     """As Triton's, which works out the same few types for each of a kernel's numbers."""
-    key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+    sizes = [getattr(size, "value", size) for size in shape]
+    key = (element_ty.name, *sizes, *map(type, sizes))  # 16.0 is 16, but no size
     if key not in blocks:
         BLOCK_TYPE(self, element_ty, shape)
         blocks[key] = dict(self.__dict__)

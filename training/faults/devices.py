@@ -14,6 +14,7 @@ from common.errors import error_line, out_of_memory
 from common.exits import CRASHED
 from model.checkpoint import list_checkpoints
 from model.config import ModelConfig
+from training.step.float8 import MULTIPLE
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 # model.activation_checkpointing -> the value with which less is kept on the device
@@ -28,12 +29,13 @@ def less_memory(settings: Namespace, network: ModelConfig) -> list[str]:
     found = []
     if mode := LESS_KEPT.get(model.activation_checkpointing):
         found.append(f"model.activation_checkpointing {mode}")
-    if (tile := model.mlp_tile_tokens) != 1:
+    least = 1 if model.float8 == "none" else MULTIPLE
+    if (tile := model.mlp_tile_tokens) == 0 or tile > least:
         found.append(f"model.mlp_tile_tokens below {tile}" if tile else "model.mlp_tile_tokens")
     if size > 1:
         found.append(f"data.micro_batch_size below {size}")
     elif shared < network.n_heads and not network.attention.is_trained_sparse:  # n_heads ranks can always share
-        found.append(f"parallel.sequence_parallel above {shared}")
+        found.append(f"parallel.sequence_parallel above {shared} on as many devices")
     return found
 
 

@@ -72,7 +72,7 @@ def test_any_rank_says_that_its_device_failed(train: TrainProcess, tmp_path: Pat
     assert ended.returncode != 0
     assert (
         "error: rank 1 (cpu of " in ended.stderr
-        and "model.mlp_tile_tokens or parallel.sequence_parallel above 1; python" in ended.stderr
+        and "model.mlp_tile_tokens or parallel.sequence_parallel above 1 on as many devices; python" in ended.stderr
     )
 
 
@@ -80,18 +80,26 @@ def test_any_rank_says_that_its_device_failed(train: TrainProcess, tmp_path: Pat
     ("settings", "network", "named"),
     [
         ({"mode": "selective", "size": 4}, {}, [f"{MODE} full", TILE, "data.micro_batch_size below 4"]),
-        ({"mode": "full", "tile": 512}, {}, [f"{MODE} offload", f"{TILE} below 512", f"{SHARED} above 1"]),
-        ({"mode": "offload", "tile": 1, "shared": 2}, {"n_heads": 4}, [f"{SHARED} above 2"]),
+        (
+            {"mode": "full", "tile": 512},
+            {},
+            [f"{MODE} offload", f"{TILE} below 512", f"{SHARED} above 1 on as many devices"],
+        ),
+        ({"mode": "offload", "tile": 1, "shared": 2}, {"n_heads": 4}, [f"{SHARED} above 2 on as many devices"]),
         ({"mode": "offload", "shared": 4}, {"n_heads": 4}, [TILE]),
         ({"mode": "offload"}, {"attention": AttentionConfig(kind="nsa")}, [TILE]),
         ({"graphs": True, "size": 4}, {}, [f"model.cuda_graphs false with {MODE} full"]),
         ({"mode": "offload", "tile": 1, "shared": 4}, {"n_heads": 4}, []),
+        ({"mode": "offload", "tile": 16, "float8": "rowwise", "size": 2}, {}, ["data.micro_batch_size below 2"]),
     ],
 )
 def test_named_is_what_can_still_need_less(settings: dict[str, Any], network: dict[str, Any], named: list[str]) -> None:
-    given = {"mode": "none", "tile": 0, "graphs": False, "size": 1, "shared": 1} | settings
+    given = {"mode": "none", "tile": 0, "graphs": False, "size": 1, "shared": 1, "float8": "none"} | settings
     model = Namespace(
-        activation_checkpointing=given["mode"], mlp_tile_tokens=given["tile"], cuda_graphs=given["graphs"]
+        activation_checkpointing=given["mode"],
+        mlp_tile_tokens=given["tile"],
+        cuda_graphs=given["graphs"],
+        float8=given["float8"],
     )
     data, parallel = Namespace(micro_batch_size=given["size"]), Namespace(sequence_parallel=given["shared"])
     assert less_memory(Namespace(model=model, data=data, parallel=parallel), ModelConfig(**network)) == named
