@@ -49,7 +49,7 @@ from eval.run import evaluate
 from model.checkpoint import CheckpointInfo, resolve_checkpoint
 from model.config import config_from_dict
 from model.policies.thresholds import read_thresholds
-from model.transfer import flat, unlike_weights
+from model.transfer import unlike_weights
 from model.version import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,17 +173,17 @@ def check_before_training(
     if measured.thresholds is not None:
         read_thresholds(Path(measured.thresholds))
     _check_stages(_open_record(output, config, stages[0]), output, stages)
-    numbers = range(1, len(stages) + 1)
+    first, numbers = config.kinds[0], range(1, len(stages) + 1)
     # train.py takes seconds to say it
-    settings = cache(lambda number: _settings(config, stages[number - 1], output, number))
-    if len(stages) > 1:
-        _check_networks([settings(number)["model"]["network"] for number in numbers])
+    settings = cache(lambda kind, number: _settings(config, stages[number - 1], output, kind, number))
+    for kind in config.kinds if len(stages) > 1 else ():
+        _check_networks([settings(kind, number)["model"]["network"] for number in numbers])
     for number in numbers:
-        run = _run(output, config.kinds[0], config.seeds[0], number)
+        run = _run(output, first, config.seeds[0], number)
         try:
             twin = resolve_checkpoint(run)
         except FileNotFoundError:  # not trained yet
-            twin = CheckpointInfo(run, 0, _planned(config, settings(number)["data"], number))
+            twin = CheckpointInfo(run, 0, _planned(config, settings(first, number)["data"], number))
         open_held_out(data, [Subject(run.name, twin)], measured)
 
 
@@ -197,20 +197,19 @@ def _check_stages(record: dict[str, Any], output: Path, stages: list[list[str]])
             )
 
 
-def _settings(config: TwinsConfig, options: list[str], output: Path, number: int) -> dict[str, Any]:
-    """What train.py makes of the first twin's options in this stage. Raises UsageError."""
-    kind, seed, lr = config.kinds[0], config.seeds[0], config.lrs[0] if config.lrs and number == 1 else None
+def _settings(config: TwinsConfig, options: list[str], output: Path, kind: str, number: int) -> dict[str, Any]:
+    """What train.py makes of the options of a kind's first twin in this stage. Raises UsageError."""
+    seed, lr = config.seeds[0], config.lrs[0] if config.lrs and number == 1 else None
     return settings_of(_options(options, kind, lr, seed, _run(output, kind, seed, number)))
 
 
 def _check_networks(networks: list[dict[str, Any]]) -> None:
     """Raises UsageError where a stage cannot take over the weights of the one before; train.py would say it later."""
     for number, (before, now) in enumerate(pairwise(map(config_from_dict, networks)), 2):
-        for name in unlike_weights(before, now):
+        for name, (old, new) in unlike_weights(before, now).items():
             raise UsageError(
-                f"model.network.{name} is {flat(now).get(name)} behind -- number {number}, but "
-                f"{flat(before).get(name)} in the stage before, whose weights it starts from: give it the same model "
-                "(its --config and its options of model.network)"
+                f"model.network.{name} is {new} behind -- number {number}, but {old} in the stage before, whose "
+                "weights it starts from: give it the same model (its --config and its options of model.network)"
             )
 
 

@@ -24,7 +24,7 @@ KIND_CHANGES = {
     ("softmax", "dms"),
     ("entmax", "asentmax"),
 }
-
+EQUAL_PARAMETERS = "attention.dsa.equal_parameters"
 SIZES = tuple(f"attention.{kind}" for kind in TRAINED_SPARSE)
 
 
@@ -33,24 +33,21 @@ def keeps_weights(key: str) -> bool:
     return not FREE_KEYS.isdisjoint({key, key.split(".")[0]})
 
 
-def flat(network: ModelConfig) -> dict[str, object]:
-    """Its settings by dotted key."""
-    return flatten(asdict(network))
+def differences(old: ModelConfig, new: ModelConfig) -> dict[str, tuple[object, object]]:
+    """Old and new value by dotted key, of which a mapping that only one has (rope_scaling) gives one each."""
+    saved, wanted = flatten(asdict(old)), flatten(asdict(new))
+    values = {key: (saved.get(key), wanted.get(key)) for key in sorted(saved.keys() | wanted.keys())}
+    return {key: (before, now) for key, (before, now) in values.items() if before != now}
 
 
-def differing_keys(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Of which a mapping that only one has (rope_scaling) gives one each."""
-    saved, wanted = flat(old), flat(new)
-    return sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-
-
-def unlike_weights(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Keys that keep a model `new` from starting with the weights of a model `old`."""
-    differing = [key for key in differing_keys(old, new) if not keeps_weights(key)]
+def unlike_weights(old: ModelConfig, new: ModelConfig) -> dict[str, tuple[object, object]]:
+    """The `differences` that keep a model `new` from starting with the weights of a model `old`."""
+    every = differences(old, new)
+    keys = [key for key in every if not keeps_weights(key)]
     if (old.attention.kind, new.attention.kind) in KIND_CHANGES:
-        differing = [key for key in differing if key != "attention.kind" and not key.startswith(SIZES)]
+        keys = [key for key in keys if key != "attention.kind" and not key.startswith(SIZES)]
         if old.feed_forward_size != new.feed_forward_size:
-            differing.append("attention.dsa.equal_parameters")
-    if "attention.kind" in differing:  # says enough
-        differing = [key for key in differing if not key.startswith(SIZES)]
-    return differing
+            keys.append(EQUAL_PARAMETERS)
+    if "attention.kind" in keys:  # says enough
+        keys = [key for key in keys if not key.startswith(SIZES)]
+    return {key: every.get(key, (None, None)) for key in keys}

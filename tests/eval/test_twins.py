@@ -255,7 +255,24 @@ def test_training_is_asked_once_for_the_settings_of_a_stage(
     monkeypatch.setattr(eval.twins, "settings_of", settings_of)
     measured = TwinsEvalConfig(lengths=[1], max_documents=2, needle_digits=2)
     check_before_training(TwinsConfig(lrs=[0.5]), [[], ["--x"]], tmp_path, small_corpus, measured)
-    assert asked == [("softmax-seed-0", "0.5"), ("softmax-seed-0-stage2", None)]
+    twins = [
+        (f"{kind}-seed-0{stage}", lr) for kind in TwinsConfig().kinds for stage, lr in (("", "0.5"), ("-stage2", None))
+    ]
+    assert asked == twins
+
+
+def test_each_kind_must_fit_each_stage(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings_of(options: Sequence[str]) -> dict[str, Any]:
+        dense = not any("nsa" in option for option in options)
+        network = asdict(ModelConfig(window=7 if dense and "--x" in options else None))
+        network["qk_norm"] = not dense and "--x" in options
+        return {"data": {}, "model": {"network": network}}
+
+    monkeypatch.setattr(eval.twins, "settings_of", settings_of)
+    with pytest.raises(UsageError, match="model.network.qk_norm is True behind -- number 2"):
+        check_before_training(
+            TwinsConfig(kinds=["softmax", "nsa"]), [[], ["--x"]], tmp_path, small_corpus, TwinsEvalConfig()
+        )
 
 
 def test_a_stage_must_fit_the_weights_of_the_one_before() -> None:

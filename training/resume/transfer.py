@@ -6,7 +6,7 @@ from model.checkpoint import CheckpointInfo
 from model.checksums import Verify
 from model.config import ModelConfig
 from model.loading import load_model
-from model.transfer import FREE_KEYS, SIZES, differing_keys, flat, unlike_weights
+from model.transfer import EQUAL_PARAMETERS, FREE_KEYS, SIZES, differences, unlike_weights
 from model.transformer import Transformer
 from training.tracking import say
 
@@ -14,12 +14,10 @@ from training.tracking import say
 def check_transfer(checkpoint: CheckpointInfo, network: ModelConfig) -> None:
     """Raises ValueError that names what keeps a model of config `network` from starting with these weights."""
     if differing := unlike_weights(checkpoint.architecture, network):
-        saved, wanted = flat(checkpoint.architecture), flat(network)
-        listed = ", ".join(f"{key} {saved.get(key)!r} (config: {wanted.get(key)!r})" for key in differing)
+        listed = ", ".join(f"{key} {saved!r} (config: {wanted!r})" for key, (saved, wanted) in differing.items())
         own = f"attention.{network.attention.kind}."
         free = sorted(key for key in FREE_KEYS if not key.startswith(SIZES) or key.startswith(own))
-        unequal = "attention.dsa.equal_parameters" in differing
-        way_out = " (give --model.network.attention.dsa.equal_parameters false)" if unequal else ""
+        way_out = f" (give --model.network.{EQUAL_PARAMETERS} false)" if EQUAL_PARAMETERS in differing else ""
         raise ValueError(
             f"--init_from {checkpoint.path} has weights for another model: its model.network has {listed}{way_out}; "
             f"only {', '.join(free)} may differ, and attention.kind may change from softmax to ssmax, "
@@ -35,7 +33,6 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
     already. Raises ValueError as check_transfer and load_model do.
     """
     check_transfer(checkpoint, model.config)
-    saved, wanted = checkpoint.architecture, model.config
     source = load_model(checkpoint.path, verify=verify).model
     weights = dict(source.state_dict())
     for layer, (new, old) in enumerate(zip(model.layers(), source.layers(), strict=True)):
@@ -48,7 +45,8 @@ def transfer_weights(checkpoint: CheckpointInfo, model: Transformer, verify: Ver
     if not deferred:
         model.load_state_dict(weights, strict=False)
     say(f"starting from the weights of {checkpoint.path} (its step {checkpoint.step}): step 0, new optimizer and data")
-    changed = [f"{key} {flat(saved).get(key)} -> {flat(wanted).get(key)}" for key in differing_keys(saved, wanted)]
+    differing = differences(checkpoint.architecture, model.config)
+    changed = [f"{key} {saved} -> {wanted}" for key, (saved, wanted) in differing.items()]
     for what, found in (
         ("changed", changed),
         ("new, with initial values", _names(missing)),
