@@ -3,6 +3,7 @@
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from common.errors import error_line, out_of_memory
 from common.exits import CRASHED
 from model.checkpoint import list_checkpoints
 from model.config import ModelConfig
+from training.distributed.config import ParallelConfig
+from training.distributed.sequence_parallel import check_sequence_parallel
 from training.step.float8 import MULTIPLE
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -22,21 +25,37 @@ LESS_KEPT = {"none": "full", "selective": "full", "full": "offload"}
 
 
 def less_memory(settings: Namespace, network: ModelConfig) -> list[str]:
-    """Options that make steps need less memory than with these of train.py. network: that they describe."""
-    model, size, shared = settings.model, settings.data.micro_batch_size, settings.parallel.sequence_parallel
-    if model.cuda_graphs:  # which go with no other of these
+    """Options that make steps need less memory, which train.py would take.
+
+    Args:
+        settings: of train.py; model, data and parallel are read.
+        network: that they describe.
+    """
+    model, size = settings.model, settings.data.micro_batch_size
+    if model.cuda_graphs:  # which refuse recomputation, and smaller micro-batches of the same step
         return ["model.cuda_graphs false with model.activation_checkpointing full"]
     found = []
     if mode := LESS_KEPT.get(model.activation_checkpointing):
         found.append(f"model.activation_checkpointing {mode}")
-    least = 1 if model.float8 == "none" else MULTIPLE
-    if (tile := model.mlp_tile_tokens) == 0 or tile > least:
-        found.append(f"model.mlp_tile_tokens below {tile}" if tile else "model.mlp_tile_tokens")
+    tokens = size * settings.data.sequence_length
+    local = tokens // settings.parallel.sequence_parallel
+    tile = min(model.mlp_tile_tokens or local, local)  # a larger one is none
+    if tile > (1 if model.float8 == "none" else MULTIPLE):
+        found.append(f"model.mlp_tile_tokens below {tile}")
     if size > 1:
         found.append(f"data.micro_batch_size below {size}")
-    elif shared < network.n_heads and not network.attention.is_trained_sparse:  # n_heads ranks can always share
-        found.append(f"parallel.sequence_parallel above {shared} on as many devices")
+    elif ranks := _more_ranks(settings.parallel.sequence_parallel, network, tokens):
+        found.append(f"parallel.sequence_parallel {ranks} on as many devices")
     return found
+
+
+def _more_ranks(now: int, network: ModelConfig, tokens: int) -> int | None:
+    """The fewest ranks above `now` that can share a sequence; None where more cannot."""
+    for ranks in range(now + 1, network.n_heads + 1):
+        with suppress(ValueError):
+            check_sequence_parallel(ParallelConfig(sequence_parallel=ranks), network, tokens, ranks)
+            return ranks
+    return None
 
 
 def report_failure(error: BaseException, trainer: Trainer, less: list[str], run_dir: Path) -> int:
